@@ -1,0 +1,42 @@
+"""Near-Policy Distillation: a small language model learns from a large one on its own responses."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from npd import losses, packing, selection
+    from npd.config import Config, load_config
+    from npd.errors import NpdError, RunError, UserError
+    from npd.refresh import Generation
+    from npd.run import DistillResult, distill, evaluate, refresh, sft
+
+_HOMES = {
+    "Config": "npd.config",
+    "load_config": "npd.config",
+    "NpdError": "npd.errors",
+    "RunError": "npd.errors",
+    "UserError": "npd.errors",
+    "Generation": "npd.refresh",
+    "DistillResult": "npd.run",
+    "distill": "npd.run",
+    "evaluate": "npd.run",
+    "refresh": "npd.run",
+    "sft": "npd.run",
+}
+_MODULES = ("losses", "packing", "selection")
+
+__all__ = [
+    "Config", "DistillResult", "Generation", "NpdError", "RunError", "UserError", "distill", "evaluate", "load_config",
+    "losses", "packing", "refresh", "selection", "sft",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: `npd --help` should not wait for PyTorch.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"npd.{name}")
+    raise AttributeError(f"module 'npd' has no attribute {name!r}")

@@ -1,0 +1,277 @@
+"""Commands: parse, call, print."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import yaml
+from click.core import ParameterSource
+from pydantic_core import PydanticUndefined
+
+from npd.config import Config, leaves, load_config
+from npd.errors import NpdError, UserError
+from npd.observe.display import Display
+
+EPILOG = "Exit status: 0 done; 2 what you gave is wrong (the message says how to mend it); 1 anything else."
+
+
+class ConfigOption(click.Option):
+    """An option that sets one key of the configuration."""
+
+    def __init__(self, key: str, help: str, kind: str) -> None:
+        self.key = key
+        super().__init__([f"--{key}", "set__" + key.replace(".", "__")], help=help, metavar=kind.upper())
+
+
+class ConfigCommand(click.Command):
+    """A command on a CONFIG.yaml whose every key can be set by an option, shown by section."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params += [
+            ConfigOption(key, _help(field), _kind(field.annotation)) for key, field in leaves(Config) if key != "provenance"
+        ]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {"Options": []}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record is not None:
+                key = param.key if isinstance(param, ConfigOption) else ""
+                title = key.split(".")[0] if "." in key else "run" if key else "Options"
+                sections.setdefault(title, []).append(record)
+        for title, records in sections.items():
+            if records:
+                with formatter.section(title):
+                    formatter.write_dl(records, col_max=34)
+
+
+def _help(field: Any) -> str:
+    default = field.get_default(call_default_factory=True)
+    shown = "required" if default is PydanticUndefined else f"default {yaml.safe_dump(_plain(default)).split(chr(10))[0]}"
+    return f"{' '.join((field.description or '').split())} [{shown}]"
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump() if hasattr(value, "model_dump") else value
+
+
+def _kind(annotation: Any) -> str:
+    return {str: "text", int: "int", float: "float", bool: "bool"}.get(annotation, "value")
+
+
+def _overrides(ctx: click.Context) -> dict[str, Any]:
+    values = {}
+    for param in ctx.command.params:
+        if isinstance(param, ConfigOption) and ctx.get_parameter_source(param.name or "") == ParameterSource.COMMANDLINE:
+            text = ctx.params[param.name or ""]
+            try:
+                values[param.key] = yaml.safe_load(text)
+            except yaml.YAMLError:
+                values[param.key] = text
+    return values
+
+
+def _config(ctx: click.Context) -> Config:
+    return load_config(ctx.params["config"], _overrides(ctx))
+
+
+@click.group(epilog=EPILOG, context_settings={"max_content_width": 110})
+@click.version_option(package_name="npd")
+def main() -> None:
+    """Near-Policy Distillation: make a small language model learn from a large one on its own responses.
+
+    Start with `npd demo` (no download, a few minutes on a laptop), then write a CONFIG.yaml and try
+    `npd distill CONFIG.yaml --dry-run`.
+    """
+
+
+def config_command(name: str, help: str, *params: click.Parameter) -> Callable[[Callable[..., None]], click.Command]:
+    """Register `npd NAME CONFIG [options]`, calling f(ctx, config, ...) with the resolved configuration."""
+
+    def register(f: Callable[..., None]) -> click.Command:
+        def callback(**kwargs: Any) -> None:
+            ctx = click.get_current_context()
+            own = {key: value for key, value in kwargs.items() if key != "config" and not key.startswith("set__")}
+            f(_config(ctx), **own)
+
+        arguments = [click.Argument(["config"], type=click.Path()), *params]
+        command = ConfigCommand(name, params=arguments, callback=callback, help=help, epilog=EPILOG)
+        main.add_command(command)
+        return command
+
+    return register
+
+
+DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="Check everything that can be checked, print the plan, and stop.")
+
+
+@config_command(
+    "distill",
+    "Distil teacher into student as CONFIG says: rollout, scoring, selection, packing, training, generation by generation. "
+    "Run it again on the same run_dir and it goes on where it stopped.",
+    DRY_RUN,
+)
+def distill(config: Config, dry_run: bool) -> None:
+    _train(config, "distill", dry_run)
+
+
+@config_command(
+    "sft",
+    "Fine-tune the student on reference responses: the data's own completions (data.references: given) or the teacher's "
+    "answers (teacher: sequence-level distillation). The same loop with kd_weight 0; schedule.passes passes.",
+    DRY_RUN,
+)
+def sft(config: Config, dry_run: bool) -> None:
+    _train(config, "sft", dry_run)
+
+
+def _train(config: Config, command: str, dry_run: bool) -> None:
+    from npd import run
+    from npd.plan import show_plan
+
+    display = Display()
+    if dry_run:
+        show_plan(run.prepare(config, command), display)
+        return
+    result = getattr(run, command)(config, display=display)
+    show_result(result, display)
+
+
+@config_command(
+    "refresh",
+    "Make the next missing generation of a distillation run from its newest snapshot, and stop. `npd distill` goes on "
+    "from there.",
+)
+def refresh(config: Config) -> None:
+    from npd import run
+
+    generation = run.refresh(config, display=Display())
+    click.echo(f"Generation {generation.index}, from snapshot v{generation.policy_version:06d}, is in {generation.path}.")
+
+
+@config_command(
+    "eval",
+    "Evaluate a model on evaluation.tasks and, with data.eval and a teacher, its distance to the teacher.",
+    click.Option(["--model"], help="Model to evaluate [default: the run's student, else its newest snapshot, else student]"),
+)
+def evaluate(config: Config, model: str | None) -> None:
+    from npd import run
+
+    display = Display()
+    name, figures = run.evaluate(config, model, display=display)
+    show_figures(name, {"": figures}, display)
+
+
+@config_command(
+    "init-student",
+    "Cut a student out of the teacher: keep some decoder layers, copy everything else, write it where student.model points.",
+    click.Option(["--layers"], type=click.IntRange(min=1), help="Layers to keep, evenly spaced [default: half]"),
+    click.Option(["--keep"], help="Layers to keep by index, such as 0,2,5 (instead of --layers)"),
+)
+def init_student(config: Config, layers: int | None, keep: str | None) -> None:
+    from npd import models
+    from npd.store import Store
+
+    if config.teacher is None:
+        raise UserError("`npd init-student` cuts the student out of the teacher; set teacher.model.")
+    target = Path(config.student.model)
+    if target.exists():
+        raise UserError(f"student.model is {target}, which exists already; name a new directory, or delete that one.")
+    model = models.load_model(config.teacher, trained=True)
+    total = model.config.get_text_config().num_hidden_layers
+    before = model.num_parameters()
+    if keep is not None:
+        try:
+            kept = [int(index) for index in keep.split(",")]
+        except ValueError:
+            raise UserError(f"--keep must be layer indices such as 0,2,5, but it is {keep!r}.") from None
+    else:
+        if layers is not None and layers > total:
+            raise UserError(f"--layers is {layers}, but the teacher has only {total} layers.")
+        kept = models.evenly_spaced(layers or max(1, total // 2), total)
+    student = models.cut_student(model, kept)
+    models.check_model(student, "the student")
+    tokenizer = models.load_tokenizer(config.teacher)
+    Store(target.parent).save_model(target, lambda path: models.save_model(student, tokenizer, path), {"layers": kept})
+    click.echo(f"Kept layers {kept} of {total}: {student.num_parameters():,} of {before:,} parameters, in {target}.")
+
+
+@main.command(epilog=EPILOG)
+@click.option("--out", default="runs/demo", show_default=True, help="Directory for the demo's runs; must be new or empty.")
+@click.option("--seed", default=0, show_default=True, help="Another seed gives other problems, samples and batches.")
+def demo(out: str, seed: int) -> None:
+    """Compare SFT, sequence-level KD, NPD and strict on-policy distillation on a toy task, in a few minutes.
+
+    Needs no download: a tiny teacher ships inside the package. A student without skill gets a short SFT on few references
+    and continues from that checkpoint in each of the ways; one table compares them.
+    """
+    from npd.demo.demo import run_demo
+
+    run_demo(Path(out), seed, Display())
+
+
+def show_figures(title: str, columns: dict[str, dict[str, float]], display: Display) -> None:
+    """Evaluation figures as a table, an accuracy with its interval."""
+    from npd.run import shows
+
+    names = list(dict.fromkeys(key for figures in columns.values() for key in figures if shows(key)))
+    rows = [[name.removeprefix("eval/"), *(_figure(figures, name) for figures in columns.values())] for name in names]
+    if rows:
+        display.table(title, ["figure", *columns], rows)
+
+
+def _figure(figures: dict[str, float], name: str) -> str:
+    if name not in figures:
+        return "-"
+    if name.endswith("/accuracy"):
+        return f"{figures[name]:.1%} [{figures[name + '_low']:.1%}, {figures[name + '_high']:.1%}]"
+    return f"{figures[name]:.4f}"
+
+
+def show_result(result: Any, display: Display) -> None:
+    """What a finished run was, in two tables."""
+    show_figures(f"{result.run_dir}", {"before": result.before, "after": result.after}, display)
+    total = sum(result.seconds.get(name, 0.0) for name in WORK) or 1.0
+    spent = ", ".join(
+        f"{label} {result.seconds[name] / total:.0%}" for name, label in WORK.items() if result.seconds.get(name)
+    )
+    trained = result.seconds.get("train", 0.0)
+    rate = f", {result.tokens / trained:,.0f} tokens/s while training" if trained else ""
+    display.say(f"{result.steps} optimiser steps on {result.tokens:,} response tokens{rate}. {total:.0f} s: {spent}.")
+    display.say(f"The student is in {result.student}.")
+
+
+WORK = {
+    "generate": "generated",
+    "score": "scored",
+    "train": "trained",
+    "publish": "published",
+    "checkpoint": "checkpointed",
+    "evaluate": "evaluated",
+    "save": "saved",
+}
+
+
+def entry() -> None:
+    """The `npd` command: errors that npd can explain are one paragraph on standard error."""
+    if importlib.util.find_spec("torch") is None:
+        click.echo("npd needs PyTorch; install it as https://pytorch.org says.", err=True)
+        sys.exit(1)
+    try:
+        main(prog_name="npd")
+    except NpdError as error:
+        click.echo(f"npd: {error}", err=True)
+        sys.exit(error.exit_status)
+    except KeyboardInterrupt:
+        click.echo("npd: stopped. Run the same command again to go on.", err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    entry()

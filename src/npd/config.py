@@ -1,0 +1,393 @@
+"""One tree of options: every option, its default, its reason.
+
+Defaults marked (paper) are those of arXiv:2605.05940 as METHOD reports them; all others are ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+
+from npd.errors import UserError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LoraConfig(Section):
+    r: int = Field(default=16, ge=1)
+    """Rank of the adapters."""
+    alpha: float = Field(default=32.0, gt=0)
+    """Scale of the adapters; the update is multiplied by alpha / r."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout in front of the adapters."""
+    target_modules: str | list[str] = "all-linear"
+    """Module names that get adapters, as peft takes them."""
+
+
+class ModelConfig(Section):
+    model: str
+    """Directory, Hub id, .gguf file, or package:NAME/PATH for weights inside an installed Python package."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the weights in memory. auto: on CPU float32; on CUDA bfloat16 for whatever is not itself trained and
+    float32 for the weights that the optimiser updates."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention implementation; auto is sdpa. Each is checked at load: a packed row must equal its samples."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its authors."""
+
+
+class StudentConfig(ModelConfig):
+    lora: LoraConfig | None = None
+    """Train low-rank adapters instead of all weights; null trains all. Snapshots and student/ hold merged weights."""
+
+
+class DataConfig(Section):
+    train: str
+    """Prompts: a .jsonl, .json, .parquet or .csv file, a directory of them, or a Hub dataset."""
+    eval: str | None = None
+    """Held-out prompts, for the KL to the teacher and for `answer` accuracy."""
+    split: str = "train"
+    """Split to read when `train` or `eval` is a Hub dataset."""
+    max_prompt_tokens: int = Field(default=1024, ge=1)
+    """Longer prompts are left out, counted and named; none is cut."""
+    references: Literal["given", "teacher"] = "given"
+    """Reference responses for `npd sft`: the data's own completions, or the teacher's answers (sequence-level KD)."""
+
+
+class ScheduleConfig(Section):
+    generations: int = Field(default=2, ge=1)
+    """How often the student writes a new set of responses. 2 is the paper's single student update inside a cycle."""
+    prompts: Literal["all"] | int = "all"
+    """Prompts a generation answers: all (paper), or a number, taken in turn from a shuffled list. Strict on-policy
+    distillation is one batch of prompts and passes 1."""
+    passes: int = Field(default=5, ge=1)
+    """Passes over one generation's responses. 2 generations x 5 are the paper's K = 10 epochs (paper)."""
+    kl_budget: float | None = Field(default=None, gt=0)
+    """Not built yet: end a generation when its near-policy KL passes this; must be null."""
+    lead: float = Field(default=1.0, ge=0)
+    """Not built yet: passes by which the next generation is started early. Generation and training take turns."""
+    references: float = Field(default=0.0, ge=0, le=1)
+    """Not built yet: share of reference responses mixed into each pass; must be 0."""
+
+    @field_validator("prompts")
+    @classmethod
+    def _positive(cls, value: str | int) -> str | int:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be 'all' or at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _not_built(self) -> ScheduleConfig:
+        if self.kl_budget is not None:
+            raise ValueError("kl_budget is not built yet; leave it null and choose `passes` instead")
+        if self.references:
+            raise ValueError("references (mixing) is not built yet; leave it 0.0")
+        return self
+
+
+class RolloutConfig(Section):
+    engine: Literal["transformers"] = "transformers"
+    """What decodes."""
+    samples_per_prompt: int = Field(default=1, ge=1)
+    """Responses per prompt and generation."""
+    max_new_tokens: int = Field(default=1024, ge=1)
+    """A response that has not stopped by then is kept with finish_reason "length"."""
+    temperature: float = Field(default=1.0, ge=0)
+    """Sampling temperature; 0 decodes greedily. The near-policy KL is exact in expectation only at 1."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Nucleus sampling; 1 switches it off. Below 1 the near-policy KL is a proxy."""
+    batch_size: int = Field(default=64, ge=1)
+    """Sequences decoded at once."""
+    part_size: int = Field(default=1024, ge=1)
+    """Prompts a part file holds: what a crash can lose, at most."""
+
+
+class ScoringConfig(Section):
+    top_k: int = Field(default=10, ge=1)
+    """Teacher log-probabilities kept per response token (paper: 10, best of its sweep)."""
+    batch_tokens: int = Field(default=8192, ge=1)
+    """Tokens in one packed prefill batch."""
+
+
+class SelectionConfig(Section):
+    rule: Literal["delta_ifd", "none"] = "delta_ifd"
+    """delta_ifd keeps lower <= delta <= upper (paper); none keeps everything."""
+    ifd: Literal["loss_ratio", "perplexity_ratio"] = "loss_ratio"
+    """IFD as a ratio of mean NLLs, or of perplexities (Superfiltering); the paper does not settle which."""
+    lower: float = 0.0
+    """Below it a response is "degenerate" (paper: 0)."""
+    upper: float = 0.8
+    """Above it a response is "disconnect" (paper: 0.8, best of its sweep)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> SelectionConfig:
+        if self.lower > self.upper:
+            raise ValueError(f"lower ({self.lower}) is above upper ({self.upper}): no response could be kept")
+        return self
+
+
+class PackingConfig(Section):
+    length: int = Field(default=32768, ge=2)
+    """Tokens in a training row (paper: 32,768)."""
+
+
+class LossConfig(Section):
+    kd_weight: float = Field(default=0.9, ge=0, le=1)
+    """Lambda: weight of the KL to the teacher against cross-entropy on the response (paper: 0.9)."""
+    top_k_mass: Literal["raw", "renormalize", "tail"] = "raw"
+    """raw: the teacher's top-k as they are (paper); renormalize: scaled to sum to one; tail: what is left over becomes
+    one more symbol."""
+
+
+class TrainingConfig(Section):
+    batch_tokens: int = Field(default=131072, ge=1)
+    """Tokens (prompt and response) per optimiser step, over all processes; rounded down to whole rows."""
+    micro_batch_rows: int = Field(default=1, ge=1)
+    """Rows in one forward pass; the rest of a step is accumulated. Changes speed and memory, not the mathematics."""
+    learning_rate: float = Field(default=1.0e-5, gt=0)
+    """Peak rate (paper)."""
+    final_learning_rate: float = Field(default=1.0e-6, ge=0)
+    """Rate at the end of the cosine (paper)."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of the run in which the rate rises linearly."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are clipped to this norm (paper)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the training forward pass. auto: bfloat16 where the device is fast at it, else float32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimiser steps; the cosine then ends there."""
+    max_tokens: int | None = Field(default=None, ge=1)
+    """Stop once this many response tokens have been trained; the cosine then ends there."""
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(default=200, ge=1)
+    """Optimiser steps between checkpoints; what a crash can lose of training."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints and student snapshots kept (the first snapshot always is)."""
+
+
+class TaskConfig(Section):
+    name: str
+    """A reasoning-gym task, or `answer` for the `answer` column of data.eval."""
+    size: int = Field(default=128, ge=1)
+    """Problems asked (for `answer`: at most)."""
+    seed: int = 0
+    """Seed of a reasoning-gym task's problems."""
+    options: dict[str, Any] = {}
+    """Options of the reasoning-gym task itself."""
+
+
+class EvaluationConfig(Section):
+    tasks: list[TaskConfig] = []
+    """Tasks with a verifier: names, or {name, size, seed, options}."""
+    every_passes: int = Field(default=1, ge=1)
+    """Evaluate before training, after each so many passes, and at the end."""
+    samples: int = Field(default=1, ge=1)
+    """Responses per problem; pass@k is estimated for every power of two up to it."""
+    temperature: float = Field(default=0.0, ge=0)
+    """Sampling temperature for tasks; 0 is greedy."""
+    max_new_tokens: int | None = Field(default=None, ge=1)
+    """Length of a response; null: as rollout.max_new_tokens."""
+    kl_prompts: int = Field(default=128, ge=0)
+    """Prompts of data.eval on which the KL to the teacher is measured; 0 switches it off."""
+
+    @field_validator("tasks", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [{"name": item} if isinstance(item, str) else item for item in value]
+        return value
+
+    @model_validator(mode="after")
+    def _sampled(self) -> EvaluationConfig:
+        if self.samples > 1 and self.temperature == 0:
+            raise ValueError("samples above 1 are all alike at temperature 0; set evaluation.temperature, e.g. to 1.0")
+        return self
+
+
+class TrackingConfig(Section):
+    trackers: list[str] = ["tensorboard"]
+    """Trackers by accelerate's names: tensorboard, wandb, trackio, ...; [] for none. metrics.jsonl is always written."""
+
+
+class Config(Section):
+    run_dir: str
+    """Where the run lives: configuration, snapshots, responses, checkpoints, metrics, the finished student."""
+    seed: int = 0
+    """The same seed gives the same run."""
+    student: StudentConfig
+    """The model that learns."""
+    teacher: ModelConfig | None = None
+    """The model it learns from; `npd sft` on given references needs none."""
+    data: DataConfig
+    """Prompts in."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """When a generation starts and ends."""
+    rollout: RolloutConfig = RolloutConfig()
+    """How the student writes."""
+    scoring: ScoringConfig = ScoringConfig()
+    """How the teacher reads."""
+    selection: SelectionConfig = SelectionConfig()
+    """Which responses are trained on."""
+    packing: PackingConfig = PackingConfig()
+    """How samples share rows."""
+    loss: LossConfig = LossConfig()
+    """What is minimised."""
+    training: TrainingConfig = TrainingConfig()
+    """The optimiser loop."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """What a crash costs."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """What is measured along the way."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Who else hears the figures."""
+    provenance: dict[str, Any] | None = None
+    """Written by npd into a run's config.yaml (command, package versions); ignored when read."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> Config:
+        longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
+        if longest > self.packing.length:
+            raise ValueError(
+                f"a sample may have {longest} tokens (data.max_prompt_tokens {self.data.max_prompt_tokens} + "
+                f"rollout.max_new_tokens {self.rollout.max_new_tokens}) but packing.length is {self.packing.length}; "
+                "raise packing.length or lower one of the two"
+            )
+        return self
+
+
+# Keys that may differ when a run is continued: they do not change what is computed.
+FREE_KEYS = ("run_dir", "checkpoint", "evaluation", "tracking", "provenance", "training.micro_batch_rows")
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every option of a section as (dotted name, field), nested sections included."""
+    for name, field in model.model_fields.items():
+        section = section_of(field)
+        if section is not None:
+            yield from leaves(section, f"{prefix}{name}.")
+        if section is None or type(None) in get_args(field.annotation):
+            yield f"{prefix}{name}", field
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a field holds, if it holds one (`Section` or `Section | None`)."""
+    for candidate in (field.annotation, *get_args(field.annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML file (or take a mapping), lay dotted overrides over it, and check all of it.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key (the nearest right one is named), a wrong value.
+    """
+    if isinstance(source, Mapping):
+        tree, where = _copy(source), "the configuration"
+    else:
+        tree, where = _read_yaml(Path(source)), str(source)
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from None
+
+
+def config_tree(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain YAML types."""
+    return config.model_dump(mode="json", exclude={"provenance"})
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines "key: old -> new" for options that differ and matter to what is computed."""
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
+        if name in FREE_KEYS or a == b:
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differing_keys(a, b, f"{name}.")
+        else:
+            lines.append(f"{name}: {a!r} -> {b!r}")
+    return lines
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"There is no configuration file {path}; give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold options as `key: value`, but it holds {type(tree).__name__}.")
+    return tree
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        child = tree.get(section)
+        if not isinstance(child, dict):
+            child = tree[section] = {}
+        tree = child
+    tree[last] = value
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines = []
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        name = ".".join(location) or "the options together"
+        if item["type"] == "extra_forbidden":
+            near = _nearest(location)
+            lines.append(f"unknown key {name!r}" + (f" (did you mean {near!r}?)" if near else ""))
+        elif item["type"] == "missing":
+            lines.append(f"{name} is missing and has no default")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(item["input"], dict | BaseModel) else f", but it is {item['input']!r}"
+            lines.append(f"{name}: {message[0].lower()}{message[1:]}{given}")
+    return f"{where} is not a valid configuration: " + "; ".join(lines) + "."
+
+
+def _nearest(location: list[str]) -> str | None:
+    model: type[BaseModel] = Config
+    for part in location[:-1]:
+        field = model.model_fields.get(part)
+        section = section_of(field) if field else None
+        if section is None:
+            return None
+        model = section
+    local = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.6)
+    if local:
+        return ".".join([*location[:-1], local[0]])
+    # A right name in the wrong section is as common as a misspelt one.
+    elsewhere = [name for name, _ in leaves(Config) if name.split(".")[-1] == location[-1]]
+    return elsewhere[0] if elsewhere else None

@@ -1,0 +1,169 @@
+"""What a student can do, and how far it is from its teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from npd.config import Config, TaskConfig
+from npd.errors import UserError
+from npd.evaluation.verify import is_correct, pass_at_k, wilson_interval
+from npd.models import Vocabulary
+from npd.observe.display import Display
+from npd.prompts import Prompts
+from npd.rollout import TransformersRollout
+from npd.schedule import derive_seed
+from npd.scoring import Prefill
+
+
+@dataclass(frozen=True)
+class Task:
+    """Problems, and who says whether a response solves one."""
+
+    name: str
+    prompts: pa.Table
+    """Column prompt_ids."""
+    score: Callable[[int, str], float]
+    """(problem index, response text) -> 0..1"""
+
+
+def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: Prompts | None) -> Task:
+    """A reasoning-gym task by name, or the `answer` column of data.eval.
+
+    Raises:
+        UserError: no such task, wrong options, or no answers.
+    """
+    if config.name == "answer":
+        if held_out is None:
+            raise UserError("evaluation.tasks has `answer`, which compares with data.eval's answer column; set data.eval.")
+        answers = held_out.table["answer"].to_pylist()[: config.size]
+        if None in answers:
+            raise UserError(f"evaluation.tasks has `answer`, but row {answers.index(None) + 1} of data.eval has none.")
+        return Task("answer", held_out.table.slice(0, config.size), lambda i, text: float(is_correct(text, answers[i])))
+
+    import reasoning_gym
+    from reasoning_gym.utils import extract_answer
+
+    try:
+        dataset = reasoning_gym.create_dataset(config.name, size=config.size, seed=config.seed, **config.options)
+        entries: list[Any] = [dataset[i] for i in range(config.size)]
+    except Exception as error:  # unknown names and options raise whatever the task's own checks do
+        raise UserError(
+            f"evaluation.tasks: {config.name!r} with options {config.options} is no task: {error}. Give a reasoning-gym task "
+            "or `answer`."
+        ) from error
+    prompts = [_question(entry["question"], tokenizer) for entry in entries]
+
+    def score(i: int, text: str) -> float:
+        said = extract_answer(text) or text.strip()
+        return float(dataset.score_answer(said, entries[i]) >= 1.0)  # part marks for formatting are no solution
+
+    return Task(config.name, pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))}), score)
+
+
+def _question(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": question}]
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))  # type: ignore
+    return list(tokenizer(question + "\n")["input_ids"])
+
+
+class Evaluator:
+    """Runs every task and the held-out comparison on a model.
+
+    Args:
+        teacher: gives the teacher when it is needed; None where there is none.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: Vocabulary,
+        held_out: Prompts | None,
+        teacher: Callable[[], PreTrainedModel] | None,
+        display: Display,
+    ) -> None:
+        self.config, self.tokenizer, self.vocabulary, self.display = config, tokenizer, vocabulary, display
+        self.held_out, self.teacher = held_out, teacher
+        self.tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
+
+    def __bool__(self) -> bool:
+        return bool(self.tasks) or self._measures_kl
+
+    @property
+    def _measures_kl(self) -> bool:
+        return self.held_out is not None and self.teacher is not None and self.config.evaluation.kl_prompts > 0
+
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Figures by metric name: eval/TASK/accuracy with its interval, eval/TASK/pass@k, eval/kl_to_teacher, ..."""
+        was_training = model.training
+        model.eval()
+        figures: dict[str, float] = {}
+        for task in self.tasks:
+            figures |= self._task(model, task)
+        if self._measures_kl:
+            figures |= self._distance(model)
+        model.train(was_training)
+        return figures
+
+    def _rollout(self, model: PreTrainedModel, temperature: float, samples: int) -> TransformersRollout:
+        return TransformersRollout(
+            model,
+            self.vocabulary,
+            self.tokenizer.pad_token_id,  # type: ignore[arg-type]
+            max_new_tokens=self.config.evaluation.max_new_tokens or self.config.rollout.max_new_tokens,
+            temperature=temperature,
+            batch_size=self.config.rollout.batch_size,
+            samples_per_prompt=samples,
+        )
+
+    def _task(self, model: PreTrainedModel, task: Task) -> dict[str, float]:
+        options = self.config.evaluation
+        rollout = self._rollout(model, options.temperature, options.samples)
+        with self.display.task(f"evaluate {task.name}", len(task.prompts) * options.samples, "responses") as advance:
+            answered = rollout(task.prompts, derive_seed(self.config.seed, "task", task.name), advance)
+        texts = self.tokenizer.batch_decode(answered["response_ids"].to_pylist(), skip_special_tokens=True)
+        scores = [task.score(i // options.samples, text) for i, text in enumerate(texts)]
+        correct = np.asarray(scores).reshape(-1, options.samples).sum(axis=1)
+        accuracy = float(correct.mean() / options.samples)
+        low, high = wilson_interval(accuracy, len(correct))
+        name = f"eval/{task.name}"
+        figures = {f"{name}/accuracy": accuracy, f"{name}/accuracy_low": low, f"{name}/accuracy_high": high}
+        k = 2
+        while k <= options.samples:
+            figures[f"{name}/pass@{k}"] = float(np.mean([pass_at_k(options.samples, int(c), k) for c in correct]))
+            k *= 2
+        return figures
+
+    @torch.no_grad()
+    def _distance(self, model: PreTrainedModel) -> dict[str, float]:
+        """KL(teacher || student), in nats per token, and how often both rank the same token first.
+
+        Measured on the student's own samples at temperature 1, over the token ids that both models have.
+        """
+        assert self.held_out is not None and self.teacher is not None
+        prompts = self.held_out.table.slice(0, self.config.evaluation.kl_prompts)
+        with self.display.task("evaluate distance to the teacher", len(prompts), "responses") as advance:
+            seed = derive_seed(self.config.seed, "held-out")
+            answered = self._rollout(model, temperature=1.0, samples=1)(prompts, seed, advance)
+        contexts, responses = answered["prompt_ids"].to_pylist(), answered["response_ids"].to_pylist()
+        pad_id: int = self.tokenizer.pad_token_id  # type: ignore[assignment]
+        student, teacher = (
+            Prefill(m, self.vocabulary, pad_id, self.config.scoring.batch_tokens) for m in (model, self.teacher())
+        )
+        size, kl, agreed, tokens = self.vocabulary.size, 0.0, 0, 0
+        for packed in student.batches(contexts, responses):
+            ours, theirs = (prefill.logits(prefill.hidden(packed)) for prefill in (student, teacher))
+            for (_, a_CV), (_, b_CV) in zip(ours, theirs, strict=True):
+                log_s, log_t = a_CV[:, :size].log_softmax(-1), b_CV[:, :size].log_softmax(-1)
+                kl += float((log_t.exp() * (log_t - log_s)).sum())
+                agreed += int((log_s.argmax(-1) == log_t.argmax(-1)).sum())
+                tokens += len(log_s)
+        return {"eval/kl_to_teacher": kl / tokens, "eval/top1_agreement": agreed / tokens, "eval/kl_tokens": tokens}

@@ -1,0 +1,59 @@
+"""Does a response hold the right answer, and how sure is an accuracy?"""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal, InvalidOperation
+
+_NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|[-+]?\.\d+")
+_MARKED = (
+    re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
+    re.compile(r"\\boxed\{([^{}]*)\}"),
+    re.compile(r"#+\s*([^\n#]+)"),
+    re.compile(r"answer(?:\s+is)?\s*[:=]?\s*\**([^\n*]+)", re.IGNORECASE),
+)
+
+
+def extract_answer(text: str) -> str:
+    """The final answer of a response: in <answer> tags, in \\boxed{}, behind # or "answer:", else its last line."""
+    for pattern in _MARKED:
+        found = pattern.findall(text)
+        if found:
+            return found[-1].strip()
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def is_correct(response: str, answer: str) -> bool:
+    """Compare a response's final answer with the right one: as numbers if that is one, else as text."""
+    said, right = extract_answer(response), _number(answer)
+    if right is None:
+        return _plain(said) == _plain(answer)
+    numbers = _NUMBER.findall(said)
+    return bool(numbers) and _number(numbers[-1]) == right
+
+
+def _number(text: str) -> Decimal | None:
+    try:
+        return Decimal(text.strip().rstrip(".").replace(",", "").lstrip("$"))
+    except InvalidOperation:
+        return None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.strip().rstrip(".").casefold().split())
+
+
+def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
+    """95% confidence interval of a share seen in `count` independent trials (Wilson, 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def pass_at_k(samples: int, correct: int, k: int) -> float:
+    """Probability that one of k responses is right: 1 - C(n - c, k) / C(n, k) (Chen et al., arXiv:2107.03374)."""
+    return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)

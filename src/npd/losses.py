@@ -1,0 +1,174 @@
+"""Sparse soft-target linear cross-entropy: NPD's training step, and SFT's at kd_weight 0.
+
+Dimensions: T response tokens, D hidden size, V vocabulary, K the teacher's top-k, C tokens in a chunk.
+
+METHOD's loss is -Σ_c q_c log p_S(c) + const with q = (1 - λ) onehot(y) + λ p_T restricted to the top-k, and its gradient
+with respect to the logits is (Σ q) softmax(z) - q. Nothing of size T x V is kept: logits live a chunk at a time, and the
+gradients of hidden states and weight are produced in that same pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+TopKMass = Literal["raw", "renormalize", "tail"]
+
+# Elements of one chunk of logits: 64 MiB in float32. Larger gains nothing on CPU or GPU once V is a few thousand.
+CHUNK_ELEMENTS = 1 << 24
+
+
+class LossOutput(NamedTuple):
+    """Sums over T in nats. Only `loss` carries a gradient."""
+
+    loss: Tensor
+    ce: Tensor
+    kd: Tensor
+    label_logprobs: Tensor
+
+
+def sparse_soft_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    topk_ids: Tensor,
+    topk_logprobs: Tensor,
+    *,
+    kd_weight: float,
+    top_k_mass: TopKMass = "raw",
+    chunk_tokens: int | None = None,
+) -> LossOutput:
+    """(1 - λ) CE(y) + λ KL(teacher's top-k || student), summed over response tokens.
+
+    Args:
+        hidden: [T, D] hidden states that predict the labels.
+        weight: [V, D] language-model head.
+        labels: [T] response tokens.
+        topk_ids: [T, K] teacher's top-k token ids, all different within a row; K may be 0 if kd_weight is 0.
+        topk_logprobs: [T, K] teacher's log-probabilities, natural log.
+        kd_weight: λ in 0..1.
+        top_k_mass: raw (the paper's formula), renormalize (top-k scaled to sum to one), or tail (the teacher's left-over
+            mass against the student's, as one extra symbol).
+        chunk_tokens: tokens whose logits exist at once; chosen from V by default.
+
+    Returns:
+        loss, ce and kd as scalars and label_logprobs [T], in float32 (float64 for float64 input).
+
+    Raises:
+        ValueError: shapes or options that do not fit together.
+    """
+    T, D = hidden.shape
+    if weight.shape[1] != D or labels.shape != (T,) or topk_ids.shape != topk_logprobs.shape or len(topk_ids) != T:
+        raise ValueError(
+            f"shapes do not fit: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels "
+            f"{tuple(labels.shape)}, topk_ids {tuple(topk_ids.shape)}, topk_logprobs {tuple(topk_logprobs.shape)}"
+        )
+    if not 0 <= kd_weight <= 1:
+        raise ValueError(f"kd_weight must lie in 0..1, but it is {kd_weight}")
+    if top_k_mass not in ("raw", "renormalize", "tail"):
+        raise ValueError(f"top_k_mass must be raw, renormalize or tail, but it is {top_k_mass!r}")
+    if kd_weight > 0 and topk_ids.shape[1] == 0:
+        raise ValueError("kd_weight is above 0 but there are no teacher log-probabilities to distil from")
+    if chunk_tokens is None:
+        chunk_tokens = max(16, CHUNK_ELEMENTS // weight.shape[0])
+    return LossOutput(
+        *_SparseSoftCrossEntropy.apply(
+            hidden, weight, labels, topk_ids.long(), topk_logprobs, kd_weight, top_k_mass, chunk_tokens
+        )
+    )
+
+
+class _SparseSoftCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        ids_TK: Tensor,
+        logprobs_TK: Tensor,
+        kd_weight: float,
+        top_k_mass: TopKMass,
+        chunk_tokens: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        T = hidden_TD.shape[0]
+        exact = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        head_VD = weight_VD.to(hidden_TD.dtype)
+        ce, kd = hidden_TD.new_zeros((), dtype=exact), hidden_TD.new_zeros((), dtype=exact)
+        label_logprobs_T = hidden_TD.new_empty(T, dtype=exact)
+        grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
+
+        for start in range(0, T, chunk_tokens):
+            rows = slice(start, start + chunk_tokens)
+            h_CD, labels_C, ids_CK = hidden_TD[rows], labels_T[rows, None], ids_TK[rows]
+            z_CV = (h_CD @ head_VD.T).to(exact)
+            lse_C = z_CV.logsumexp(-1, keepdim=True)
+            label_logprob_C = z_CV.gather(1, labels_C) - lse_C
+            label_logprobs_T[rows] = label_logprob_C[:, 0]
+            ce -= label_logprob_C.sum()
+
+            logp_teacher_CK = logprobs_TK[rows].to(exact)
+            if top_k_mass == "renormalize":
+                logp_teacher_CK = logp_teacher_CK.log_softmax(-1)
+            p_teacher_CK = logp_teacher_CK.exp()
+            # A teacher probability of 0 contributes 0, not 0 * inf.
+            gap_CK = torch.where(p_teacher_CK > 0, logp_teacher_CK - (z_CV.gather(1, ids_CK) - lse_C), 0)
+            kd += (p_teacher_CK * gap_CK).sum()
+
+            mass_C = (1 - kd_weight) + kd_weight * p_teacher_CK.sum(-1, keepdim=True)
+            lse_rest_C = rest_C = None
+            if top_k_mass == "tail" and kd_weight > 0:
+                lse_rest_C = z_CV.scatter(1, ids_CK, -torch.inf).logsumexp(-1, keepdim=True)
+                rest_C = (1 - p_teacher_CK.sum(-1, keepdim=True)).clamp(min=0)
+                rest_C = torch.where(lse_rest_C.isinf(), 0, rest_C)  # the top-k is the whole vocabulary
+                gap_C = torch.where(rest_C > 0, rest_C.log() - (lse_rest_C - lse_C), 0)
+                kd += (rest_C * gap_C).sum()
+                mass_C = mass_C + kd_weight * rest_C
+
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d loss / d z = mass * softmax(z) - q, and for the tail - λ rest * softmax(z outside the top-k).
+            p_CV = z_CV.sub_(lse_C).exp_()
+            if rest_C is not None and lse_rest_C is not None:
+                share_C = torch.where(rest_C > 0, kd_weight * rest_C * (lse_C - lse_rest_C).exp(), 0)
+                # Top-k entries are set, not mended afterwards: share may be large, and would cancel.
+                p_CK = p_CV.gather(1, ids_CK)
+                p_CV.mul_(mass_C - share_C).scatter_(1, ids_CK, p_CK * mass_C)
+            else:
+                p_CV.mul_(mass_C)
+            p_CV.scatter_add_(1, ids_CK, -kd_weight * p_teacher_CK)
+            p_CV.scatter_add_(1, labels_C, torch.full_like(label_logprob_C, kd_weight - 1))
+            g_CV = p_CV.to(hidden_TD.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = g_CV @ head_VD
+            if grad_weight is not None:
+                grad_weight += g_CV.T @ h_CD
+
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+        loss = (1 - kd_weight) * ce + kd_weight * kd
+        ctx.mark_non_differentiable(ce, kd, label_logprobs_T)
+        return loss, ce, kd, label_logprobs_T
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grads[0]
+        return (
+            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
+            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
+            *([None] * 6),
+        )
+
+
+def near_policy_kl(logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:
+    """Per-token estimate, in nats, of D_KL(π_current || π_gen) from tokens that π_gen sampled.
+
+    With r = π_current(y) / π_gen(y), the mean of r log r - r + 1 is unbiased and never negative. Arguments and result [T].
+    It holds for samples drawn at temperature 1 without truncation.
+    """
+    log_r = logprobs - behavior_logprobs
+    r = log_r.exp()
+    return r * log_r - r + 1

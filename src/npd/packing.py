@@ -1,0 +1,126 @@
+"""Samples into rows of fixed length: best-fit decreasing, no sample split or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of sample indices whose lengths sum to at most `capacity`; every index appears once.
+
+    Best-fit decreasing: longest sample first, each into the row it fills best. Free space takes whole numbers up to
+    `capacity`, so the fullest row that still fits is a lookup in a segment tree over free space: O(log capacity) a
+    sample. Ties go to the lower index, so the result is a function of the lengths alone.
+
+    Raises:
+        ValueError: a length that is over the capacity, or not positive.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if sizes.size == 0:
+        return []
+    for bad, why in ((sizes > capacity, f"over the capacity of {capacity}"), (sizes < 1, "not positive")):
+        if bad.any():
+            index = int(np.argmax(bad))
+            raise ValueError(f"sample {index} has a length of {sizes[index]} tokens, which is {why}")
+
+    leaves = 1 << int(capacity).bit_length()
+    occupied = [False] * (2 * leaves)  # a node: does any row below it have this free space?
+    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rows: list[list[int]] = []
+
+    def tightest(need: int) -> int:
+        """Least free space >= need that some row has, or -1."""
+        node = need + leaves
+        if occupied[node]:
+            return need
+        while node > 1:
+            if node % 2 == 0 and occupied[node + 1]:
+                node += 1
+                while node < leaves:
+                    node = 2 * node if occupied[2 * node] else 2 * node + 1
+                return node - leaves
+            node //= 2
+        return -1
+
+    def mark(free: int, value: bool) -> None:
+        node = free + leaves
+        while node and occupied[node] != value:
+            occupied[node] = value
+            if not value and node > 1 and occupied[node ^ 1]:
+                return
+            node //= 2
+
+    for index in np.argsort(-sizes, kind="stable").tolist():
+        size = int(sizes[index])
+        free = tightest(size)
+        if free < 0:
+            row, free = len(rows), capacity
+            rows.append([])
+        else:
+            row = rows_with[free].pop()
+            if not rows_with[free]:
+                mark(free, False)
+        rows[row].append(index)
+        left = free - size
+        if left:
+            rows_with[left].append(row)
+            if len(rows_with[left]) == 1:
+                mark(left, True)
+    return rows
+
+
+class Packed(NamedTuple):
+    """Samples laid into R rows of L tokens."""
+
+    input_ids: Tensor
+    """[R, L]"""
+    position_ids: Tensor
+    """[R, L], restarting at 0 with each sample; padding is one sample more."""
+    predictors: Tensor
+    """[T] flat indices into R * L of the positions that predict response tokens, sample after sample."""
+    labels: Tensor
+    """[T] the response tokens."""
+    samples: list[int]
+    """Sample indices in the order of `labels`."""
+
+
+def pack_tokens(
+    contexts: Sequence[Sequence[int]],
+    responses: Sequence[Sequence[int]],
+    rows: Sequence[Sequence[int]],
+    length: int,
+    pad_id: int,
+) -> Packed:
+    """Lay samples (context, then response) into rows as `rows` says, each row padded to `length`.
+
+    Contexts are at least one token: the first response token needs something to predict it.
+    """
+    ids = np.full((len(rows), length), pad_id, dtype=np.int64)
+    positions = np.zeros((len(rows), length), dtype=np.int64)
+    predictors, labels, samples = [], [], []
+    for r, row in enumerate(rows):
+        at = 0
+        for sample in row:
+            context, response = contexts[sample], responses[sample]
+            size = len(context) + len(response)
+            ids[r, at : at + len(context)] = context
+            ids[r, at + len(context) : at + size] = response
+            positions[r, at : at + size] = np.arange(size)
+            first = r * length + at + len(context) - 1
+            predictors.append(np.arange(first, first + len(response)))
+            labels.append(np.asarray(response, dtype=np.int64))
+            samples.append(sample)
+            at += size
+        positions[r, at:] = np.arange(length - at)
+    return Packed(
+        torch.from_numpy(ids),
+        torch.from_numpy(positions),
+        torch.from_numpy(np.concatenate(predictors)),
+        torch.from_numpy(np.concatenate(labels)),
+        samples,
+    )

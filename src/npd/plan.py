@@ -1,0 +1,70 @@
+"""What a run will do, said before it starts: `--dry-run`."""
+
+from __future__ import annotations
+
+from npd import models
+from npd.observe.display import Display
+from npd.prompts import count_sources
+from npd.run import Setup
+from npd.trainer import resolve_precision
+
+GIB = 1 << 30
+
+
+def show_plan(setup: Setup, display: Display) -> None:
+    """Print generations, tokens, steps, disk and memory; counts that depend on what the student writes are upper bounds."""
+    config, command = setup.config, setup.command
+    schedule = config.schedule
+    sft = command == "sft"
+    generations = 1 if sft else schedule.generations
+    per_generation = len(setup.prompts) if sft or schedule.prompts == "all" else schedule.prompts
+    samples = per_generation * (1 if sft else config.rollout.samples_per_prompt)
+    prompt_lengths = [len(ids) for ids in setup.prompts.table["prompt_ids"].to_pylist()]
+    mean_prompt = sum(prompt_lengths) / len(prompt_lengths)
+    if sft and config.data.references == "given":
+        completions = setup.prompts.table["completion_ids"].to_pylist()
+        response = sum(map(len, completions)) / len(completions)
+    else:
+        response = config.rollout.max_new_tokens
+    tokens = samples * (mean_prompt + response)
+    rows_per_step = max(1, config.training.batch_tokens // config.packing.length)
+    steps = -(-int(tokens) // (rows_per_step * config.packing.length)) * schedule.passes * generations
+    if config.training.max_steps is not None:
+        steps = min(steps, config.training.max_steps)
+    bytes_per_token = 8 if sft else 8 + 8 * config.scoring.top_k
+    parts_disk = samples * response * bytes_per_token * generations
+
+    rows = [
+        ["prompts", f"{len(setup.prompts):,} of {setup.prompts.rows:,} rows"],
+        *([f"  source {name or '(none)'}", f"{n:,}"] for name, n in sorted(count_sources(setup.prompts.table).items())),
+        ["longest prompt", f"{max(prompt_lengths):,} tokens"],
+        ["generations", f"{generations} of {samples:,} responses"],
+        ["passes over each", str(schedule.passes)],
+        ["response tokens per generation", f"at most {samples * response:,.0f}"],
+        ["optimiser steps", f"at most {steps:,}, {rows_per_step} rows of {config.packing.length:,} tokens each"],
+        ["tokens that models share", f"{setup.vocabulary.size:,}"],
+        ["stop tokens", ", ".join(map(repr, setup.tokenizer.convert_ids_to_tokens(list(setup.vocabulary.stop_ids))))],
+        ["training arithmetic", {"no": "float32", "bf16": "bfloat16"}[resolve_precision(config)]],
+    ]
+    student = models.parameter_count(setup.student_config)
+    weight = models.resolve_dtype(config.student, trained=True).itemsize
+    # Weights, and for what is trained gradients and AdamW's two moments beside them.
+    training = student * weight * (1 if config.student.lora else 4)
+    rows.append(["student in training", f"{student:,} parameters, {training / GIB:.2f} GiB before activations"])
+    disk = float(parts_disk)
+    if command == "distill":
+        inference = student * models.resolve_dtype(config.student, trained=False).itemsize
+        rows.append(["student in rollout", f"{inference / GIB:.2f} GiB"])
+        disk += student * weight * (2 + min(generations, config.checkpoint.keep))
+    if setup.teacher_config is not None and config.teacher is not None:
+        teacher = models.parameter_count(setup.teacher_config)
+        held = teacher * models.resolve_dtype(config.teacher, trained=False).itemsize
+        rows.append(["teacher", f"{teacher:,} parameters, {held / GIB:.2f} GiB"])
+    if config.training.max_steps is None or config.training.max_steps >= config.checkpoint.every_steps:
+        disk += student * weight * 3 * config.checkpoint.keep
+    rows.append(["disk", f"at most {disk / GIB:.2f} GiB"])
+    rows.append(["runs on", str(models.device())])
+    display.table(f"npd {command}: the plan for {config.run_dir}", ["what", "how much"], rows)
+    for line in setup.prompts.report():
+        display.say(f"data.train: {line}")
+    display.say("Nothing was run. The configuration, tokenizers and data are in order.")

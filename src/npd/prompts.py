@@ -1,0 +1,276 @@
+"""Data in: files and Hugging Face datasets to token ids.
+
+Conventions are those TRL's users know: `prompt` (a string or messages) with optional `completion`, `answer` and
+`source`; or `messages`, whose last assistant turn is the completion.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from npd.errors import UserError
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
+SHOWN = 5  # rows named for each reason to leave prompts out
+
+SCHEMA = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("completion_ids", pa.list_(pa.int32())),
+        ("answer", pa.string()),
+    ]
+)
+
+
+@dataclass
+class Prompts:
+    """Prompts as token ids, and what was left out.
+
+    Columns of `table`: prompt_id, source, prompt_ids, completion_ids (the stop token included; null without a reference)
+    and answer (null without one).
+    """
+
+    table: pa.Table
+    rows: int
+    """Rows read."""
+    dropped: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> where each row left out stands."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def report(self) -> list[str]:
+        """One line a reason: how many rows were left out, and the first of them by name."""
+        return [
+            f"{len(places)} left out, {reason}: {', '.join(places[:SHOWN])}" + (", ..." if len(places) > SHOWN else "")
+            for reason, places in self.dropped.items()
+        ]
+
+
+def load_prompts(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    split: str = "train",
+    max_prompt_tokens: int,
+    max_completion_tokens: int | None = None,
+    need: str | None = None,
+) -> Prompts:
+    """Read, render and tokenise prompts; rows that can't be used are counted and named, never cut.
+
+    Args:
+        source: a file, a directory of files, or a Hub dataset.
+        max_prompt_tokens: longer prompts are left out.
+        max_completion_tokens: rows with a longer completion are left out, where completions matter.
+        need: a column that every row must have: "completion" or "answer".
+
+    Raises:
+        UserError: a missing or unreadable file, a row of the wrong shape (named by file and line), messages without a
+            chat template, or no prompt left.
+    """
+    rows: list[dict[str, Any]] = []
+    dropped: dict[str, list[str]] = {}
+    seen: set[tuple[int, ...]] = set()
+    count = 0
+    for where, record in _read(source, split):
+        count += 1
+        row = _row(where, record, tokenizer)
+        if need and row[f"{need}_ids" if need == "completion" else need] is None:
+            raise UserError(
+                f"{where} has no {need}, which this needs for every row. Add it"
+                + (", or set data.references: teacher so that the teacher writes one." if need == "completion" else ".")
+            )
+        key = tuple(row["prompt_ids"])
+        too_long = max_completion_tokens is not None and len(row["completion_ids"] or []) > max_completion_tokens
+        if not row["text"].strip() or not key:
+            reason = "empty prompt"
+        elif len(key) > max_prompt_tokens:
+            reason = f"prompt longer than data.max_prompt_tokens {max_prompt_tokens}"
+        elif too_long:
+            reason = f"completion longer than rollout.max_new_tokens {max_completion_tokens}"
+        elif key in seen:
+            reason = "duplicate of an earlier prompt"
+        else:
+            seen.add(key)
+            rows.append(row)
+            continue
+        dropped.setdefault(reason, []).append(where)
+    prompts = Prompts(pa.Table.from_pylist(rows, schema=SCHEMA), count, dropped)
+    if not rows:
+        raise UserError(f"No prompts are left of the {count} rows of {source}. " + "; ".join(prompts.report()))
+    return prompts
+
+
+def _row(where: str, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    prompt, completion = record.get("prompt"), record.get("completion")
+    if prompt is None:
+        messages = record.get("messages")
+        if messages is None:
+            raise UserError(f"{where} has neither `prompt` nor `messages`; it has {', '.join(sorted(record)) or 'nothing'}.")
+        prompt = _messages(where, "messages", messages)
+        if prompt[-1]["role"] == "assistant":
+            prompt, completion = prompt[:-1], [prompt[-1]]
+            if not prompt:
+                raise UserError(f"{where}: `messages` holds only an assistant turn; a user turn must come before it.")
+    if isinstance(prompt, str):
+        text = prompt
+        ids = tokenizer(prompt)["input_ids"]
+        if tokenizer.eos_token_id is not None and ids and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]  # some tokenizers end every text; the response goes on from here
+    else:
+        prompt = _messages(where, "prompt", prompt)
+        if not tokenizer.chat_template:
+            raise UserError(
+                f"{where} gives its prompt as messages, but the student's tokenizer has no chat template. Give the prompt "
+                "as a string, or add a chat_template to the tokenizer."
+            )
+        text = "".join(message["content"] for message in prompt)
+        ids = _render(where, tokenizer, prompt)
+    completion_ids = None
+    if completion is not None:
+        if isinstance(completion, str):
+            completion_text = completion
+        else:
+            turns = _messages(where, "completion", completion)
+            if [turn["role"] for turn in turns] != ["assistant"]:
+                raise UserError(f"{where}: `completion` must be one assistant message, or a string.")
+            completion_text = turns[0]["content"]
+        completion_ids = [*tokenizer(completion_text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    answer = record.get("answer")
+    return {
+        # The id follows from what the model reads, so it survives reordering the file.
+        "prompt_id": hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16],
+        "source": str(record.get("source") or ""),
+        "prompt_ids": ids,
+        "completion_ids": completion_ids,
+        "answer": None if answer is None else str(answer),
+        "text": text,
+    }
+
+
+def _render(where: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    try:
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    except Exception as error:  # whatever the template's own code raises
+        raise UserError(f"{where}: the chat template does not take these messages: {error}") from error
+    return list(rendered)  # type: ignore[arg-type]
+
+
+def _messages(where: str, key: str, value: Any) -> list[dict[str, str]]:
+    good = (
+        isinstance(value, list)
+        and value
+        and all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in value)
+    )
+    if not good:
+        raise UserError(
+            f"{where}: `{key}` must be a string or a list of messages with string `role` and `content`, "
+            f"but it is {json.dumps(value, ensure_ascii=False, default=str)[:120]}."
+        )
+    return [{"role": m["role"], "content": m["content"]} for m in value]
+
+
+def _read(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES)
+        if not files:
+            raise UserError(f"The directory {path} holds no {', '.join(SUFFIXES)} file.")
+    elif path.suffix in SUFFIXES or path.exists():
+        files = [path]
+    else:
+        yield from _hub(source, split)
+        return
+    for file in files:
+        try:
+            yield from _READERS.get(file.suffix, _unknown)(file)
+        except FileNotFoundError:
+            raise UserError(f"There is no data file {file}; check data.train and data.eval.") from None
+        except (OSError, UnicodeDecodeError, pa.ArrowException, csv.Error) as error:
+            raise UserError(f"The data file {file} cannot be read: {error}") from error
+
+
+def _unknown(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    raise UserError(f"The data file {file} is of an unknown kind; give one of {', '.join(SUFFIXES)}.")
+
+
+def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            where = f"{file}, line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}. Mend or delete it.") from None
+            if not isinstance(record, dict):
+                raise UserError(f"{where} must hold an object such as {{\"prompt\": ...}}, but it holds {line.strip()[:60]!r}.")
+            yield where, record
+
+
+def _json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    try:
+        records = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}, line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}.") from None
+    if not isinstance(records, list):
+        raise UserError(f"{file} must hold a list of objects; for one object a line, name it .jsonl.")
+    for number, record in enumerate(records, 1):
+        if not isinstance(record, dict):
+            raise UserError(f"{file}, item {number} must be an object such as {{\"prompt\": ...}}.")
+        yield f"{file}, item {number}", record
+
+
+def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    number = 0
+    for batch in pq.ParquetFile(file).iter_batches():
+        for record in batch.to_pylist():
+            number += 1
+            yield f"{file}, row {number}", record
+
+
+def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with file.open(encoding="utf-8", newline="") as handle:
+        reader = csv.DictReader(handle, strict=True)
+        for record in reader:
+            where = f"{file}, line {reader.line_num}"
+            if None in record or None in record.values():
+                raise UserError(f"{where} has not as many fields as the header; quote fields that hold commas.")
+            # A CSV cell can't be missing: an empty one is taken as no value, except for the prompt, which is then empty.
+            yield where, {key: value for key, value in record.items() if value or key == "prompt"}
+
+
+_READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet, ".csv": _csv}
+
+
+def _hub(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    if source.count("/") > 1 or source.startswith((".", "/")):
+        raise UserError(f"There is no data file or directory {source}; check data.train and data.eval.")
+    import datasets
+
+    try:
+        records = datasets.load_dataset(source, split=split)
+    except Exception as error:
+        raise UserError(
+            f"{source} is neither a file here nor a dataset on the Hub with a split {split!r}: {' '.join(str(error).split())[:300]}"
+        ) from error
+    for number, record in enumerate(records):
+        yield f"{source} ({split}), row {number}", record
+
+
+def count_sources(table: pa.Table) -> Counter[str]:
+    return Counter(table["source"].to_pylist())

@@ -1,0 +1,313 @@
+"""The whole loop, read top to bottom: what `npd distill`, `npd sft`, `npd refresh` and `npd eval` do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from npd import models
+from npd.config import Config, load_config
+from npd.errors import UserError
+from npd.evaluation import Evaluator
+from npd.observe.display import Display
+from npd.observe.events import Events, seconds_by_name
+from npd.prompts import Prompts, load_prompts
+from npd.refresh import Generation, ReferenceMaker, Refresher
+from npd.store import Store
+from npd.trainer import Samples, Trainer, make_accelerator
+
+AnyConfig = Config | Mapping[str, Any] | str | Path
+
+
+@dataclass(frozen=True)
+class DistillResult:
+    """A finished run."""
+
+    run_dir: Path
+    student: Path
+    """The finished model and tokenizer, for from_pretrained."""
+    steps: int
+    tokens: int
+    """Response tokens trained."""
+    before: dict[str, float]
+    """Evaluation of the student as it started; empty if nothing is evaluated."""
+    after: dict[str, float]
+    """Evaluation of the finished student."""
+    seconds: dict[str, float]
+    """Wall-clock seconds per kind of work: generate, score, train, publish, checkpoint, evaluate."""
+
+
+@dataclass
+class Setup:
+    """What can be known and checked before any weights are loaded."""
+
+    config: Config
+    command: str
+    tokenizer: Any
+    vocabulary: models.Vocabulary
+    prompts: Prompts
+    held_out: Prompts | None
+    student_config: Any
+    teacher_config: Any
+
+
+def as_config(config: AnyConfig) -> Config:
+    return config if isinstance(config, Config) else load_config(config)
+
+
+def prepare(config: Config, command: str) -> Setup:
+    """Load configuration, tokenizers and data, and check all that can be checked without weights.
+
+    Raises:
+        UserError: whatever is wrong with what the user gave.
+    """
+    needs_teacher = command in ("distill", "refresh") or (command == "sft" and config.data.references == "teacher")
+    if needs_teacher and config.teacher is None:
+        raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
+    tokenizer = models.load_tokenizer(config.student)
+    model_configs = [models.load_model_config(config.student)]
+    stop_ids = models.stop_ids_of(config.student)
+    if config.teacher is not None:
+        names = (config.student.model, config.teacher.model)
+        models.check_compatible(tokenizer, models.load_tokenizer(config.teacher), names)
+        model_configs.append(models.load_model_config(config.teacher))
+        stop_ids += models.stop_ids_of(config.teacher)
+    vocabulary = models.shared_vocabulary(tokenizer, *model_configs, stop_ids=stop_ids)
+    if config.scoring.top_k > vocabulary.size:
+        raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
+    given = command == "sft" and config.data.references == "given"
+    prompts = load_prompts(
+        config.data.train,
+        tokenizer,
+        split=config.data.split,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_completion_tokens=config.rollout.max_new_tokens if given else None,
+        need="completion" if given else None,
+    )
+    held_out = None
+    if config.data.eval is not None:
+        held_out = load_prompts(
+            config.data.eval, tokenizer, split=config.data.split, max_prompt_tokens=config.data.max_prompt_tokens
+        )
+    longest = max(max(map(len, p.table["prompt_ids"].to_pylist())) for p in (prompts, held_out) if p is not None)
+    for name, model_config in zip((config.student, config.teacher), model_configs, strict=False):
+        context = models.context_length(model_config)
+        if context is not None and longest + config.rollout.max_new_tokens > context:
+            raise UserError(
+                f"The longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) together "
+                f"pass the context of {name.model if name else ''} ({context} tokens). Lower data.max_prompt_tokens or "
+                "rollout.max_new_tokens."
+            )
+    student_config, teacher_config = model_configs[0], (model_configs[1] if len(model_configs) > 1 else None)
+    return Setup(config, command, tokenizer, vocabulary, prompts, held_out, student_config, teacher_config)
+
+
+class Run:
+    """One process's part in a run."""
+
+    def __init__(self, config: Config, command: str, display: Display | None = None) -> None:
+        self.config, self.command = config, command
+        self.setup = prepare(config, command)
+        self.store = Store(config.run_dir)
+        self.accelerator: Accelerator = make_accelerator(config, self.store)
+        main = self.accelerator.is_main_process
+        self.display = display if display is not None and main else Display(quiet=not main or display is None)
+        if main:
+            self.store.open(config, command)
+        self.accelerator.wait_for_everyone()
+        self.events = Events(self.store.path / "events.jsonl")
+        maker = ReferenceMaker if command == "sft" else Refresher
+        self.refresher = maker(
+            config,
+            self.store,
+            self.setup.prompts,
+            self.setup.tokenizer,
+            self.setup.vocabulary,
+            self.display,
+            self.events,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+            wait=self.accelerator.wait_for_everyone,
+        )
+        teacher: Callable[[], PreTrainedModel] | None = (lambda: self.refresher.teacher) if config.teacher else None
+        self.evaluator = Evaluator(
+            config, self.setup.tokenizer, self.setup.vocabulary, self.setup.held_out, teacher, self.display
+        )
+        for prompts, name in ((self.setup.prompts, "data.train"), (self.setup.held_out, "data.eval")):
+            for line in prompts.report() if prompts else ():
+                self.display.say(f"{name}: {line}")
+
+    def train(self) -> DistillResult:
+        """Generations and passes, from the newest checkpoint if there is one, to student/."""
+        if self.store.finished:
+            self.display.say(f"{self.store.path} is finished: the student is in {self.store.student}.")
+            return self._result()
+        schedule = self.config.schedule
+        sft = self.command == "sft"
+        # The random state for whatever the model initialises itself comes from the seed, not from the process.
+        student = models.load_model(self.config.student, trained=True)
+        trainer = Trainer(
+            self.config,
+            self.store,
+            self.accelerator,
+            student,
+            self.setup.tokenizer,
+            self.display,
+            self.events,
+            kd_weight=0.0 if sft else self.config.loss.kd_weight,
+            generations=1 if sft else schedule.generations,
+        )
+        self.accelerator.init_trackers("npd")
+        if trainer.resume():
+            self.display.say(f"Going on from step {trainer.position.step}.")
+        if self.accelerator.is_main_process:
+            self.store.rewind_metrics(trainer.position.step)
+        at = trainer.position
+        self._publish(trainer, 0)
+        self._evaluate(trainer)
+        while not trainer.finished:
+            generation = self.refresher(at.generation, at.generation)
+            samples = Samples(self.store, generation)
+            with self.events.span("train", generation=generation.index):
+                self._passes(trainer, samples)
+            if at.passes == schedule.passes:
+                at.generation, at.passes = at.generation + 1, 0
+            if not trainer.finished:
+                self._publish(trainer, at.generation)
+        self._evaluate(trainer, last=True)
+        if self.accelerator.is_main_process:
+            with self.events.span("save"):
+                facts = {"step": at.step, "tokens": at.tokens}
+                self.store.save_model(self.store.student, trainer.save_policy, facts)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return self._result()
+
+    def _passes(self, trainer: Trainer, samples: Samples) -> None:
+        at, schedule = trainer.position, self.config.schedule
+        while at.passes < schedule.passes and not trainer.finished:
+            steps = trainer.steps_of_pass(samples)
+            name = f"generation {at.generation}, pass {at.passes + 1}/{schedule.passes}: train"
+            with self.display.task(name, steps - at.batch, "steps") as advance:
+                trainer.train_pass(samples, advance)
+            if not trainer.finished:
+                self._evaluate(trainer)
+
+    def _publish(self, trainer: Trainer, version: int) -> None:
+        if self.accelerator.is_main_process and version not in self.store.policies() and self.command == "distill":
+            with self.events.span("publish", version=version):
+                self.store.publish(version, trainer.save_policy, trainer.position.step, self.config.checkpoint.keep)
+        self.accelerator.wait_for_everyone()
+
+    def _evaluate(self, trainer: Trainer, last: bool = False) -> None:
+        """Evaluate if it is due here and was not done before."""
+        at = trainer.position
+        passes = at.generation * self.config.schedule.passes + at.passes
+        due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
+        done = any(line["step"] == at.step and "eval" in line for line in self.store.read_metrics())
+        if self.evaluator and due and not done and self.accelerator.is_main_process:
+            with self.events.span("evaluate", step=at.step):
+                figures = self.evaluator(trainer.base)
+            trainer.log({"step": at.step, "eval": True, **figures})
+            shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in figures.items() if shows(key)]
+            self.display.say(f"step {at.step}: {', '.join(shown)}")
+        self.accelerator.wait_for_everyone()
+
+    def _result(self) -> DistillResult:
+        facts = self.store.check_model(self.store.student)
+        lines = [line for line in self.store.read_metrics() if "eval" in line]
+        evals = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines]
+        return DistillResult(
+            run_dir=self.store.path,
+            student=self.store.student,
+            steps=facts["step"],
+            tokens=facts["tokens"],
+            before=evals[0] if evals else {},
+            after=evals[-1] if evals else {},
+            seconds=seconds_by_name(self.events.path),
+        )
+
+
+def shows(key: str) -> bool:
+    """Is this figure one for a person to see, rather than an interval's end or a count?"""
+    return not key.endswith(("_low", "_high", "_tokens"))
+
+
+def distill(config: AnyConfig, *, display: Display | None = None) -> DistillResult:
+    """Near-policy distillation from prompts to a finished student; goes on where an earlier call was stopped.
+
+    Raises:
+        UserError: what the user gave is wrong.
+        RunError: the run failed (full disk, loss not finite, nothing selected).
+    """
+    return Run(as_config(config), "distill", display).train()
+
+
+def sft(config: AnyConfig, *, display: Display | None = None) -> DistillResult:
+    """Fine-tune on reference responses, given or the teacher's; the same loop and loss with kd_weight 0."""
+    return Run(as_config(config), "sft", display).train()
+
+
+def refresh(config: AnyConfig, policy: int | None = None, *, display: Display | None = None) -> Generation:
+    """Make the next missing generation of a distillation run from a policy snapshot, the newest by default.
+
+    Raises:
+        UserError: all generations are there already, or there is no such snapshot.
+    """
+    run = Run(as_config(config), "distill", display)
+    store = run.store
+    if not store.policies():
+        began = time.time()
+        student = models.load_model(run.config.student, trained=True)
+        store.publish(0, lambda path: models.save_model(student, run.setup.tokenizer, path), 0, run.config.checkpoint.keep)
+        del student
+        run.display.say(f"Published the student as it starts, v000000, in {time.time() - began:.1f} s.")
+    version = store.policies()[-1] if policy is None else policy
+    if version not in store.policies():
+        raise UserError(f"{store.path} has no policy snapshot v{version:06d}; it has {store.policies()}.")
+    for index in range(run.config.schedule.generations):
+        count = run.refresher.part_count(index)
+        if store.manifest(index) is None or store.missing_parts(index, count):
+            return run.refresher(index, version)
+    raise UserError(f"{store.path} has all {run.config.schedule.generations} generations; there is nothing to refresh.")
+
+
+def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | None = None) -> tuple[str, dict[str, float]]:
+    """Evaluate a model: the one named, else the run's finished student, else its newest snapshot, else the start.
+
+    Returns:
+        What was evaluated, and the figures.
+    """
+    config = as_config(config)
+    if model is None:
+        store = Store(config.run_dir)
+        versions = store.policies()
+        paths = [store.student] if store.finished else [store.policy(versions[-1])] if versions else []
+        model = str(paths[0]) if paths else config.student.model
+    config = config.model_copy(update={"student": config.student.model_copy(update={"model": model, "lora": None})})
+    setup = prepare(config, "eval")
+    teacher: list[PreTrainedModel] = []
+
+    def load_teacher() -> PreTrainedModel:
+        assert config.teacher is not None
+        if not teacher:
+            teacher.append(models.load_model(config.teacher))
+        return teacher[0]
+
+    evaluator = Evaluator(
+        config,
+        setup.tokenizer,
+        setup.vocabulary,
+        setup.held_out,
+        load_teacher if config.teacher else None,
+        display or Display(quiet=True),
+    )
+    if not evaluator:
+        raise UserError("There is nothing to evaluate: set evaluation.tasks, or data.eval together with a teacher.")
+    return model, evaluator(models.load_model(config.student))

@@ -1,0 +1,158 @@
+"""Scoring by packed prefill with a model in this process.
+
+Causal shift: the hidden state at position t predicts token t + 1, so a response of R tokens behind P prompt tokens is
+predicted by positions P - 1 .. P + R - 2. Nothing predicts the first token of a sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from npd.losses import CHUNK_ELEMENTS
+from npd.models import Vocabulary, head_weight, hidden_states
+from npd.packing import Packed, pack, pack_tokens
+
+# A row costs attention over its whole length, so rows are no longer than the longest sample asks for, and this much.
+ROW_TOKENS = 512
+
+
+class Reading(NamedTuple):
+    """What a model says about one response of T tokens."""
+
+    logprobs: np.ndarray
+    """[T] float32, natural log."""
+    topk_ids: np.ndarray
+    """[T, K] int32, best first; K is 0 if no top-k was asked for."""
+    topk_logprobs: np.ndarray
+    """[T, K] float32"""
+
+
+class Prefill:
+    """Reads responses behind their contexts in packed rows; the head runs on response positions alone, in chunks."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, pad_id: int, batch_tokens: int) -> None:
+        self.model = model
+        self.vocabulary = vocabulary
+        self.pad_id = pad_id
+        self.batch_tokens = batch_tokens
+
+    def batches(self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Iterator[Packed]:
+        """All samples, longest first, in packed batches of about `batch_tokens` tokens."""
+        sizes = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
+        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+        while order:
+            length = max(sizes[order[0]], min(ROW_TOKENS, self.batch_tokens))
+            budget = max(length, self.batch_tokens // length * length)
+            total = count = 0
+            while count < len(order) and (count == 0 or total + sizes[order[count]] <= budget):
+                total += sizes[order[count]]
+                count += 1
+            taken, order = order[:count], order[count:]
+            rows = pack([sizes[i] for i in taken], length)
+            yield pack_tokens(contexts, responses, [[taken[i] for i in row] for row in rows], length, self.pad_id)
+
+    @torch.no_grad()
+    def hidden(self, packed: Packed) -> Tensor:
+        """[T, D] hidden states that predict the packed responses."""
+        device = self.model.device
+        hidden_RLD = hidden_states(self.model, packed.input_ids.to(device), packed.position_ids.to(device))
+        return hidden_RLD.flatten(0, 1)[packed.predictors.to(device)]
+
+    @torch.no_grad()
+    def logits(self, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Float32 logits [C, V] of a chunk of positions at a time."""
+        weight_VD = head_weight(self.model)
+        chunk = max(16, CHUNK_ELEMENTS // len(weight_VD))
+        for start in range(0, len(hidden_TD), chunk):
+            rows = slice(start, min(start + chunk, len(hidden_TD)))
+            yield rows, (hidden_TD[rows] @ weight_VD.T).float()
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        top_k: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Reading]:
+        """Log-probabilities of every response token, and the model's top-k at its position.
+
+        Probabilities are over the model's whole vocabulary; top-k ids are those that both models have.
+        """
+        readings: list[Reading | None] = [None] * len(responses)
+        for packed in self.batches(contexts, responses):
+            hidden_TD = self.hidden(packed)
+            labels_T = packed.labels.to(hidden_TD.device)
+            T = len(labels_T)
+            logprobs = np.empty(T, np.float32)
+            ids, values = np.empty((T, top_k), np.int32), np.empty((T, top_k), np.float32)
+            for rows, z_CV in self.logits(hidden_TD):
+                lse_C = z_CV.logsumexp(-1)
+                logprobs[rows] = (z_CV.gather(1, labels_T[rows, None])[:, 0] - lse_C).cpu().numpy()
+                if top_k:
+                    best = z_CV[:, : self.vocabulary.size].topk(top_k, dim=-1)
+                    ids[rows] = best.indices.int().cpu().numpy()
+                    values[rows] = (best.values - lse_C[:, None]).cpu().numpy()
+            at = 0
+            for sample in packed.samples:
+                end = at + len(responses[sample])
+                readings[sample] = Reading(logprobs[at:end], ids[at:end], values[at:end])
+                at = end
+            if progress:
+                progress(T)
+        return readings  # type: ignore[return-value]
+
+
+def _mean_nll(readings: list[Reading]) -> pa.Array:
+    return pa.array([-float(reading.logprobs.mean(dtype=np.float64)) for reading in readings], pa.float32())
+
+
+class _Scorer:
+    """Conditional and free reading of a table's responses by one model."""
+
+    def __init__(self, prefill: Prefill, top_k: int = 0) -> None:
+        self.prefill = prefill
+        self.top_k = top_k
+
+    def conditional(self, table: pa.Table, progress: Callable[[int], None] | None) -> list[Reading]:
+        contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
+        return self.prefill(contexts, responses, self.top_k, progress)
+
+    def free_nll(self, table: pa.Table, progress: Callable[[int], None] | None) -> pa.Array:
+        """Mean nats per response token without the prompt, behind one start token."""
+        responses = table["response_ids"].to_pylist()
+        return _mean_nll(self.prefill([[self.prefill.vocabulary.start_id]] * len(responses), responses, 0, progress))
+
+
+class ScoreTeacher(_Scorer):
+    """Stage: adds teacher_nll, teacher_nll_free, topk_ids and topk_logprobs."""
+
+    def __call__(self, table: pa.Table, progress: Callable[[int], None] | None = None) -> pa.Table:
+        readings = self.conditional(table, progress)
+        return (
+            table.append_column("teacher_nll", _mean_nll(readings))
+            .append_column("teacher_nll_free", self.free_nll(table, progress))
+            .append_column("topk_ids", pa.array([r.topk_ids.ravel() for r in readings], pa.list_(pa.int32())))
+            .append_column("topk_logprobs", pa.array([r.topk_logprobs.ravel() for r in readings], pa.list_(pa.float32())))
+        )
+
+
+class ScoreStudent(_Scorer):
+    """Stage: adds student_nll and student_nll_free to the student's own responses.
+
+    The first comes from the log-probabilities that the rollout kept: the same weights read the same tokens, so a second
+    prefill of [x; y] would only repeat them.
+    """
+
+    def __call__(self, table: pa.Table, progress: Callable[[int], None] | None = None) -> pa.Table:
+        nll = [-float(np.mean(values)) for values in table["behavior_logprobs"].to_pylist()]
+        return table.append_column("student_nll", pa.array(nll, pa.float32())).append_column(
+            "student_nll_free", self.free_nll(table, progress)
+        )
