@@ -69,15 +69,26 @@ def _source(config: ModelConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _explained(config: ModelConfig, what: str) -> Iterator[None]:
-    """Whatever transformers raises while it loads, as one paragraph."""
-    # Its loaders log advice and draw bars for every file; npd has its own progress.
+def quiet_transformers() -> Iterator[None]:
+    """No advice and no bar for every file from transformers: npd has its own progress."""
     logger = logging.getLogger("transformers")
     level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
     logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+
+
+@contextmanager
+def _explained(config: ModelConfig, what: str) -> Iterator[None]:
+    """Whatever transformers raises while it loads, as one paragraph."""
+    try:
+        with quiet_transformers():
+            yield
     except UserError:
         raise
     except Exception as error:
@@ -86,10 +97,6 @@ def _explained(config: ModelConfig, what: str) -> Iterator[None]:
         if "trust_remote_code" in detail:
             hint = "It needs code of its own; set trust_remote_code: true if you trust its authors."
         raise UserError(f"The {what} of {config.model} cannot be loaded: {type(error).__name__}: {detail} {hint}") from error
-    finally:
-        logger.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -169,8 +176,7 @@ def check_model(model: PreTrainedModel, name: str) -> None:
     alone = [model(input_ids=part[None], use_cache=False).logits[0] for part in (first, second)]
     tolerance = PACKED_TOLERANCE.get(model.dtype, 0.25) * max(1.0, float(alone[0].float().std()))
     differences = [
-        float((mine.float() - theirs.float()).abs().max())
-        for mine, theirs in zip(packed.split([9, 15]), alone, strict=True)
+        float((mine.float() - theirs.float()).abs().max()) for mine, theirs in zip(packed.split([9, 15]), alone, strict=True)
     ]
     if differences[0] > tolerance:
         raise UserError(
@@ -334,27 +340,32 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Write a model (adapters merged into their base) and its tokenizer in Hugging Face format."""
-    if hasattr(model, "get_base_model"):
-        # Merged in a copy of the adapted matrices: merging in place and undoing it would round the base weights.
-        deltas = {
-            name: module.get_delta_weight("default")  # type: ignore[operator]
-            for name, module in model.named_modules()
-            if hasattr(module, "get_delta_weight")
-        }
-        state = {}
-        for key, value in model.state_dict().items():
-            if "lora_" not in key:
-                module_name, _, _ = key.partition(".base_layer.weight")
-                if key.endswith(".base_layer.weight") and module_name in deltas:
-                    value = value + deltas[module_name].to(value.dtype)
-                state[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = value
-        model.get_base_model().save_pretrained(path, state_dict=state)  # type: ignore[operator]
-    else:
-        model.save_pretrained(path)  # type: ignore[operator]
-    tokenizer.save_pretrained(path)
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with quiet_transformers():
+        base.save_pretrained(path, **({} if base is model else {"state_dict": _merged_state(model)}))
+        tokenizer.save_pretrained(path)
+
+
+def _merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """A peft model's weights with its adapters added, under the base model's names.
+
+    Merging in place and undoing it would need no second copy, but would round the base weights a little each time.
+    """
+    deltas = {
+        name: module.get_delta_weight("default")  # type: ignore[operator]
+        for name, module in model.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    state = {}
+    for key, value in model.state_dict().items():
+        if "lora_" not in key:
+            name = key.removesuffix(".base_layer.weight")
+            if name != key and name in deltas:
+                value = value + deltas[name].to(value.dtype)
+            state[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = value
+    return state
 
 
 def snapshot_config(config: ModelConfig, path: Path) -> ModelConfig:
     """The same loading options for the weights in `path`."""
     return config.model_copy(update={"model": str(path), "revision": None})
-

@@ -216,9 +216,11 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(f"{where} is not valid JSON: {error.msg} at column {error.colno}. Mend or delete it.") from None
+                raise UserError(
+                    f"{where} is not valid JSON: {error.msg} at column {error.colno}. Mend or delete it."
+                ) from None
             if not isinstance(record, dict):
-                raise UserError(f"{where} must hold an object such as {{\"prompt\": ...}}, but it holds {line.strip()[:60]!r}.")
+                raise UserError(f'{where} must hold an object such as {{"prompt": ...}}, but it holds {line.strip()[:60]!r}.')
             yield where, record
 
 
@@ -231,7 +233,7 @@ def _json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(f"{file} must hold a list of objects; for one object a line, name it .jsonl.")
     for number, record in enumerate(records, 1):
         if not isinstance(record, dict):
-            raise UserError(f"{file}, item {number} must be an object such as {{\"prompt\": ...}}.")
+            raise UserError(f'{file}, item {number} must be an object such as {{"prompt": ...}}.')
         yield f"{file}, item {number}", record
 
 

@@ -100,8 +100,8 @@ def prepare(config: Config, command: str) -> Setup:
         context = models.context_length(model_config)
         if context is not None and longest + config.rollout.max_new_tokens > context:
             raise UserError(
-                f"The longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) together "
-                f"pass the context of {name.model if name else ''} ({context} tokens). Lower data.max_prompt_tokens or "
+                f"The longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) "
+                f"together pass the context of {name.model if name else ''} ({context} tokens). Lower data.max_prompt_tokens or "
                 "rollout.max_new_tokens."
             )
     student_config, teacher_config = model_configs[0], (model_configs[1] if len(model_configs) > 1 else None)
@@ -150,7 +150,6 @@ class Run:
             return self._result()
         schedule = self.config.schedule
         sft = self.command == "sft"
-        # The random state for whatever the model initialises itself comes from the seed, not from the process.
         student = models.load_model(self.config.student, trained=True)
         trainer = Trainer(
             self.config,
@@ -174,8 +173,7 @@ class Run:
         while not trainer.finished:
             generation = self.refresher(at.generation, at.generation)
             samples = Samples(self.store, generation)
-            with self.events.span("train", generation=generation.index):
-                self._passes(trainer, samples)
+            self._passes(trainer, samples)
             if at.passes == schedule.passes:
                 at.generation, at.passes = at.generation + 1, 0
             if not trainer.finished:
@@ -194,7 +192,10 @@ class Run:
         while at.passes < schedule.passes and not trainer.finished:
             steps = trainer.steps_of_pass(samples)
             name = f"generation {at.generation}, pass {at.passes + 1}/{schedule.passes}: train"
-            with self.display.task(name, steps - at.batch, "steps") as advance:
+            with (
+                self.events.span("train", generation=at.generation, passes=at.passes),
+                self.display.task(name, steps - at.batch, "steps") as advance,
+            ):
                 trainer.train_pass(samples, advance)
             if not trainer.finished:
                 self._evaluate(trainer)

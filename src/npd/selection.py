@@ -46,9 +46,9 @@ def delta_ifd(
 ) -> Floats:
     """IFD_teacher - IFD_student for N responses; arguments [N] are mean nats per response token."""
     with np.errstate(all="ignore"):
-        return instruction_following_difficulty(
-            teacher_nll, teacher_nll_free, ifd=ifd
-        ) - instruction_following_difficulty(student_nll, student_nll_free, ifd=ifd)
+        return instruction_following_difficulty(teacher_nll, teacher_nll_free, ifd=ifd) - instruction_following_difficulty(
+            student_nll, student_nll_free, ifd=ifd
+        )
 
 
 def bands(delta: npt.ArrayLike, lower: float, upper: float) -> npt.NDArray[np.str_]:

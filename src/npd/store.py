@@ -197,8 +197,9 @@ class Store:
         for name, expected in facts["sha256"].items():
             file = path / name
             if not file.is_file() or sha256(file) != expected:
+                why = "not what was written" if file.is_file() else "missing"
                 raise UserError(
-                    f"The snapshot {path} is damaged: {name} is {'missing' if not file.is_file() else 'not what was written'}. "
+                    f"The snapshot {path} is damaged: {name} is {why}. "
                     "Restore it from a copy, or delete the run directory and start over."
                 )
         return facts

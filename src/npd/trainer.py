@@ -389,5 +389,6 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
     except ValueError as error:
         raise UserError(f"tracking.trackers {config.tracking.trackers} cannot be used: {error}") from None
     if missing:
-        raise UserError(f"tracking.trackers names {', '.join(sorted(missing))}, whose package is not installed; pip install it.")
+        names = ", ".join(sorted(missing))
+        raise UserError(f"tracking.trackers names {names}, whose package is not installed; pip install it.")
     return accelerator

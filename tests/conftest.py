@@ -1,0 +1,95 @@
+"""Tiny models and runs that every test can afford."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from npd.demo.task import make_problems
+from npd.demo.tokenizer import build_tokenizer
+
+torch.set_num_threads(1)  # models this small lose time to a second thread
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+def save_model(path: Path, *, seed: int, hidden: int = 32, layers: int = 2, vocabulary: int = 20, tied: bool = True) -> Path:
+    """A random Llama with the demo's tokenizer; its initialisation is wide enough that its distributions are not flat."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+        tie_word_embeddings=tied,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "teacher", seed=1, layers=3)
+
+
+@pytest.fixture(scope="session")
+def student_dir(tmp_path_factory) -> Path:
+    return save_model(tmp_path_factory.mktemp("models") / "student", seed=2)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    """Twelve of the demo's problems from two sources."""
+    rows = [
+        {"prompt": p.prompt, "completion": p.completion, "answer": p.answer, "source": "ab"[i % 2]}
+        for i, p in enumerate(make_problems(12, seed=7))
+    ]
+    return write_jsonl(tmp_path_factory.mktemp("data") / "train.jsonl", rows)
+
+
+@pytest.fixture
+def make_tree(tmp_path, teacher_dir, student_dir, data_file) -> Callable[..., dict[str, Any]]:
+    """A configuration of a run that takes about a second; keyword arguments replace or add sections' keys."""
+
+    def make(run_dir: str = "run", **sections: dict[str, Any]) -> dict[str, Any]:
+        tree: dict[str, Any] = {
+            "run_dir": str(tmp_path / run_dir),
+            "student": {"model": str(student_dir)},
+            "teacher": {"model": str(teacher_dir)},
+            "data": {"train": str(data_file), "max_prompt_tokens": 32},
+            "schedule": {"generations": 2, "passes": 2},
+            "rollout": {"max_new_tokens": 12, "batch_size": 4, "part_size": 5},
+            "scoring": {"top_k": 4, "batch_tokens": 128},
+            "selection": {"rule": "none"},
+            "packing": {"length": 64},
+            "training": {"batch_tokens": 128, "learning_rate": 1e-3},
+            "checkpoint": {"every_steps": 3},
+            "tracking": {"trackers": []},
+        }
+        for name, options in sections.items():
+            tree[name] = {**tree.get(name, {}), **options}
+        return tree
+
+    return make
