@@ -11,6 +11,7 @@ import argparse
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,7 +23,7 @@ OUT = Path(__file__).parents[1] / "src/npd/demo/teacher"
 HELD_OUT_SEED = 1
 
 
-def build(hidden: int, layers: int, vocabulary: int, special: dict[str, int]) -> LlamaForCausalLM:
+def build(hidden: int, layers: int, vocabulary: int, special: dict[str, Any]) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 @torch.no_grad()
-def accuracy(model: LlamaForCausalLM, tokenizer, count: int = 512) -> float:
+def accuracy(model: Any, tokenizer: Any, count: int = 512) -> float:
     """Greedy accuracy on held-out problems."""
     problems = make_problems(count, HELD_OUT_SEED)
     batch = tokenizer([p.prompt for p in problems], return_tensors="pt", padding=True, padding_side="left")

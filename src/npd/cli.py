@@ -264,11 +264,14 @@ def entry() -> None:
         click.echo("npd needs PyTorch; install it as https://pytorch.org says.", err=True)
         sys.exit(1)
     try:
-        main(prog_name="npd")
+        main(prog_name="npd", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
     except NpdError as error:
         click.echo(f"npd: {error}", err=True)
         sys.exit(error.exit_status)
-    except KeyboardInterrupt:
+    except (click.Abort, KeyboardInterrupt):  # click makes the first of the second
         click.echo("npd: stopped. Run the same command again to go on.", err=True)
         sys.exit(1)
 

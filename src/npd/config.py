@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -131,7 +131,7 @@ class SelectionConfig(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> SelectionConfig:
-        if self.lower > self.upper:
+        if not self.lower <= self.upper:  # not a number compares with nothing
             raise ValueError(f"lower ({self.lower}) is above upper ({self.upper}): no response could be kept")
         return self
 
@@ -285,9 +285,10 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
             yield f"{prefix}{name}", field
 
 
-def section_of(field: FieldInfo) -> type[Section] | None:
-    """The section that a field holds, if it holds one (`Section` or `Section | None`)."""
-    for candidate in (field.annotation, *get_args(field.annotation)):
+def section_of(field: FieldInfo, *, items: bool = False) -> type[Section] | None:
+    """The section that a field holds, if it holds one (`Section` or `Section | None`; with `items` a list of them too)."""
+    inner = get_args(field.annotation) if items or get_origin(field.annotation) is not list else ()
+    for candidate in (field.annotation, *inner):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
     return None
@@ -380,8 +381,10 @@ def _explain(error: ValidationError, where: str) -> str:
 def _nearest(location: list[str]) -> str | None:
     model: type[BaseModel] = Config
     for part in location[:-1]:
+        if part.isdigit():  # an item of a list
+            continue
         field = model.model_fields.get(part)
-        section = section_of(field) if field else None
+        section = section_of(field, items=True) if field else None
         if section is None:
             return None
         model = section

@@ -59,8 +59,15 @@ def sparse_soft_cross_entropy(
     Raises:
         ValueError: shapes or options that do not fit together.
     """
-    T, D = hidden.shape
-    if weight.shape[1] != D or labels.shape != (T,) or topk_ids.shape != topk_logprobs.shape or len(topk_ids) != T:
+    T = len(hidden)
+    matrices = all(x.ndim == 2 for x in (hidden, weight, topk_ids))
+    if (
+        not matrices
+        or weight.shape[1] != hidden.shape[1]
+        or labels.shape != (T,)
+        or topk_ids.shape != topk_logprobs.shape
+        or len(topk_ids) != T
+    ):
         raise ValueError(
             f"shapes do not fit: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels "
             f"{tuple(labels.shape)}, topk_ids {tuple(topk_ids.shape)}, topk_logprobs {tuple(topk_logprobs.shape)}"
@@ -73,9 +80,11 @@ def sparse_soft_cross_entropy(
         raise ValueError("kd_weight is above 0 but there are no teacher log-probabilities to distil from")
     if chunk_tokens is None:
         chunk_tokens = max(16, CHUNK_ELEMENTS // weight.shape[0])
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, but it is {chunk_tokens}")
     return LossOutput(
         *_SparseSoftCrossEntropy.apply(
-            hidden, weight, labels, topk_ids.long(), topk_logprobs, kd_weight, top_k_mass, chunk_tokens
+            hidden, weight, labels.long(), topk_ids.long(), topk_logprobs, kd_weight, top_k_mass, chunk_tokens
         )
     )
 
@@ -119,26 +128,26 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
             kd += (p_teacher_CK * gap_CK).sum()
 
             mass_C = (1 - kd_weight) + kd_weight * p_teacher_CK.sum(-1, keepdim=True)
-            lse_rest_C = rest_C = None
-            if top_k_mass == "tail" and kd_weight > 0:
-                lse_rest_C = z_CV.scatter(1, ids_CK, -torch.inf).logsumexp(-1, keepdim=True)
+            rest_C = p_rest_CV = None
+            if top_k_mass == "tail":
+                z_rest_CV = z_CV.scatter(1, ids_CK, -torch.inf)
+                lse_rest_C = z_rest_CV.logsumexp(-1, keepdim=True)
                 rest_C = (1 - p_teacher_CK.sum(-1, keepdim=True)).clamp(min=0)
                 rest_C = torch.where(lse_rest_C.isinf(), 0, rest_C)  # the top-k is the whole vocabulary
                 gap_C = torch.where(rest_C > 0, rest_C.log() - (lse_rest_C - lse_C), 0)
                 kd += (rest_C * gap_C).sum()
                 mass_C = mass_C + kd_weight * rest_C
+                # The student's distribution outside the top-k, from logits: as a ratio of probabilities it would be 0 / 0
+                # where the student gives the rest less than float32 can hold.
+                p_rest_CV = z_rest_CV.sub_(torch.where(lse_rest_C.isinf(), 0, lse_rest_C)).exp_()
 
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d z = mass * softmax(z) - q, and for the tail - λ rest * softmax(z outside the top-k).
             p_CV = z_CV.sub_(lse_C).exp_()
-            if rest_C is not None and lse_rest_C is not None:
-                share_C = torch.where(rest_C > 0, kd_weight * rest_C * (lse_C - lse_rest_C).exp(), 0)
-                # Top-k entries are set, not mended afterwards: share may be large, and would cancel.
-                p_CK = p_CV.gather(1, ids_CK)
-                p_CV.mul_(mass_C - share_C).scatter_(1, ids_CK, p_CK * mass_C)
-            else:
-                p_CV.mul_(mass_C)
+            p_CV.mul_(mass_C)
+            if rest_C is not None and p_rest_CV is not None:
+                p_CV.sub_(p_rest_CV.mul_(kd_weight * rest_C))
             p_CV.scatter_add_(1, ids_CK, -kd_weight * p_teacher_CK)
             p_CV.scatter_add_(1, labels_C, torch.full_like(label_logprob_C, kd_weight - 1))
             g_CV = p_CV.to(hidden_TD.dtype)

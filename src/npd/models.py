@@ -63,22 +63,26 @@ def _source(config: ModelConfig) -> dict[str, Any]:
         if not path.is_file():
             raise UserError(f"There is no GGUF file {path}.")
         return common | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    if (path.is_absolute() or name.startswith(".") or name.count("/") != 1) and not path.is_dir():
+    # Two words with a slash may be a Hub id, unless the first is a directory here.
+    local = path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.parent.is_dir()
+    if local and not path.is_dir():
         raise UserError(f"There is no model directory {path}; give a directory, a .gguf file, or a Hub id (owner/name).")
     return common | {"pretrained_model_name_or_path": name}
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No advice and no bar for every file from transformers: npd has its own progress."""
-    logger = logging.getLogger("transformers")
-    level, bars = logger.level, transformers.utils.logging.is_progress_bar_enabled()
-    logger.setLevel(logging.ERROR)
+    """No advice and no bar for every file from transformers and its kin: npd has its own progress and errors."""
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "accelerate")]
+    levels, bars = [logger.level for logger in loggers], transformers.utils.logging.is_progress_bar_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     try:
         yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
 
@@ -131,12 +135,20 @@ def load_model(config: ModelConfig, *, trained: bool = False) -> PreTrainedModel
     source = _source(config)
     attention = "sdpa" if config.attention == "auto" else config.attention
     with _explained(config, "model"):
-        model = AutoModelForCausalLM.from_pretrained(
-            **source,
-            dtype=resolve_dtype(config, trained=trained),
-            attn_implementation=attention,
-            **({} if "gguf_file" in source else {"use_safetensors": True}),
-        )
+        loading: dict[str, Any] = source | {
+            "dtype": resolve_dtype(config, trained=trained),
+            "attn_implementation": attention,
+        }
+        if "gguf_file" not in source:
+            loading["use_safetensors"] = True
+        model: Any = AutoModelForCausalLM.from_pretrained(**loading)
+    if "gguf_file" in source and getattr(model, "hf_quantizer", None) is not None:
+        # transformers has dequantised every weight, but would still refuse to save the model as not serialisable.
+        del model.hf_quantizer
+        for owner in (model, model.config):
+            for mark in ("quantization_config", "quantization_method", "is_quantized"):
+                if mark in vars(owner):
+                    delattr(owner, mark)
     model = model.to(device()).eval()
     check_model(model, config.model)
     return model
@@ -154,8 +166,14 @@ def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> 
 
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder without its head."""
-    inner: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = base_model(model)
     return getattr(inner, inner.base_model_prefix)
+
+
+def base_model(model: nn.Module) -> Any:
+    """The transformers model inside a peft model (adapters stay in place), or the model itself."""
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped
 
 
 def head_weight(model: nn.Module) -> Tensor:
@@ -257,7 +275,7 @@ def shared_vocabulary(
 ) -> Vocabulary:
     """The ids that every model has, and the tokens that start and end a response."""
     size = min(config.get_text_config().vocab_size for config in configs)
-    eos: list[int] = [tokenizer.eos_token_id, *stop_ids]  # type: ignore[list-item]
+    eos: list[int] = [tokenizer.eos_token_id, *stop_ids]
     highest = max(tokenizer.get_vocab().values())
     if highest >= size:
         raise UserError(
@@ -265,7 +283,7 @@ def shared_vocabulary(
             "model and tokenizer do not belong together."
         )
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return Vocabulary(size, tuple(sorted(set(eos))), int(start))  # type: ignore[arg-type]
+    return Vocabulary(size, tuple(sorted(set(eos))), int(start))
 
 
 def stop_ids_of(config: ModelConfig) -> list[int]:
@@ -330,7 +348,7 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
         model,
         peft.LoraConfig(
             r=config.lora.r,
-            lora_alpha=config.lora.alpha,
+            lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes floats
             lora_dropout=config.lora.dropout,
             target_modules=config.lora.target_modules,
             task_type="CAUSAL_LM",
@@ -340,7 +358,7 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Write a model (adapters merged into their base) and its tokenizer in Hugging Face format."""
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     with quiet_transformers():
         base.save_pretrained(path, **({} if base is model else {"state_dict": _merged_state(model)}))
         tokenizer.save_pretrained(path)
@@ -351,11 +369,8 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
 
     Merging in place and undoing it would need no second copy, but would round the base weights a little each time.
     """
-    deltas = {
-        name: module.get_delta_weight("default")  # type: ignore[operator]
-        for name, module in model.named_modules()
-        if hasattr(module, "get_delta_weight")
-    }
+    modules: dict[str, Any] = dict(model.named_modules())
+    deltas = {name: m.get_delta_weight("default") for name, m in modules.items() if hasattr(m, "get_delta_weight")}
     state = {}
     for key, value in model.state_dict().items():
         if "lora_" not in key:

@@ -166,7 +166,7 @@ def _render(where: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
     except Exception as error:  # whatever the template's own code raises
         raise UserError(f"{where}: the chat template does not take these messages: {error}") from error
-    return list(rendered)  # type: ignore[arg-type]
+    return list(rendered)
 
 
 def _messages(where: str, key: str, value: Any) -> list[dict[str, str]]:
@@ -208,7 +208,7 @@ def _unknown(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -226,7 +226,7 @@ def _jsonl(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _json(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
-        records = json.loads(file.read_text(encoding="utf-8"))
+        records = json.loads(file.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}, line {error.lineno} is not valid JSON: {error.msg} at column {error.colno}.") from None
     if not isinstance(records, list):
@@ -246,7 +246,7 @@ def _parquet(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _csv(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with file.open(encoding="utf-8", newline="") as handle:
+    with file.open(encoding="utf-8-sig", newline="") as handle:
         reader = csv.DictReader(handle, strict=True)
         for record in reader:
             where = f"{file}, line {reader.line_num}"
@@ -268,7 +268,8 @@ def _hub(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         records = datasets.load_dataset(source, split=split)
     except Exception as error:
         raise UserError(
-            f"{source} is neither a file here nor a dataset on the Hub with a split {split!r}: {' '.join(str(error).split())[:300]}"
+            f"{source} is neither a file here nor a dataset on the Hub with a split {split!r}: "
+            f"{' '.join(str(error).split())[:300]}"
         ) from error
     for number, record in enumerate(records):
         yield f"{source} ({split}), row {number}", record

@@ -18,7 +18,7 @@ from npd.evaluation import Evaluator
 from npd.observe.display import Display
 from npd.observe.events import Events, seconds_by_name
 from npd.prompts import Prompts, load_prompts
-from npd.refresh import Generation, ReferenceMaker, Refresher
+from npd.refresher import Generation, ReferenceMaker, Refresher
 from npd.store import Store
 from npd.trainer import Samples, Trainer, make_accelerator
 
@@ -101,8 +101,8 @@ def prepare(config: Config, command: str) -> Setup:
         if context is not None and longest + config.rollout.max_new_tokens > context:
             raise UserError(
                 f"The longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) "
-                f"together pass the context of {name.model if name else ''} ({context} tokens). Lower data.max_prompt_tokens or "
-                "rollout.max_new_tokens."
+                f"together pass the context of {name.model if name else ''} ({context} tokens). Lower "
+                "data.max_prompt_tokens or rollout.max_new_tokens."
             )
     student_config, teacher_config = model_configs[0], (model_configs[1] if len(model_configs) > 1 else None)
     return Setup(config, command, tokenizer, vocabulary, prompts, held_out, student_config, teacher_config)
@@ -201,7 +201,7 @@ class Run:
                 self._evaluate(trainer)
 
     def _publish(self, trainer: Trainer, version: int) -> None:
-        if self.accelerator.is_main_process and version not in self.store.policies() and self.command == "distill":
+        if self.accelerator.is_main_process and self.command == "distill":
             with self.events.span("publish", version=version):
                 self.store.publish(version, trainer.save_policy, trainer.position.step, self.config.checkpoint.keep)
         self.accelerator.wait_for_everyone()
@@ -211,14 +211,16 @@ class Run:
         at = trainer.position
         passes = at.generation * self.config.schedule.passes + at.passes
         due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
-        done = any(line["step"] == at.step and "eval" in line for line in self.store.read_metrics())
-        if self.evaluator and due and not done and self.accelerator.is_main_process:
+        if self.evaluator and due and self.accelerator.is_main_process and not self._evaluated(at.step):
             with self.events.span("evaluate", step=at.step):
                 figures = self.evaluator(trainer.base)
             trainer.log({"step": at.step, "eval": True, **figures})
             shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in figures.items() if shows(key)]
             self.display.say(f"step {at.step}: {', '.join(shown)}")
         self.accelerator.wait_for_everyone()
+
+    def _evaluated(self, step: int) -> bool:
+        return any(line["step"] == step and "eval" in line for line in self.store.read_metrics())
 
     def _result(self) -> DistillResult:
         facts = self.store.check_model(self.store.student)

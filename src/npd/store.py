@@ -14,6 +14,8 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +93,15 @@ def _put(aside: Path, path: Path) -> None:
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
     if path.is_dir():
-        shutil.rmtree(path)
+        remove_directory(path)
     os.replace(aside, path)
+
+
+def remove_directory(path: Path) -> None:
+    """Rename, then delete, so that half of a directory is never taken for a whole one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    os.replace(path, aside)
+    shutil.rmtree(aside)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -143,10 +152,12 @@ class Store:
                     f"{self.path} was made by another configuration: " + "; ".join(changes) + ". Choose another run_dir, "
                     "put the options back to go on with that run, or delete the directory to start over."
                 )
-        elif self.path.exists() and any(self.path.iterdir()):
+        elif self.path.exists() and any(not fnmatch(p.name, f".{file.name}.*.tmp") for p in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run of npd; choose another run_dir.")
-        for leftover in self.path.rglob(".*.tmp"):  # of a process that was killed while writing
+        for leftover in list(self.path.rglob(".*.tmp")):  # of a process that was killed while writing
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if self.checkpoints():
+            self._tidy_checkpoints(config.checkpoint.keep)
         provenance = {"command": command, "versions": versions()}
         write_text(file, yaml.safe_dump(tree | {"provenance": provenance}, sort_keys=False, allow_unicode=True))
 
@@ -173,12 +184,17 @@ class Store:
         return sorted(int(path.name[1:]) for path in (self.path / "policy").glob("v[0-9]*") if path.is_dir())
 
     def publish(self, version: int, save: Callable[[Path], None], step: int, keep: int) -> None:
-        """Write snapshot `version` whole, point LATEST to it, and drop snapshots beyond the newest `keep`."""
-        self.save_model(self.policy(version), save, {"policy_version": version, "step": step})
-        write_text(self.path / "policy" / "LATEST", f"v{version:06d}\n")
-        for old in self.policies()[:-keep]:
+        """Write snapshot `version` whole unless it is there, point LATEST to the newest, and drop older ones than `keep`.
+
+        Called again after a crash, it does whatever of this was not done.
+        """
+        if version not in self.policies():
+            self.save_model(self.policy(version), save, {"policy_version": version, "step": step})
+        versions = self.policies()
+        write_text(self.path / "policy" / "LATEST", f"v{versions[-1]:06d}\n")
+        for old in [v for v in versions if v <= version][:-keep]:
             if old != 0:
-                shutil.rmtree(self.policy(old))
+                remove_directory(self.policy(old))
 
     def save_model(self, path: Path, save: Callable[[Path], None], facts: dict[str, Any]) -> None:
         """Write a model directory with its checksums in npd.json."""
@@ -251,7 +267,7 @@ class Store:
         parts = []
         for part in range(count):
             path = self.part(generation, part)
-            rows = self._read(path, lambda path=path: pq.read_metadata(path).num_rows)
+            rows = self._read(path, partial(pq.read_metadata, path)).num_rows
             parts.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256(path)})
         manifest = {"generation": generation, "rows": sum(p["rows"] for p in parts), "parts": parts} | facts
         write_json(self.generation(generation) / "manifest.json", manifest)
@@ -286,20 +302,29 @@ class Store:
         """Write a checkpoint; every process writes its own files aside before the main one renames them all."""
         path = self.checkpoint(step)
         aside = path.with_name(f".{path.name}.tmp")
-        with explained_full_disk(path):
-            save(aside)
-            wait()
+        try:
+            with explained_full_disk(path):
+                save(aside)
+                wait()
+                if main:
+                    _put(aside, path)
+                    self._tidy_checkpoints(keep)
+                wait()
+        finally:
             if main:
-                _put(aside, path)
-                write_text(self.path / "checkpoints" / "LATEST", f"{path.name}\n")
-                for old in self.checkpoints()[:-keep]:
-                    shutil.rmtree(self.checkpoint(old))
-            wait()
+                shutil.rmtree(aside, ignore_errors=True)
+
+    def _tidy_checkpoints(self, keep: int) -> None:
+        """Point LATEST to the newest checkpoint and drop those beyond the newest `keep`."""
+        steps = self.checkpoints()
+        write_text(self.path / "checkpoints" / "LATEST", f"{self.checkpoint(steps[-1]).name}\n")
+        for old in steps[:-keep]:
+            remove_directory(self.checkpoint(old))
 
     # -- lines
 
     def append_metrics(self, line: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with explained_full_disk(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:

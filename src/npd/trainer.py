@@ -27,11 +27,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from npd.config import Config
 from npd.errors import RunError, UserError
 from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
-from npd.models import add_lora, head_weight, hidden_states, save_model
+from npd.models import add_lora, base_model, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.display import Display
 from npd.observe.events import Events
 from npd.packing import pack, pack_tokens
-from npd.refresh import Generation
+from npd.refresher import Generation
 from npd.schedule import derive_seed, learning_rate
 from npd.selection import KEPT
 from npd.store import Store
@@ -193,7 +193,7 @@ class Trainer:
     @property
     def base(self) -> PreTrainedModel:
         """The student as transformers knows it, adapters inside."""
-        return self.student.get_base_model() if hasattr(self.student, "get_base_model") else self.student  # type: ignore
+        return base_model(self.student)
 
     def save_policy(self, path: Path) -> None:
         save_model(self.student, self.tokenizer, path)
@@ -202,7 +202,8 @@ class Trainer:
         """Write model, optimiser and place."""
 
         def save(path: Path) -> None:
-            self.accelerator.save_state(str(path), safe_serialization=True)
+            with quiet_transformers():
+                self.accelerator.save_state(str(path), safe_serialization=True)
             if self.accelerator.is_main_process:
                 (path / "npd.json").write_text(json.dumps(asdict(self.position)) + "\n")
 
@@ -382,7 +383,7 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=resolve_precision(config),
-            log_with=list(config.tracking.trackers) or None,  # type: ignore[arg-type]
+            log_with=list(config.tracking.trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(store.path), logging_dir=str(store.path / "trackers")),
         )
         missing = set(config.tracking.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}

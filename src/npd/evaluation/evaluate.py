@@ -70,7 +70,7 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: 
 def _question(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": question}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))  # type: ignore
+        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
     return list(tokenizer(question + "\n")["input_ids"])
 
 
@@ -117,7 +117,7 @@ class Evaluator:
         return TransformersRollout(
             model,
             self.vocabulary,
-            self.tokenizer.pad_token_id,  # type: ignore[arg-type]
+            self.tokenizer.pad_token_id,
             max_new_tokens=self.config.evaluation.max_new_tokens or self.config.rollout.max_new_tokens,
             temperature=temperature,
             batch_size=self.config.rollout.batch_size,
@@ -148,13 +148,14 @@ class Evaluator:
 
         Measured on the student's own samples at temperature 1, over the token ids that both models have.
         """
-        assert self.held_out is not None and self.teacher is not None
+        assert self.held_out is not None
+        assert self.teacher is not None
         prompts = self.held_out.table.slice(0, self.config.evaluation.kl_prompts)
         with self.display.task("evaluate distance to the teacher", len(prompts), "responses") as advance:
             seed = derive_seed(self.config.seed, "held-out")
             answered = self._rollout(model, temperature=1.0, samples=1)(prompts, seed, advance)
         contexts, responses = answered["prompt_ids"].to_pylist(), answered["response_ids"].to_pylist()
-        pad_id: int = self.tokenizer.pad_token_id  # type: ignore[assignment]
+        pad_id: int = self.tokenizer.pad_token_id
         student, teacher = (
             Prefill(m, self.vocabulary, pad_id, self.config.scoring.batch_tokens) for m in (model, self.teacher())
         )

@@ -36,9 +36,10 @@ def is_correct(response: str, answer: str) -> bool:
 
 def _number(text: str) -> Decimal | None:
     try:
-        return Decimal(text.strip().rstrip(".").replace(",", "").lstrip("$"))
+        number = Decimal(text.strip().rstrip(".").replace(",", "").lstrip("$"))
     except InvalidOperation:
         return None
+    return number if number.is_finite() else None  # Decimal takes words such as "infinity" and "nan"
 
 
 def _plain(text: str) -> str:

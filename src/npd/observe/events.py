@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from npd.store import explained_full_disk
+
 
 class Events:
     """Appends {name, start, end, process, ...} to events.jsonl; times in seconds since the epoch."""
@@ -28,7 +30,8 @@ class Events:
             seconds = time.perf_counter() - began
             self.totals[name] = self.totals.get(name, 0.0) + seconds
             line = {"name": name, "start": start, "end": start + seconds, "process": os.getpid(), **facts}
-            with self.path.open("a", encoding="utf-8") as file:  # one write, so that lines of two processes never mix
+            # One write, so that lines of two processes never mix.
+            with explained_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
 from npd.models import Vocabulary
@@ -25,7 +25,7 @@ class TransformersRollout:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         vocabulary: Vocabulary,
         pad_id: int,
         *,

@@ -20,7 +20,7 @@ from npd.models import Vocabulary, head_weight, hidden_states
 from npd.packing import Packed, pack, pack_tokens
 
 # A row costs attention over its whole length, so rows are no longer than the longest sample asks for, and this much.
-ROW_TOKENS = 512
+ROW_TOKENS = 256
 
 
 class Reading(NamedTuple):

@@ -56,7 +56,7 @@ class Refresher:
         wait: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.store, self.prompts, self.vocabulary = config, store, prompts, vocabulary
-        self.pad_id: int = tokenizer.pad_token_id  # type: ignore[assignment]
+        self.pad_id: int = tokenizer.pad_token_id
         self.display, self.events = display, events
         self.rank, self.world, self.wait = rank, world, wait
 
@@ -188,11 +188,11 @@ class Refresher:
     def _show(self, generation: int, facts: dict[str, Any]) -> None:
         summary = facts["selection"]
         names = sorted({v for s in summary["sources"].values() for v in s["verdicts"]})
-        rows = [
-            [label or "(none)", str(s["rows"]), *(str(s["verdicts"].get(name, 0)) for name in names)]
-            + [" ".join(f"{q:.3f}" for q in s["delta_ifd_quantiles"].values()) or "-"]
-            for label, s in [("all", summary), *(summary["sources"].items() if len(summary["sources"]) > 1 else ())]
-        ]
+        rows = []
+        for label, s in [("all", summary), *(summary["sources"].items() if len(summary["sources"]) > 1 else ())]:
+            quantiles = " ".join(f"{q:.2f}" for q in s["delta_ifd_quantiles"].values()) or "-"
+            counts = [str(s["verdicts"].get(name, 0)) for name in names]
+            rows.append([label or "(none)", str(s["rows"]), *counts, quantiles])
         title = (
             f"Generation {generation}: {facts['response_tokens']:,} response tokens, "
             f"{facts['length_stops']} stopped by length"

