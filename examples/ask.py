@@ -1,11 +1,12 @@
 """Ask a finished student a few questions, with transformers alone.
 
-    python examples/ask.py DIRECTORY [QUESTION ...]
+python examples/ask.py DIRECTORY [QUESTION ...]
 """
 
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,8 +15,8 @@ QUESTIONS = ("What is the capital of France?", "Write one sentence about the sea
 
 def main() -> None:
     path, *questions = sys.argv[1:]
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    model = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer: Any = AutoTokenizer.from_pretrained(path)
+    model: Any = AutoModelForCausalLM.from_pretrained(path)
     for question in questions or QUESTIONS:
         batch = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True

@@ -1,6 +1,6 @@
 """Write the prompts of examples/smollm2.yaml: instructions that ship beside this file, and reasoning-gym problems.
 
-    python examples/smollm2_prompts.py [--out runs/smollm2-data] [--problems 48]
+python examples/smollm2_prompts.py [--out runs/smollm2-data] [--problems 48]
 """
 
 from __future__ import annotations

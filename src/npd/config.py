@@ -154,7 +154,7 @@ class TrainingConfig(Section):
     """Tokens (prompt and response) per optimiser step, over all processes; rounded down to whole rows."""
     micro_batch_rows: int = Field(default=1, ge=1)
     """Rows in one forward pass; the rest of a step is accumulated. Changes speed and memory, not the mathematics."""
-    learning_rate: float = Field(default=1.0e-5, gt=0)
+    learning_rate: float = Field(default=1.0e-5, gt=0, allow_inf_nan=False)
     """Peak rate (paper)."""
     final_learning_rate: float = Field(default=1.0e-6, ge=0)
     """Rate at the end of the cosine (paper)."""
@@ -362,9 +362,12 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, where: str) -> str:
-    lines = []
+    lines: list[str] = []
+    values: dict[str, list[str]] = {}
     for item in error.errors():
-        location = [str(part) for part in item["loc"]]
+        # pydantic names the branch of a union as a last part, such as "int" or "literal['all']".
+        location = [str(part) for part in item["loc"] if str(part).isidentifier() and part not in ("int", "str")]
+        location = [str(part) for part in item["loc"] if isinstance(part, int) or str(part) in location]
         name = ".".join(location) or "the options together"
         if item["type"] == "extra_forbidden":
             near = _nearest(location)
@@ -374,7 +377,10 @@ def _explain(error: ValidationError, where: str) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if isinstance(item["input"], dict | BaseModel) else f", but it is {item['input']!r}"
-            lines.append(f"{name}: {message[0].lower()}{message[1:]}{given}")
+            values.setdefault(f"{name}{given}", []).append(f"{message[0].lower()}{message[1:]}")
+    for key, messages in values.items():
+        name, _, given = key.partition(", but ")
+        lines.append(f"{name}: {' or '.join(messages)}" + (f", but {given}" if given else ""))
     return f"{where} is not a valid configuration: " + "; ".join(lines) + "."
 
 

@@ -333,7 +333,7 @@ def cut_student(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
     for key, value in config.to_dict().items():  # per-layer options, such as layer_types
-        if isinstance(value, list) and len(value) == total and hasattr(config, key):
+        if isinstance(value, list) and len(value) == total and hasattr(config, key) and not key.endswith("token_id"):
             setattr(config, key, [value[i] for i in keep])
     config.num_hidden_layers = len(keep)
     return model

@@ -139,16 +139,7 @@ def _row(where: str, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
             )
         text = "".join(message["content"] for message in prompt)
         ids = _render(where, tokenizer, prompt)
-    completion_ids = None
-    if completion is not None:
-        if isinstance(completion, str):
-            completion_text = completion
-        else:
-            turns = _messages(where, "completion", completion)
-            if [turn["role"] for turn in turns] != ["assistant"]:
-                raise UserError(f"{where}: `completion` must be one assistant message, or a string.")
-            completion_text = turns[0]["content"]
-        completion_ids = [*tokenizer(completion_text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    completion_ids = None if completion is None else _completion(where, tokenizer, prompt, ids, completion)
     answer = record.get("answer")
     return {
         # The id follows from what the model reads, so it survives reordering the file.
@@ -161,9 +152,31 @@ def _row(where: str, record: dict[str, Any], tokenizer: PreTrainedTokenizerBase)
     }
 
 
-def _render(where: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def _completion(
+    where: str, tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict[str, str]], prompt_ids: list[int], completion: Any
+) -> list[int]:
+    """A reference response as the model would have to write it, its stop token included."""
+    if not isinstance(completion, str):
+        turns = _messages(where, "completion", completion)
+        if [turn["role"] for turn in turns] != ["assistant"]:
+            raise UserError(f"{where}: `completion` must be one assistant message, or a string.")
+        completion = turns[0]["content"]
+    if not isinstance(prompt, str):
+        # The chat template knows which token ends a turn; what it puts behind that (a line break) is not the model's.
+        turn = {"role": "assistant", "content": completion}
+        whole = _render(where, tokenizer, [*prompt, turn], generation_prompt=False)
+        ids = whole[len(prompt_ids) :]
+        ends = [i for i, token in enumerate(ids) if token in tokenizer.all_special_ids]
+        if whole[: len(prompt_ids)] == prompt_ids and ends:
+            return ids[: ends[-1] + 1]
+    return [*tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+
+
+def _render(
+    where: str, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, generation_prompt: bool = True
+) -> list[int]:
     try:
-        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=generation_prompt, return_dict=False)
     except Exception as error:  # whatever the template's own code raises
         raise UserError(f"{where}: the chat template does not take these messages: {error}") from error
     return list(rendered)

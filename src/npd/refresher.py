@@ -186,6 +186,8 @@ class Refresher:
         self._show(generation, facts)
 
     def _show(self, generation: int, facts: dict[str, Any]) -> None:
+        if self.display.busy:  # one of many short generations
+            return
         summary = facts["selection"]
         names = sorted({v for s in summary["sources"].values() for v in s["verdicts"]})
         rows = []

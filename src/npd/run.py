@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,12 @@ from npd.evaluation import Evaluator
 from npd.observe.display import Display
 from npd.observe.events import Events, seconds_by_name
 from npd.prompts import Prompts, load_prompts
-from npd.refresher import Generation, ReferenceMaker, Refresher
+from npd.refresher import REFERENCE, Generation, ReferenceMaker, Refresher
 from npd.store import Store
 from npd.trainer import Samples, Trainer, make_accelerator
+
+# Runs with more passes in all show one bar, not tables and bars for each.
+MANY_PASSES = 100
 
 AnyConfig = Config | Mapping[str, Any] | str | Path
 
@@ -157,7 +161,6 @@ class Run:
             self.accelerator,
             student,
             self.setup.tokenizer,
-            self.display,
             self.events,
             kd_weight=0.0 if sft else self.config.loss.kd_weight,
             generations=1 if sft else schedule.generations,
@@ -170,14 +173,15 @@ class Run:
         at = trainer.position
         self._publish(trainer, 0)
         self._evaluate(trainer)
-        while not trainer.finished:
-            generation = self.refresher(at.generation, at.generation)
-            samples = Samples(self.store, generation)
-            self._passes(trainer, samples)
-            if at.passes == schedule.passes:
-                at.generation, at.passes = at.generation + 1, 0
-            if not trainer.finished:
-                self._publish(trainer, at.generation)
+        with self._overall_progress(trainer) as advance:
+            while not trainer.finished:
+                generation = self.refresher(at.generation, REFERENCE if sft else at.generation)
+                samples = Samples(self.store, generation)
+                self._passes(trainer, samples, advance)
+                if at.passes == schedule.passes:
+                    at.generation, at.passes = at.generation + 1, 0
+                if not trainer.finished:
+                    self._publish(trainer, at.generation)
         self._evaluate(trainer, last=True)
         if self.accelerator.is_main_process:
             with self.events.span("save"):
@@ -187,7 +191,24 @@ class Run:
         self.accelerator.end_training()
         return self._result()
 
-    def _passes(self, trainer: Trainer, samples: Samples) -> None:
+    @contextmanager
+    def _overall_progress(self, trainer: Trainer) -> Iterator[Callable[[], None]]:
+        """One bar for a run of many short generations, such as strict on-policy; each shows its own otherwise."""
+        if trainer.generations * self.config.schedule.passes <= MANY_PASSES:
+            yield lambda: None
+            return
+        with self.display.task(self.command, 100, "%") as show:
+            done = 0.0
+
+            def advance() -> None:
+                nonlocal done
+                share = 100 * trainer.progress(0.0)
+                show(share - done, note=f"step {trainer.position.step}, generation {trainer.position.generation}")
+                done = share
+
+            yield advance
+
+    def _passes(self, trainer: Trainer, samples: Samples, advance_run: Callable[[], None]) -> None:
         at, schedule = trainer.position, self.config.schedule
         while at.passes < schedule.passes and not trainer.finished:
             steps = trainer.steps_of_pass(samples)
@@ -197,6 +218,7 @@ class Run:
                 self.display.task(name, steps - at.batch, "steps") as advance,
             ):
                 trainer.train_pass(samples, advance)
+            advance_run()
             if not trainer.finished:
                 self._evaluate(trainer)
 

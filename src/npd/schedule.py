@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 
 import numpy as np
@@ -11,8 +12,8 @@ from npd.config import ScheduleConfig, TrainingConfig
 
 def derive_seed(seed: int, *path: int | str) -> int:
     """A seed for one purpose, such as ("rollout", version, part), from the run's seed."""
-    words = [seed, *(sum(ord(c) << 8 * (i % 4) for i, c in enumerate(p)) if isinstance(p, str) else p for p in path)]
-    return int(np.random.SeedSequence([word & 0xFFFFFFFF for word in words]).generate_state(1, np.uint64)[0] >> 1)
+    digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
 
 
 def prompts_of_generation(count: int, generation: int, schedule: ScheduleConfig, seed: int) -> list[int]:

@@ -49,6 +49,8 @@ SCHEMA = pa.schema(
     ]
 )
 
+MANIFEST_KEYS = {"generation", "rows", "parts", "policy_version", "selection"}
+
 PACKAGES = ("npd", "torch", "transformers", "accelerate", "peft", "pyarrow", "tokenizers")
 
 
@@ -142,7 +144,7 @@ class Store:
         file = self.path / "config.yaml"
         tree = config_tree(config)
         if file.exists():
-            old = self._read(file, lambda: yaml.safe_load(file.read_text(encoding="utf-8")))
+            old = self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
             theirs = old.pop("provenance", {}).get("command")
             if theirs != command:
                 raise UserError(f"{self.path} holds a run of `npd {theirs}`; choose another run_dir for `npd {command}`.")
@@ -165,14 +167,18 @@ class Store:
     def finished(self) -> bool:
         return (self.student / "npd.json").exists()
 
-    def _read(self, path: Path, read: Callable[[], Any]) -> Any:
+    def _read(self, path: Path, read: Callable[[], Any], remedy: str = "Restore it or start over in another run_dir.") -> Any:
         try:
             return read()
         except Exception as error:
             raise UserError(
-                f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Restore it or start over "
-                "in another run_dir."
+                f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). {remedy}"
             ) from error
+
+    def _point_latest(self, newest: Path) -> None:
+        pointer = newest.with_name("LATEST")
+        if not pointer.exists() or pointer.read_text() != f"{newest.name}\n":
+            write_text(pointer, f"{newest.name}\n")
 
     # -- policy snapshots
 
@@ -191,7 +197,7 @@ class Store:
         if version not in self.policies():
             self.save_model(self.policy(version), save, {"policy_version": version, "step": step})
         versions = self.policies()
-        write_text(self.path / "policy" / "LATEST", f"v{versions[-1]:06d}\n")
+        self._point_latest(self.policy(versions[-1]))
         for old in [v for v in versions if v <= version][:-keep]:
             if old != 0:
                 remove_directory(self.policy(old))
@@ -231,7 +237,15 @@ class Store:
     def manifest(self, generation: int) -> dict[str, Any] | None:
         """The manifest of a finished generation, or None."""
         path = self.generation(generation) / "manifest.json"
-        return self._read(path, lambda: json.loads(path.read_text())) if path.exists() else None
+
+        def read() -> dict[str, Any]:
+            manifest: dict[str, Any] = json.loads(path.read_text())
+            if not manifest.keys() >= MANIFEST_KEYS:
+                raise ValueError(f"it lacks {', '.join(sorted(MANIFEST_KEYS - manifest.keys()))}")
+            return manifest
+
+        remedy = "Delete it and run the same command again: it will be made again from the parts."
+        return self._read(path, read, remedy) if path.exists() else None
 
     def missing_parts(self, generation: int, count: int) -> list[int]:
         return [part for part in range(count) if not self.part(generation, part).exists()]
@@ -317,7 +331,7 @@ class Store:
     def _tidy_checkpoints(self, keep: int) -> None:
         """Point LATEST to the newest checkpoint and drop those beyond the newest `keep`."""
         steps = self.checkpoints()
-        write_text(self.path / "checkpoints" / "LATEST", f"{self.checkpoint(steps[-1]).name}\n")
+        self._point_latest(self.checkpoint(steps[-1]))
         for old in steps[:-keep]:
             remove_directory(self.checkpoint(old))
 

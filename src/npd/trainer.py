@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,10 +29,9 @@ from npd.config import Config
 from npd.errors import RunError, UserError
 from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import add_lora, base_model, head_weight, hidden_states, quiet_transformers, save_model
-from npd.observe.display import Display
 from npd.observe.events import Events
 from npd.packing import pack, pack_tokens
-from npd.refresher import Generation
+from npd.refresher import REFERENCE, Generation
 from npd.schedule import derive_seed, learning_rate
 from npd.selection import KEPT
 from npd.store import Store
@@ -47,6 +47,8 @@ class Samples:
         for part in range(len(generation.manifest["parts"])):
             table = store.read_part(generation.index, part, COLUMNS)
             tables.append(table.filter(pc.is_in(table["verdict"], pa.array(KEPT))))
+        self.by_student = generation.policy_version != REFERENCE
+        """Did a snapshot of the student write them?"""
         table = pa.concat_tables(tables).combine_chunks()
         self.ids: list[str] = table["sample_id"].to_pylist()
         self.prompts, self.responses, self.behavior, self.topk_ids, self.topk_logprobs = (
@@ -161,14 +163,13 @@ class Trainer:
         accelerator: Accelerator,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        display: Display,
         events: Events,
         *,
         kd_weight: float,
         generations: int,
     ) -> None:
         self.config, self.store, self.tokenizer = config, store, tokenizer
-        self.display, self.events, self.generations = display, events, generations
+        self.events, self.generations = events, generations
         self.kd_weight = kd_weight
         self.position = Position()
         torch.manual_seed(derive_seed(config.seed, "adapters"))
@@ -260,13 +261,16 @@ class Trainer:
     def train_pass(self, samples: Samples, advance: Any) -> None:
         """Train from the current place to the end of the current pass, or of the run."""
         at, steps = self.position, self._plan(samples)
-        while at.batch < len(steps):
+        while True:
             self._step(samples, steps, advance)
             if self.finished and at.generation < self.generations:
                 return
-            if at.step % self.config.checkpoint.every_steps == 0 and at.batch < len(steps):
+            if at.batch == len(steps):
+                at.passes, at.batch = at.passes + 1, 0
+            if at.step % self.config.checkpoint.every_steps == 0:
                 self.save_checkpoint()
-        at.passes, at.batch = at.passes + 1, 0
+            if at.batch == 0:
+                return
 
     def _plan(self, samples: Samples) -> list[list[list[int]]]:
         seed = derive_seed(self.config.seed, "pass", self.position.generation, self.position.passes)
@@ -360,9 +364,9 @@ class Trainer:
             topk_ids.to(to),
             topk_logprobs.to(to),
         )
-        behavior = samples.behavior.take(packed.samples, np.float32)
-        if len(behavior) != len(packed.labels):  # references: no student wrote them
+        if not samples.by_student:
             return out, 0.0, 0
+        behavior = samples.behavior.take(packed.samples, np.float32)
         kl = near_policy_kl(out.label_logprobs.detach().cpu(), torch.from_numpy(behavior)).sum().item()
         return out, kl, len(behavior)
 
@@ -380,6 +384,7 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
     Raises:
         UserError: a tracker that accelerate does not know or whose package is missing.
     """
+    AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     try:
         accelerator = Accelerator(
             mixed_precision=resolve_precision(config),

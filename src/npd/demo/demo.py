@@ -21,8 +21,8 @@ from npd.schedule import derive_seed
 from npd.store import Store, writing
 
 TEACHER = "package:npd/demo/teacher"
-REFERENCES, PROMPTS, HELD_OUT = 1200, 1440, 1000
-WARM_UP_STEPS = 280
+REFERENCES, PROMPTS, HELD_OUT = 1200, 1200, 1000
+WARM_UP_STEPS = 260
 HIDDEN, LAYERS = 96, 3
 
 

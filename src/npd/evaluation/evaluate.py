@@ -160,8 +160,10 @@ class Evaluator:
             Prefill(m, self.vocabulary, pad_id, self.config.scoring.batch_tokens) for m in (model, self.teacher())
         )
         size, kl, agreed, tokens = self.vocabulary.size, 0.0, 0, 0
+        # Chunks follow from the vocabulary, which the two may pad differently; here they must agree.
+        chunk = min(student.chunk_tokens, teacher.chunk_tokens)
         for packed in student.batches(contexts, responses):
-            ours, theirs = (prefill.logits(prefill.hidden(packed)) for prefill in (student, teacher))
+            ours, theirs = (prefill.logits(prefill.hidden(packed), chunk) for prefill in (student, teacher))
             for (_, a_CV), (_, b_CV) in zip(ours, theirs, strict=True):
                 log_s, log_t = a_CV[:, :size].log_softmax(-1), b_CV[:, :size].log_softmax(-1)
                 kl += float((log_t.exp() * (log_t - log_s)).sum())

@@ -10,7 +10,7 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 _MARKED = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
     re.compile(r"\\boxed\{([^{}]*)\}"),
-    re.compile(r"#+\s*([^\n#]+)"),
+    re.compile(r"(?:#{4}\s*|#(?=[^\s#]))([^\n#]+)"),  # GSM8K's mark and the demo's, but no Markdown heading
     re.compile(r"answer(?:\s+is)?\s*[:=]?\s*\**([^\n*]+)", re.IGNORECASE),
 )
 

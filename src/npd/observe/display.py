@@ -21,6 +21,8 @@ class Display:
 
     def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
         self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=False)
+        self.busy = False
+        """Is a task being shown? Tasks inside it are not."""
 
     def say(self, text: str) -> None:
         self.console.print(escape(text))
@@ -37,30 +39,43 @@ class Display:
     @contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Advance]:
         """A task of `total` steps; call the result as advance(steps=1, note="")."""
-        if self.console.is_terminal and not self.console.quiet:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=20),
-                TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-            )
-            with Progress(*columns, console=self.console, transient=True) as progress:
-                task = progress.add_task(escape(name), total=total, unit=unit, note="")
+        if self.busy or self.console.quiet:
+            yield lambda steps=1, note="": None
+            return
+        self.busy = True
+        try:
+            with self._bar(name, total, unit) if self.console.is_terminal else self._lines(name, total, unit) as advance:
+                yield advance
+        finally:
+            self.busy = False
 
-                def show(steps: int = 1, note: str = "") -> None:
-                    progress.update(task, advance=steps, note=escape(note))
+    @contextmanager
+    def _bar(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            task = progress.add_task(escape(name), total=total, unit=unit, note="")
 
-                yield show
-        else:
-            done, last = 0, time.monotonic()
+            def advance(steps: float = 1, note: str = "") -> None:
+                progress.update(task, advance=steps, note=escape(note))
 
-            def line(steps: int = 1, note: str = "") -> None:
-                nonlocal done, last
-                done += steps
-                if time.monotonic() - last >= PLAIN_SECONDS:
-                    last = time.monotonic()
-                    self.say(f"{name}: {done}/{total} {unit} {note}".rstrip())
+            yield advance
 
-            yield line
+    @contextmanager
+    def _lines(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        done, last = 0.0, time.monotonic()
+
+        def advance(steps: float = 1, note: str = "") -> None:
+            nonlocal done, last
+            done += steps
+            if time.monotonic() - last >= PLAIN_SECONDS:
+                last = time.monotonic()
+                self.say(f"{name}: {done:.0f}/{total} {unit} {note}".rstrip())
+
+        yield advance

@@ -58,6 +58,11 @@ class Prefill:
             rows = pack([sizes[i] for i in taken], length)
             yield pack_tokens(contexts, responses, [[taken[i] for i in row] for row in rows], length, self.pad_id)
 
+    @property
+    def chunk_tokens(self) -> int:
+        """Positions whose logits exist at once."""
+        return max(16, CHUNK_ELEMENTS // len(head_weight(self.model)))
+
     @torch.no_grad()
     def hidden(self, packed: Packed) -> Tensor:
         """[T, D] hidden states that predict the packed responses."""
@@ -66,10 +71,10 @@ class Prefill:
         return hidden_RLD.flatten(0, 1)[packed.predictors.to(device)]
 
     @torch.no_grad()
-    def logits(self, hidden_TD: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    def logits(self, hidden_TD: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Float32 logits [C, V] of a chunk of positions at a time."""
         weight_VD = head_weight(self.model)
-        chunk = max(16, CHUNK_ELEMENTS // len(weight_VD))
+        chunk = chunk or self.chunk_tokens
         for start in range(0, len(hidden_TD), chunk):
             rows = slice(start, min(start + chunk, len(hidden_TD)))
             yield rows, (hidden_TD[rows] @ weight_VD.T).float()

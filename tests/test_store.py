@@ -1,0 +1,471 @@
+"""The run directory: whole files or none, and damage that is noticed and explained."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import npd
+import npd.store
+from npd.config import load_config
+from npd.observe.events import Events
+from npd.store import SCHEMA, Store, write_json, write_text, writing
+from npd.trainer import Trainer
+
+# -- parts
+
+
+int32s = st.integers(-(2**31), 2**31 - 1)
+floats = st.floats(width=32, allow_nan=False)
+CELLS = {
+    pa.string(): st.text(max_size=8),
+    pa.int32(): int32s,
+    pa.float32(): floats,
+    pa.list_(pa.int32()): st.lists(int32s, max_size=6),
+    pa.list_(pa.float32()): st.lists(floats, max_size=6),
+}
+ROWS = st.lists(
+    st.fixed_dictionaries({field.name: st.none() | CELLS[field.type] for field in SCHEMA}), min_size=1, max_size=5
+)
+
+
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(rows=ROWS, part=st.integers(0, 99_999), generation=st.integers(0, 999))
+def test_parts_read_back_as_written(tmp_path, rows, part, generation):
+    store = Store(tmp_path)
+    store.write_part(generation, part, pa.Table.from_pylist(rows, schema=SCHEMA))
+    table = store.read_part(generation, part)
+    assert table.schema.equals(SCHEMA)
+    assert table.to_pylist() == rows
+    assert store.read_part(generation, part, ["source", "topk_ids"]).to_pylist() == [
+        {"source": row["source"], "topk_ids": row["topk_ids"]} for row in rows
+    ]
+
+
+def some_table(rows: int = 6) -> pa.Table:
+    rng = np.random.default_rng(rows)
+    return pa.table(
+        {
+            "topk_ids": pa.array([rng.integers(0, 99, 40).tolist() for _ in range(rows)], pa.list_(pa.int64())),
+            "behavior_logprobs": pa.array([rng.normal(size=10).tolist() for _ in range(rows)], pa.list_(pa.float64())),
+            "sample_id": pa.array([f"s{i}" for i in range(rows)]),
+            "foreign": pa.array(range(rows)),
+        }
+    )
+
+
+def test_a_part_has_the_contracts_columns_whatever_the_stages_added(tmp_path):
+    store = Store(tmp_path)
+    store.write_part(0, 0, some_table())
+    table = pq.read_table(store.part(0, 0))
+    assert table.schema.equals(SCHEMA)
+    assert table["topk_ids"].to_pylist() == some_table()["topk_ids"].to_pylist()
+    assert table["teacher_nll"].null_count == 6
+
+
+def test_the_same_table_gives_the_same_bytes(tmp_path):
+    store = Store(tmp_path)
+    for part in (0, 1):
+        store.write_part(0, part, some_table())
+    assert store.part(0, 0).read_bytes() == store.part(0, 1).read_bytes()
+
+
+# -- whole or not at all
+
+
+def files_in(path: Path) -> set[str]:
+    return {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()}
+
+
+class Stop(BaseException):
+    """Neither an error nor an exit: what nobody catches."""
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), Stop(), KeyboardInterrupt()])
+def test_an_exception_while_writing_leaves_nothing(tmp_path, error):
+    target = tmp_path / "sub" / "file.txt"
+
+    def half_a_file() -> None:
+        with writing(target) as aside:
+            aside.write_text("half")
+            assert not target.exists()
+            raise error
+
+    def half_a_directory() -> None:
+        with writing(tmp_path / "folder") as aside:
+            aside.mkdir()
+            (aside / "one").write_text("half")
+            raise error
+
+    for write in (half_a_file, half_a_directory):
+        with pytest.raises(type(error)):
+            write()
+    assert files_in(tmp_path) == set()
+    assert list(tmp_path.glob("*")) == [tmp_path / "sub"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file.txt"
+    write_text(target, "old")
+
+    def fail() -> None:
+        with writing(target) as aside:
+            aside.write_text("new, half")
+            raise Stop
+
+    with pytest.raises(Stop):
+        fail()
+    assert target.read_text() == "old"
+    write_text(target, "new")
+    assert target.read_text() == "new"
+    assert files_in(tmp_path) == {"file.txt"}
+
+
+def test_what_is_written_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
+    calls = []
+
+    def noted(name: str) -> None:
+        real = getattr(os, name)
+
+        def call(*args):
+            calls.append(name)
+            return real(*args)
+
+        monkeypatch.setattr(os, name, call)
+
+    noted("fsync")
+    noted("replace")
+    with writing(tmp_path / "model") as aside:
+        aside.mkdir()
+        (aside / "a").write_text("a")
+        (aside / "b").write_text("b")
+    assert calls == ["fsync", "fsync", "replace"]
+
+
+def test_a_directory_is_replaced_as_a_whole(tmp_path):
+    for names in (("a", "b"), ("c",)):
+        with writing(tmp_path / "model") as aside:
+            aside.mkdir()
+            for name in names:
+                (aside / name).write_text(name)
+    assert files_in(tmp_path) == {"model/c"}
+
+
+# -- opening
+
+
+def test_leftovers_of_a_killed_writer_are_removed(tmp_path, make_tree):
+    tree = make_tree()
+    store = Store(tree["run_dir"])
+    store.open(load_config(tree), "distill")
+    for name in (".metrics.jsonl.123.tmp", "generations/g000/.part-00000.parquet.9.tmp"):
+        (store.path / name).parent.mkdir(parents=True, exist_ok=True)
+        (store.path / name).write_text("half")
+    for name in ("policy/.v000001.7.tmp", "checkpoints/.step-000003.tmp", "policy/.v000000.7.old.tmp"):
+        (store.path / name).mkdir(parents=True)
+        (store.path / name / "model.safetensors").write_text("half")
+    store.open(load_config(tree), "distill")
+    assert files_in(store.path) == {"config.yaml"}
+    assert store.policies() == store.checkpoints() == []
+
+
+def test_a_writer_killed_before_its_first_file_does_not_block_the_directory(make_tree):
+    tree = make_tree()
+    run_dir = Path(tree["run_dir"])
+    run_dir.mkdir()
+    (run_dir / ".config.yaml.123.tmp").write_text("run_d")
+    Store(run_dir).open(load_config(tree), "distill")
+    assert files_in(run_dir) == {"config.yaml"}
+
+
+def test_a_foreign_directory_is_refused_and_untouched(make_tree):
+    tree = make_tree()
+    run_dir = Path(tree["run_dir"])
+    run_dir.mkdir()
+    (run_dir / "thesis.tex").write_text("years of work")
+    with pytest.raises(npd.UserError, match="is not empty and holds no run of npd; choose another run_dir"):
+        npd.distill(tree)
+    assert files_in(run_dir) == {"thesis.tex"}
+
+
+def test_another_configuration_is_refused_with_the_keys_that_differ(make_tree):
+    store = Store(make_tree()["run_dir"])
+    store.open(load_config(make_tree()), "distill")
+    was = (store.path / "config.yaml").read_text()
+    changed = make_tree(loss={"kd_weight": 0.5}, rollout={"temperature": 0.7}) | {"seed": 9}
+    with pytest.raises(npd.UserError) as caught:
+        store.open(load_config(changed), "distill")
+    text = str(caught.value)
+    assert "made by another configuration" in text
+    for line in ("loss.kd_weight: 0.9 -> 0.5", "rollout.temperature: 1.0 -> 0.7", "seed: 0 -> 9"):
+        assert line in text
+    assert text.count("->") == 3
+    assert "Choose another run_dir" in text
+    with pytest.raises(npd.UserError, match="holds a run of `npd distill`; choose another run_dir for `npd sft`"):
+        store.open(load_config(make_tree()), "sft")
+    assert (store.path / "config.yaml").read_text() == was
+    # Where a run lies, how often it saves and who watches are free.
+    store.open(load_config(make_tree(checkpoint={"every_steps": 77}, training={"micro_batch_rows": 4})), "distill")
+
+
+@pytest.mark.parametrize("text", ["{", "just words", "- a\n- list\n", ""])
+def test_a_damaged_config_is_explained(make_tree, text):
+    store = Store(make_tree()["run_dir"])
+    store.open(load_config(make_tree()), "distill")
+    (store.path / "config.yaml").write_text(text)
+    with pytest.raises(npd.UserError, match=r"config\.yaml is damaged"):
+        store.open(load_config(make_tree()), "distill")
+
+
+# -- snapshots and checkpoints
+
+
+def save_stub(path: Path) -> None:
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(b"weights" * 9)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_pruning_keeps_the_first_snapshot_and_the_newest(tmp_path, keep):
+    store = Store(tmp_path)
+    for version in range(6):
+        store.publish(version, save_stub, step=version, keep=keep)
+        assert (tmp_path / "policy/LATEST").read_text() == f"v{version:06d}\n"
+        assert store.policies() == sorted({0, *range(max(0, version - keep + 1), version + 1)})
+    assert store.check_model(store.policy(5))["policy_version"] == 5
+
+
+def test_publishing_again_finishes_what_a_crash_left(tmp_path):
+    store = Store(tmp_path)
+    for version in range(3):
+        store.publish(version, save_stub, step=version, keep=9)
+    (tmp_path / "policy/LATEST").write_text("v000001\n")  # killed after the rename of v2
+
+    def never(path: Path) -> None:
+        raise AssertionError("a finished snapshot is never made twice")
+
+    store.publish(2, never, step=2, keep=1)
+    assert (tmp_path / "policy/LATEST").read_text() == "v000002\n"
+    assert store.policies() == [0, 2]
+    store.publish(1, save_stub, step=1, keep=1)  # trained again from an older checkpoint
+    assert (tmp_path / "policy/LATEST").read_text() == "v000002\n"
+
+
+def save_checkpoint(store: Store, step: int, keep: int) -> None:
+    store.save_checkpoint(step, save_stub, keep, main=True, wait=lambda: None)
+
+
+def test_checkpoints_keep_the_newest(tmp_path):
+    store = Store(tmp_path)
+    for step in (3, 6, 9, 12):
+        save_checkpoint(store, step, keep=2)
+    assert store.checkpoints() == [9, 12]
+    assert (tmp_path / "checkpoints/LATEST").read_text() == "step-000012\n"
+
+
+def damage(path: Path, at: float = 0.5) -> None:
+    content = bytearray(path.read_bytes())
+    content[int(at * (len(content) - 1))] ^= 0xFF
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_a_damaged_snapshot_is_named(make_tree, how):
+    tree = make_tree()
+    npd.refresh(tree)
+    weights = Path(tree["run_dir"]) / "policy/v000000/model.safetensors"
+    if how == "flip":
+        damage(weights)
+    elif how == "cut":
+        weights.write_bytes(weights.read_bytes()[:100])
+    else:
+        weights.unlink()
+    with pytest.raises(
+        npd.UserError, match=r"snapshot .*v000000 is damaged: model.safetensors is (not what|missing)"
+    ) as caught:
+        npd.refresh(tree)  # the second generation would be sampled from it
+    assert "Restore it" in str(caught.value)
+
+
+def stop_at_step(monkeypatch, stop: int):
+    real = Trainer._step
+
+    def step(self, *args):
+        if self.position.step == stop:
+            raise Stop
+        real(self, *args)
+
+    monkeypatch.setattr(Trainer, "_step", step)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "npd.json"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(make_tree, monkeypatch, name):
+    whole = npd.distill(make_tree("whole", checkpoint={"every_steps": 1}))
+    tree = make_tree(checkpoint={"every_steps": 1})
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 4)
+        with pytest.raises(Stop):
+            npd.distill(tree)
+    store = Store(tree["run_dir"])
+    newest = store.checkpoint(store.checkpoints()[-1])
+    assert len(store.checkpoints()) == 2
+    file = newest / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(npd.UserError, match=rf"checkpoint .*{newest.name} is damaged.*Delete it and run the same command"):
+        npd.distill(tree)
+    shutil.rmtree(newest)
+    again = npd.distill(tree)
+    assert (again.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
+
+
+# -- damaged generations
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1))
+def test_a_flipped_byte_is_noticed_wherever_it_is(tmp_path, at):
+    store = Store(tmp_path)
+    store.write_part(0, 0, some_table())
+    store.finish_generation(0, 1, {"policy_version": 0, "selection": {}})
+    store.check_generation(0)
+    damage(store.part(0, 0), at)
+    with pytest.raises(npd.UserError, match=r"part-00000.parquet is damaged.*Delete it and run the same command again"):
+        store.check_generation(0)
+
+
+def test_page_checksums_are_verified_where_no_manifest_is_yet(tmp_path):
+    store = Store(tmp_path)
+    store.write_part(0, 0, some_table(200))
+    good = store.part(0, 0).read_bytes()
+    column = pq.read_metadata(store.part(0, 0)).row_group(0).column(SCHEMA.names.index("topk_ids"))
+    end = column.data_page_offset + 60
+    store.part(0, 0).write_bytes(good[:end] + bytes([good[end] ^ 1]) + good[end + 1 :])
+    with pytest.raises(npd.UserError, match=r"part-00000.parquet is damaged"):
+        store.read_part(0, 0)
+    store.part(0, 0).write_bytes(good[: len(good) // 2])
+    with pytest.raises(npd.UserError, match=r"part-00000.parquet is damaged"):
+        store.read_part(0, 0, ["sample_id"])
+
+
+def test_a_deleted_part_is_made_again_identical(make_tree):
+    tree = make_tree()
+    npd.refresh(tree)
+    store = Store(tree["run_dir"])
+    before = {path.name: path.read_bytes() for path in store.generation(0).iterdir()}
+    for part in (0, 2):
+        damage(store.part(0, part))
+    with pytest.raises(npd.UserError, match=r"part-00000.parquet is damaged \(its checksum"):
+        npd.distill(tree)
+    for part in (0, 2):
+        store.part(0, part).unlink()
+    npd.distill(tree)
+    assert {path.name: path.read_bytes() for path in store.generation(0).iterdir()} == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"parts": []}'])
+def test_a_damaged_manifest_is_named_and_made_again(make_tree, text):
+    tree = make_tree()
+    npd.refresh(tree)
+    manifest = Store(tree["run_dir"]).generation(0) / "manifest.json"
+    was = manifest.read_bytes()
+    manifest.write_text(text)
+    with pytest.raises(npd.UserError, match=r"manifest.json is damaged.*Delete it and run the same command again"):
+        npd.distill(tree)
+    manifest.unlink()
+    npd.distill(tree)
+    assert manifest.read_bytes() == was
+
+
+# -- a full disk
+
+
+def full_disk(*args, **kwargs):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def arrow_full_disk(*args, **kwargs):
+    raise pa.ArrowException("IOError: [Errno 28] Error writing bytes to file. Detail: No space left on device")
+
+
+PLACES = [
+    pytest.param(os, "replace", full_disk, id="replace"),
+    pytest.param(os, "fsync", full_disk, id="fsync"),
+    pytest.param(pq, "write_table", full_disk, id="part"),
+    pytest.param(pq, "write_table", arrow_full_disk, id="part, arrow's error"),
+    pytest.param(torch, "save", full_disk, id="checkpoint"),
+    pytest.param(Path, "write_text", full_disk, id="text"),
+]
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 4])
+@pytest.mark.parametrize(("owner", "name", "failure"), PLACES)
+def test_a_full_disk_is_one_paragraph_and_the_run_goes_on(make_tree, tmp_path, monkeypatch, owner, name, failure, allowed):
+    """The disk fills up at the first such call, or after some that still went well."""
+    tree = make_tree("full", checkpoint={"every_steps": 1})
+    real, left = getattr(owner, name), [allowed]
+
+    def limited(*args, **kwargs):
+        left[0] -= 1
+        return real(*args, **kwargs) if left[0] >= 0 else failure(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, limited)
+        with pytest.raises(npd.RunError, match=r"The disk is full: .* could not be written") as caught:
+            npd.distill(tree)
+    assert left[0] < 0
+    assert "free some space and run the same command again" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(Path(tree["run_dir"]).rglob(".*.tmp"))
+    assert npd.distill(tree).student.is_dir()
+
+
+def test_lines_explain_a_full_disk_too(tmp_path):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(npd.RunError, match=r"The disk is full: .*metrics.jsonl"):
+        Store(tmp_path).append_metrics({"step": 1})
+    with (
+        pytest.raises(npd.RunError, match=r"The disk is full: .*events.jsonl"),
+        Events(tmp_path / "events.jsonl").span("train"),
+    ):
+        pass
+
+
+def test_other_errors_are_not_taken_for_a_full_disk(tmp_path):
+    with pytest.raises(PermissionError), writing(tmp_path / "file"):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+# -- lines
+
+
+def test_metrics_survive_a_torn_line_and_a_rewind(tmp_path):
+    store = Store(tmp_path)
+    assert store.read_metrics() == []
+    for step in range(1, 6):
+        store.append_metrics({"step": step, "loss": 1 / step})
+    with store.metrics.open("a") as file:
+        file.write('{"step": 6, "lo')
+    assert [line["step"] for line in store.read_metrics()] == [1, 2, 3, 4, 5]
+    store.rewind_metrics(3)
+    store.append_metrics({"step": 4, "loss": 0.0})
+    lines = [json.loads(line) for line in store.metrics.read_text().splitlines()]
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.0)]
+
+
+def test_json_is_written_whole(tmp_path):
+    write_json(tmp_path / "deep/er/file.json", {"a": [1, "ä"]})
+    assert json.loads((tmp_path / "deep/er/file.json").read_text()) == {"a": [1, "ä"]}

@@ -1,0 +1,427 @@
+"""The optimiser loop against hand computations: packing, batching and processes must not change what is learned."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+import yaml
+from conftest import write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import npd
+from npd import models
+from npd.config import TrainingConfig, load_config
+from npd.observe.events import Events
+from npd.refresher import Generation
+from npd.schedule import learning_rate
+from npd.store import Store
+from npd.trainer import Samples, Trainer, make_accelerator, plan_pass
+
+VOCABULARY, TOP_K = 20, 4
+KD_WEIGHT = 0.9
+
+
+def make_samples(store: Store, count: int = 9, seed: int = 0, poison: int | None = None) -> Samples:
+    """Samples of very unequal lengths with a made-up teacher; `poison` puts a NaN into that sample's top-k."""
+    rng = np.random.default_rng(seed)
+    rows = []
+    for i in range(count):
+        tokens = int(rng.integers(1, 14))
+        logits = torch.tensor(rng.normal(size=(tokens, VOCABULARY)) * 2, dtype=torch.float32)
+        best = logits.log_softmax(-1).topk(TOP_K)
+        values = best.values.ravel().tolist()
+        if i == poison:
+            values[0] = math.nan
+        rows.append(
+            {
+                "sample_id": f"sample-{i}",
+                "prompt_id": f"prompt-{i}",
+                "source": "",
+                "prompt_ids": rng.integers(4, VOCABULARY, int(rng.integers(1, 9))).tolist(),
+                "response_ids": rng.integers(2, VOCABULARY, tokens).tolist(),
+                "behavior_logprobs": rng.normal(size=tokens).tolist(),
+                "verdict": "proximal",
+                "topk_ids": best.indices.ravel().tolist(),
+                "topk_logprobs": values,
+            }
+        )
+    store.write_part(0, 0, pa.Table.from_pylist(rows))
+    manifest = store.finish_generation(0, 1, {"policy_version": 0})
+    return Samples(store, Generation(0, store.generation(0), 0, manifest))
+
+
+def make_trainer(tree: dict) -> Trainer:
+    config = load_config(tree)
+    store = Store(config.run_dir)
+    accelerator = make_accelerator(config, store)
+    store.open(config, "distill")
+    student = models.load_model(config.student, trained=True)
+    return Trainer(
+        config,
+        store,
+        accelerator,
+        student,
+        models.load_tokenizer(config.student),
+        Events(store.path / "events.jsonl"),
+        kd_weight=KD_WEIGHT,
+        generations=config.schedule.generations,
+    )
+
+
+def advance(steps: int = 1, note: str = "") -> None:
+    pass
+
+
+def dense_loss(model: torch.nn.Module, samples: Samples, i: int) -> torch.Tensor:
+    """One sample alone, through the plain model and a dense softmax: the sum of METHOD's loss over its tokens."""
+    prompt, response = samples.prompts[i].tolist(), samples.responses[i].tolist()
+    logits = model(input_ids=torch.tensor([prompt + response]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logp = logits.log_softmax(-1)
+    ce = -logp.gather(1, torch.tensor(response)[:, None]).sum()
+    ids, teacher = (t.view(len(response), TOP_K) for t in samples.topk([i]))
+    teacher = teacher.to(logp.dtype)
+    kd = (teacher.exp() * (teacher - logp.gather(1, ids))).sum()
+    return (1 - KD_WEIGHT) * ce + KD_WEIGHT * kd
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_close(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], relative: float) -> None:
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        error = (mine[name].double() - theirs[name].double()).norm() / theirs[name].double().norm()
+        assert error <= relative, f"{name}: relative error {error:.2g}"
+
+
+# -- gradients
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [[[0, 1, 2, 3, 4, 5, 6, 7, 8]], [[3, 0], [8, 7, 6, 5], [1, 2, 4]]], ids=["one row", "three"])
+def test_packed_rows_give_the_gradients_of_the_samples(make_tree, attention, rows):
+    trainer = make_trainer(make_tree(student={"attention": attention}))
+    assert trainer.base.config._attn_implementation == attention
+    samples = make_samples(trainer.store)
+    reference = copy.deepcopy(trainer.base)
+    loss = 0.0
+    for i in range(len(samples)):
+        one = dense_loss(reference, samples, i)
+        one.backward()
+        loss += one.item()
+    out, _, known = trainer._forward(samples, rows)
+    out.loss.backward()
+    assert known == samples.responses.lengths.sum()
+    assert out.loss.item() == pytest.approx(loss, rel=1e-5)
+    assert_close(gradients(trainer.base), gradients(reference), 1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(make_tree):
+    found = []
+    for name, on in (("plain", False), ("checkpointed", True)):
+        trainer = make_trainer(make_tree(name, training={"gradient_checkpointing": on}))
+        assert trainer.base.is_gradient_checkpointing == on
+        trainer.loss_model.train()
+        samples = make_samples(trainer.store)
+        trainer._forward(samples, [[0, 1, 2, 3], [4, 5, 6, 7, 8]])[0].loss.backward()
+        found.append(gradients(trainer.base))
+    assert_close(found[1], found[0], 1e-6)
+
+
+# -- one optimiser step
+
+
+def one_step(make_tree, name="run", *, poison=None, seen=None, **training):
+    """Train all samples in one step; `seen` collects the gradients that the optimiser was given."""
+    options = {"batch_tokens": 10**6, "learning_rate": 1e-3, **training}
+    trainer = make_trainer(make_tree(name, training=options))
+    samples = make_samples(trainer.store, poison=poison)
+    real = trainer.optimizer.step
+
+    def step(*args, **kwargs):
+        if seen is not None:
+            seen.update(gradients(trainer.base))
+        return real(*args, **kwargs)
+
+    trainer.optimizer.step = step
+    trainer.train_pass(samples, advance)
+    return trainer, samples
+
+
+def hand_gradients(trainer: Trainer, samples: Samples) -> tuple[float, dict[str, torch.Tensor]]:
+    """Mean loss per response token and its gradients in float64, from the weights that the student starts with."""
+    model = AutoModelForCausalLM.from_pretrained(trainer.config.student.model).double()
+    losses = [dense_loss(model, samples, i) for i in range(len(samples))]
+    loss = torch.stack(losses).sum() / int(samples.responses.lengths.sum())
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize("micro_batch_rows", [1, 2, 50])
+def test_the_loss_is_the_mean_over_all_response_tokens_of_the_step(make_tree, micro_batch_rows):
+    seen: dict[str, torch.Tensor] = {}
+    trainer, samples = one_step(make_tree, seen=seen, max_grad_norm=1e9, micro_batch_rows=micro_batch_rows)
+    rows = trainer.store.read_metrics()[0]
+    assert trainer.position.step == 1
+    assert rows["fill"] < 1
+    assert len(set(samples.responses.lengths.tolist())) > 4  # unequal, or a mean of means would do as well
+    loss, wanted = hand_gradients(trainer, samples)
+    assert rows["loss"] == pytest.approx(loss, rel=1e-5)
+    assert_close(seen, wanted, 1e-5)
+    assert rows["grad_norm"] == pytest.approx(math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values())), rel=1e-4)
+
+
+def test_clipping(make_tree):
+    seen: dict[str, torch.Tensor] = {}
+    trainer, samples = one_step(make_tree, seen=seen, max_grad_norm=0.05)
+    _, wanted = hand_gradients(trainer, samples)
+    norm = math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values()))
+    assert norm > 0.1
+    assert trainer.store.read_metrics()[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)  # as it was before clipping
+    assert_close(seen, {name: g * (0.05 / norm) for name, g in wanted.items()}, 1e-4)
+
+
+def test_weights_depend_neither_on_micro_batches_nor_on_packing(make_tree):
+    found = []
+    for name, length, micro in (("a", 64, 1), ("b", 64, 3), ("c", 46, 1), ("d", 128, 2)):
+        tree = make_tree(name, packing={"length": length}, schedule={"generations": 1, "passes": 4},
+                         training={"batch_tokens": 10**6, "micro_batch_rows": micro, "learning_rate": 1e-2})  # fmt: skip
+        trainer = make_trainer(tree)
+        samples = make_samples(trainer.store)
+        for _ in range(4):
+            trainer.train_pass(samples, advance)
+        assert trainer.position.step == 4
+        found.append({k: v.clone() for k, v in trainer.base.state_dict().items()})
+    start = AutoModelForCausalLM.from_pretrained(trainer.config.student.model).state_dict()
+    for other in found[1:]:
+        for name, value in found[0].items():
+            moved = (value - start[name]).norm()
+            assert (other[name] - value).norm() <= 1e-2 * moved, name
+            assert moved > 0
+
+
+def test_non_finite_loss_stops_before_the_weights_change(make_tree):
+    tree = make_tree(training={"batch_tokens": 64})
+    trainer = make_trainer(tree)
+    samples = make_samples(trainer.store, poison=5)
+    plan = trainer._plan(samples)
+    bad = next(i for i, rows in enumerate(plan) if any(5 in row for row in rows))
+    before: dict[str, torch.Tensor] = {}
+    real = trainer._step
+
+    def step(*args):
+        before.update({k: v.clone() for k, v in trainer.base.state_dict().items()})
+        real(*args)
+
+    trainer._step = step  # type: ignore[method-assign]
+    with pytest.raises(npd.RunError) as caught:
+        trainer.train_pass(samples, advance)
+    assert f"The loss of step {bad + 1} is not finite" in str(caught.value)
+    for i in range(len(samples)):
+        together = any(i in row for row in plan[bad])
+        assert (f"sample-{i}" in str(caught.value)) == together
+    assert trainer.position.step == bad
+    after = trainer.base.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(torch.isfinite(value).all() for value in after.values())
+
+
+# -- learning rate
+
+
+def test_learning_rate_by_hand():
+    config = TrainingConfig(learning_rate=2.0, final_learning_rate=0.5, warmup_ratio=0.2)
+    for progress, wanted in [(0, 0), (0.1, 1.0), (0.2, 2.0), (0.6, 1.25), (1.0, 0.5), (1.5, 0.5)]:
+        assert learning_rate(progress, config) == pytest.approx(wanted)
+    assert learning_rate(0.4, config) == pytest.approx(0.5 + 1.5 * 0.5 * (1 + math.cos(math.pi / 4)))
+    assert learning_rate(0.0, TrainingConfig(learning_rate=2.0, warmup_ratio=0)) == 2.0
+
+
+def test_the_optimiser_gets_the_schedule(make_tree):
+    tree = make_tree(schedule={"generations": 1, "passes": 4},
+                     training={"batch_tokens": 10**6, "learning_rate": 1e-2, "final_learning_rate": 1e-3,
+                               "warmup_ratio": 0.5})  # fmt: skip
+    trainer = make_trainer(tree)
+    samples = make_samples(trainer.store)
+    for wanted in (5e-3, 1e-2, 5.5e-3, 1e-3):
+        trainer.train_pass(samples, advance)
+        assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
+        assert trainer.store.read_metrics()[-1]["lr"] == pytest.approx(wanted)
+
+
+def test_weight_decay_spares_vectors(make_tree):
+    trainer = make_trainer(make_tree(training={"weight_decay": 0.1}))
+    decay = {id(p): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    for name, parameter in trainer.base.named_parameters():
+        assert decay[id(parameter)] == (0.0 if "norm" in name else 0.1), name
+
+
+# -- the near-policy monitor
+
+
+def test_near_policy_kl_is_zero_while_the_weights_are_those_that_sampled(make_tree):
+    tree = make_tree(training={"batch_tokens": 64, "learning_rate": 1e-2})
+    npd.distill(tree)
+    lines = [json.loads(line) for line in (Path(tree["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    for generation in (0, 1):
+        mine = [line["near_policy_kl"] for line in lines if line["generation"] == generation]
+        assert 0 <= mine[0] < 1e-6
+        assert max(mine[1:]) > 1e-4
+    assert not any("near_policy_kl_is_proxy" in line for line in lines)
+
+
+@pytest.mark.parametrize("rollout", [{"temperature": 0.7}, {"top_p": 0.9}])
+def test_near_policy_kl_is_marked_a_proxy_where_it_is_one(make_tree, rollout):
+    tree = make_tree(rollout=rollout, training={"max_steps": 2})
+    npd.distill(tree)
+    lines = [json.loads(line) for line in (Path(tree["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["near_policy_kl_is_proxy"] is True for line in lines)
+    assert lines[0]["near_policy_kl"] < 1e-6  # behaviour log-probabilities are kept at temperature 1 all the same
+
+
+# -- planning
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    capacity=st.integers(40, 100),
+    batch_tokens=st.integers(1, 600),
+    seed=st.integers(0, 2**62),
+)
+def test_plan_pass(lengths, capacity, batch_tokens, seed):
+    sizes = np.array(lengths)
+    steps = plan_pass(sizes, capacity, batch_tokens, seed)
+    assert steps == plan_pass(sizes, capacity, batch_tokens, seed)
+    rows = [row for step in steps for row in step]
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))  # every sample once
+    assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
+    per_step = max(1, batch_tokens // capacity)
+    assert all(len(step) == per_step for step in steps[:-1])
+    assert 1 <= len(steps[-1]) <= per_step
+
+
+def test_passes_are_planned_differently():
+    sizes = np.arange(1, 31)
+    assert plan_pass(sizes, 64, 128, 1) != plan_pass(sizes, 64, 128, 2)
+    # Samples of one length meet other samples, too.
+    same = np.full(30, 16)
+    together = [{frozenset(row) for step in plan_pass(same, 64, 128, seed) for row in step} for seed in (1, 2)]
+    assert together[0] != together[1]
+
+
+# -- adapters
+
+
+def test_lora_snapshots_hold_merged_weights(make_tree, tmp_path, student_dir):
+    tree = make_tree(student={"lora": {"r": 4, "alpha": 16.0}}, training={"learning_rate": 3e-2})
+    trainer = make_trainer(tree)
+    trained = [name for name, p in trainer.student.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
+    samples = make_samples(trainer.store)
+    trainer.train_pass(samples, advance)
+    trainer.save_policy(tmp_path / "merged")
+    merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    start: Any = AutoModelForCausalLM.from_pretrained(student_dir)
+    ids = torch.randint(4, VOCABULARY, (2, 11))
+    trainer.student.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, trainer.student(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+        assert (merged(ids).logits - start(ids).logits).abs().max() > 1e-2
+    assert merged.state_dict().keys() == start.state_dict().keys()
+    assert torch.equal(merged.get_input_embeddings().weight, start.get_input_embeddings().weight)
+    # The base under the adapters is as it was: merging left nothing behind.
+    base: Any = {k.replace(".base_layer", ""): v for k, v in trainer.base.state_dict().items() if "lora_" not in k}
+    assert all(torch.equal(base[name], value) for name, value in start.state_dict().items())
+
+
+def test_a_lora_run_trains_resumes_and_loads(make_tree, monkeypatch):
+    options = {
+        "student": {"lora": {"r": 4, "dropout": 0.1}},
+        "training": {"batch_tokens": 64, "gradient_checkpointing": True},
+    }
+    whole = npd.distill(make_tree("whole", **options))
+    tree = make_tree("stopped", **options)
+    real = Trainer._step
+
+    def step(self, *args):
+        if self.position.step == 5:
+            raise KeyboardInterrupt
+        real(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", step)
+        with pytest.raises(KeyboardInterrupt):
+            npd.distill(tree)
+    again = npd.distill(tree)
+    assert (again.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
+    snapshots = [AutoModelForCausalLM.from_pretrained(whole.run_dir / f"policy/v00000{v}") for v in (0, 1)]
+    ids = torch.randint(4, VOCABULARY, (1, 9))
+    assert not torch.equal(snapshots[0](ids).logits, snapshots[1](ids).logits)
+    AutoModelForCausalLM.from_pretrained(whole.student)
+
+
+# -- precision and processes
+
+
+def test_bfloat16_after_float32_in_one_process(make_tree):
+    exact = npd.distill(make_tree("exact", training={"max_steps": 2, "precision": "float32"}))
+    rough = npd.distill(make_tree("rough", training={"max_steps": 2, "precision": "bfloat16"}))
+    losses = []
+    for result in (exact, rough):
+        losses.append(json.loads((result.run_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.03)
+    weights = [load_file(result.student / "model.safetensors") for result in (exact, rough)]
+    assert all(value.dtype == torch.float32 for value in weights[1].values())  # master weights stay exact
+
+
+def test_two_processes_train_the_same_weights(make_tree, tmp_path):
+    """An odd number of micro-batches a step, so that one process has nothing to do in the last turn."""
+    data = write_jsonl(tmp_path / "data.jsonl", [{"prompt": f"{n}*{n % 7}+3="} for n in range(10, 19)])
+    options = {
+        "data": {"train": str(data)},
+        "schedule": {"generations": 1, "passes": 2},
+        "rollout": {"part_size": 3},
+        "training": {"batch_tokens": 192, "learning_rate": 1e-2},
+        "checkpoint": {"every_steps": 1},
+    }
+    one = npd.distill(make_tree("one", **options))
+    tree = make_tree("two", **options)
+    config = tmp_path / "two.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "npd.cli", "distill", str(config)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=150)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    run_dir = Path(tree["run_dir"])
+    lines = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (one.run_dir, run_dir)]
+    assert [line["tokens"] for line in lines[1]] == [line["tokens"] for line in lines[0]]
+    for a, b in zip(*lines, strict=True):
+        for name in ("loss", "ce", "kd", "grad_norm", "lr"):
+            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+        assert b["near_policy_kl"] == pytest.approx(a["near_policy_kl"], rel=1e-3, abs=1e-6)
+    for part in sorted((one.run_dir / "generations/g000").glob("part-*")):
+        assert part.read_bytes() == (run_dir / "generations/g000" / part.name).read_bytes()
+    mine, theirs = (load_file(d / "student/model.safetensors") for d in (run_dir, one.run_dir))
+    start = load_file(Path(tree["student"]["model"]) / "model.safetensors")
+    for name, value in theirs.items():
+        assert (mine[name] - value).norm() <= 1e-2 * (value - start[name]).norm(), name
+    processes = {json.loads(line)["process"] for line in (run_dir / "events.jsonl").read_text().splitlines()}
+    assert len(processes) == 2
