@@ -76,7 +76,9 @@ class Refresher:
         """
         indices = self._indices(generation)
         count = self.part_count(generation)
-        if self.store.manifest(generation) is None or self.store.missing_parts(generation, count):
+        incomplete = self.store.manifest(generation) is None or self.store.missing_parts(generation, count)
+        self.wait()  # every process has looked before any of them begins to mend what is missing
+        if incomplete:
             policy_version = self._begun_by(generation, count, policy_version)
             missing = [p for p in self.store.missing_parts(generation, count) if p % self.world == self.rank]
             if missing:

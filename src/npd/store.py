@@ -216,7 +216,8 @@ class Store:
             UserError: a file is missing or damaged.
         """
         facts: dict[str, Any] = self._read(path / "npd.json", lambda: json.loads((path / "npd.json").read_text()))
-        for name, expected in facts["sha256"].items():
+        checksums: dict[str, str] = self._read(path / "npd.json", lambda: facts["sha256"])
+        for name, expected in checksums.items():
             file = path / name
             if not file.is_file() or sha256(file) != expected:
                 why = "not what was written" if file.is_file() else "missing"
