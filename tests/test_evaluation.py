@@ -15,7 +15,7 @@ import npd
 import npd.scoring.prefill
 from npd import models
 from npd.config import load_config
-from npd.evaluation import Evaluator
+from npd.evaluation import Evaluator, load_task
 from npd.observe.display import Display
 from npd.prompts import load_prompts
 from npd.rollout import TransformersRollout
@@ -33,7 +33,8 @@ def make_evaluator(tree: dict, *, with_teacher: bool = True) -> tuple[Evaluator,
     vocabulary = models.shared_vocabulary(tokenizer, *configs)
     held_out = load_prompts(config.data.eval, tokenizer, max_prompt_tokens=64) if config.data.eval else None
     teacher = (lambda: models.load_model(teacher_config)) if with_teacher else None
-    evaluator = Evaluator(config, tokenizer, vocabulary, held_out, teacher, QUIET)
+    tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
+    evaluator = Evaluator(config, tokenizer, vocabulary, held_out, tasks, teacher, QUIET)
     return evaluator, models.load_model(config.student)
 
 
@@ -112,10 +113,27 @@ def test_reasoning_gyms_verifier_tells_right_from_wrong(make_tree):
     evaluator, _ = make_evaluator(make_tree(evaluation={"tasks": [{"name": "chain_sum", "size": 5, "seed": 3}]}))
     dataset = reasoning_gym.create_dataset("chain_sum", size=5, seed=3)
     score = evaluator.tasks[0].score
+    assert score(0, "no number at all [[1,2],[3]]") == 0.0
     for i in range(5):
         answer = dataset[i]["answer"]
         assert score(i, answer) == score(i, f"Let me see. <answer>{answer}</answer>") == 1.0
+        assert score(i, f"First, 3 + 4 = 7. So the answer is {answer}.") == score(i, f"\\boxed{{{answer}}}") == 1.0
         assert score(i, str(int(answer) + 1)) == score(i, "") == score(i, f"<answer>{int(answer) + 1}</answer>") == 0.0
+
+
+def test_a_verifier_that_fails_on_what_a_model_wrote_counts_it_as_wrong(make_tree):
+    evaluator, _ = make_evaluator(make_tree(evaluation={"tasks": [{"name": "prime_factorization", "size": 2}]}))
+    assert evaluator.tasks[0].score(0, "abc") == 0.0
+
+
+def test_an_answer_of_several_lines_is_compared_whole(make_tree):
+    import reasoning_gym
+
+    evaluator, _ = make_evaluator(make_tree(evaluation={"tasks": [{"name": "rotate_matrix", "size": 2}]}))
+    answer = reasoning_gym.create_dataset("rotate_matrix", size=2, seed=0)[0]["answer"]
+    assert "\n" in answer
+    assert evaluator.tasks[0].score(0, answer) == 1.0
+    assert evaluator.tasks[0].score(0, answer.splitlines()[-1]) == 0.0
 
 
 @pytest.mark.parametrize(

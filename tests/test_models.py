@@ -547,8 +547,28 @@ def test_auto_dtype_on_a_cpu_is_float32(student_dir, monkeypatch):
     assert load_model(config).dtype == torch.float32
 
 
+def test_missing_tensors_are_refused(tmp_path, student_dir):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(student_dir, tmp_path / "torn")
+    tensors = load_file(tmp_path / "torn/model.safetensors")
+    kept = {name: value for name, value in tensors.items() if "layers.1.mlp" not in name}
+    save_file(kept, tmp_path / "torn/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"are not whole: 3 tensors are missing.*layers\.1\.mlp"):
+        models.load_model(ModelConfig(model=str(tmp_path / "torn")))
+
+
+def test_lora_on_what_cannot_carry_it_is_refused(student_dir):
+    model = models.load_model(ModelConfig(model=str(student_dir)))
+    with pytest.raises(UserError, match="target_modules 'nothing_like_it' does not fit"):
+        models.add_lora(model, StudentConfig(model="a/b", lora=LoraConfig(target_modules="nothing_like_it")))
+    untied = LoraConfig(target_modules=["lm_head", "q_proj"])
+    with pytest.raises(UserError, match="names the language-model head"):
+        models.add_lora(model, StudentConfig(model="a/b", lora=untied))
+
+
 def test_auto_dtype_on_cuda(monkeypatch):
-    monkeypatch.setattr(models, "device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(models, "fast_bfloat16", lambda: True)
     full, lora = StudentConfig(model="a/b"), StudentConfig(model="a/b", lora=LoraConfig())
     assert models.resolve_dtype(full, trained=True) == torch.float32
     assert models.resolve_dtype(full, trained=False) == torch.bfloat16

@@ -663,3 +663,34 @@ def test_a_damaged_part_stops_the_run_and_is_made_again(make_tree):
     assert (npd.distill(straight).student / "model.safetensors").read_bytes() == (
         result.student / "model.safetensors"
     ).read_bytes()
+
+
+def test_dry_run_checks_tasks_and_the_run_directory(make_tree):
+    for options, message in (
+        ({"evaluation": {"tasks": ["gsm_symbloic"]}}, "'gsm_symbloic'.*is no task"),
+        ({"evaluation": {"tasks": ["chain_sum", {"name": "chain_sum", "size": 3}]}}, "tasks has a name twice"),
+        ({"schedule": {"lead": 3.0}}, "lead is not built yet"),
+    ):
+        with pytest.raises(npd.UserError, match=message):
+            npd.run.prepare(load_config(make_tree(**options)), "distill")
+
+
+def test_a_run_dir_that_is_a_file_is_refused(make_tree):
+    tree = make_tree()
+    Path(tree["run_dir"]).write_text("mine")
+    with pytest.raises(npd.UserError, match="is a file; choose a directory"):
+        npd.distill(tree)
+
+
+def test_progress_is_of_the_limit_that_ends_the_run(make_tree):
+    npd.distill(make_tree(training={"max_steps": 1000, "final_learning_rate": 1e-5}))
+    lines = steps_of(Path(make_tree()["run_dir"]))
+    assert lines[-1]["step"] < 1000
+    assert lines[-1]["lr"] == pytest.approx(1e-5)
+
+
+def test_half_a_surrogate_pair_is_named(make_tree, tmp_path):
+    data = tmp_path / "torn.jsonl"
+    data.write_text('{"prompt": "1+1="}\n{"prompt": "\\ud800"}\n')
+    with pytest.raises(npd.UserError, match=r"torn\.jsonl, line 2 can't be turned into tokens"):
+        npd.distill(make_tree(data={"train": str(data)}))

@@ -183,6 +183,8 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
     target = Path(config.student.model)
     if target.exists():
         raise UserError(f"student.model is {target}, which exists already; name a new directory, or delete that one.")
+    if layers is not None and keep is not None:
+        raise UserError("--layers and --keep both say which layers stay; give one of them.")
     model = models.load_model(config.teacher, trained=True)
     total = model.config.get_text_config().num_hidden_layers
     before = model.num_parameters()

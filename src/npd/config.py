@@ -40,7 +40,7 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the weights in memory. auto: on CPU float32; on CUDA bfloat16 for whatever is not itself trained and
     float32 for the weights that the optimiser updates."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
     """Attention implementation; auto is sdpa. Each is checked at load: a packed row must equal its samples."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its authors."""
@@ -75,7 +75,7 @@ class ScheduleConfig(Section):
     kl_budget: float | None = Field(default=None, gt=0)
     """Not built yet: end a generation when its near-policy KL passes this; must be null."""
     lead: float = Field(default=1.0, ge=0)
-    """Not built yet: passes by which the next generation is started early. Generation and training take turns."""
+    """Not built yet: passes by which the next generation is started early. Generation and training take turns; leave it."""
     references: float = Field(default=0.0, ge=0, le=1)
     """Not built yet: share of reference responses mixed into each pass; must be 0."""
 
@@ -88,6 +88,8 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _not_built(self) -> ScheduleConfig:
+        if self.lead not in (0.0, 1.0):
+            raise ValueError("lead is not built yet: generation and training take turns; leave it out")
         if self.kl_budget is not None:
             raise ValueError("kl_budget is not built yet; leave it null and choose `passes` instead")
         if self.references:
@@ -151,7 +153,7 @@ class LossConfig(Section):
 
 class TrainingConfig(Section):
     batch_tokens: int = Field(default=131072, ge=1)
-    """Tokens (prompt and response) per optimiser step, over all processes; rounded down to whole rows."""
+    """Tokens (prompt and response) per optimiser step, over all processes; rounded down to whole rows, at least one."""
     micro_batch_rows: int = Field(default=1, ge=1)
     """Rows in one forward pass; the rest of a step is accumulated. Changes speed and memory, not the mathematics."""
     learning_rate: float = Field(default=1.0e-5, gt=0, allow_inf_nan=False)
@@ -215,6 +217,9 @@ class EvaluationConfig(Section):
 
     @model_validator(mode="after")
     def _sampled(self) -> EvaluationConfig:
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks has a name twice ({', '.join(names)}), and its figures would share one metric name")
         if self.samples > 1 and self.temperature == 0:
             raise ValueError("samples above 1 are all alike at temperature 0; set evaluation.temperature, e.g. to 1.0")
         return self

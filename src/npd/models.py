@@ -36,14 +36,17 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def fast_bfloat16() -> bool:
+    """Has the CUDA device bfloat16 arithmetic of its own? Older ones only emulate it."""
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def resolve_dtype(config: ModelConfig, *, trained: bool) -> torch.dtype:
-    """The type of a model's weights. `auto` never chooses bfloat16 on a CPU, where it can be ten times slower."""
+    """The type of a model's weights. `auto` takes bfloat16 only where the device is fast at it, so never on a CPU."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     frozen_base = isinstance(config, StudentConfig) and config.lora is not None
-    if device().type == "cpu" or (trained and not frozen_base):
-        return torch.float32
-    return torch.bfloat16
+    return torch.bfloat16 if fast_bfloat16() and (frozen_base or not trained) else torch.float32
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
@@ -141,7 +144,14 @@ def load_model(config: ModelConfig, *, trained: bool = False) -> PreTrainedModel
         }
         if "gguf_file" not in source:
             loading["use_safetensors"] = True
-        model: Any = AutoModelForCausalLM.from_pretrained(**loading)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(**loading, output_loading_info=True)
+        model, info = loaded
+    if info["missing_keys"] or info["mismatched_keys"]:
+        names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+        raise UserError(
+            f"The weights of {config.model} are not whole: {len(names)} tensors are missing or of another shape than "
+            f"config.json says ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). Restore the directory."
+        )
     if "gguf_file" in source and getattr(model, "hf_quantizer", None) is not None:
         # transformers has dequantised every weight, but would still refuse to save the model as not serialisable.
         del model.hf_quantizer
@@ -188,7 +198,9 @@ def check_model(model: PreTrainedModel, name: str) -> None:
     first, second = ids[:9], ids[9:]
     positions = torch.cat([torch.arange(9), torch.arange(15)]).to(ids)
     try:
-        packed = hidden_states(model, ids[None], positions[None])[0] @ head_weight(model).T
+        # Two rows: some attention implementations keep samples apart in a single row only.
+        rows = hidden_states(model, torch.stack([ids.flip(0), ids]), torch.stack([positions, positions]))
+        packed = rows[1] @ head_weight(model).T
     except (AttributeError, TypeError) as error:
         raise UserError(f"{name} is not a decoder with a plain language-model head ({error}); it can't be used.") from error
     alone = [model(input_ids=part[None], use_cache=False).logits[0] for part in (first, second)]
@@ -213,10 +225,10 @@ def context_length(config: transformers.PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def parameter_count(config: transformers.PreTrainedConfig) -> int:
+def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
     """Parameters of a model, from its configuration alone."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 
@@ -344,16 +356,23 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
     import peft
 
     assert config.lora is not None
-    return peft.get_peft_model(
-        model,
-        peft.LoraConfig(
-            r=config.lora.r,
-            lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes floats
-            lora_dropout=config.lora.dropout,
-            target_modules=config.lora.target_modules,
-            task_type="CAUSAL_LM",
-        ),
+    options = peft.LoraConfig(
+        r=config.lora.r,
+        lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes floats
+        lora_dropout=config.lora.dropout,
+        target_modules=config.lora.target_modules,
+        task_type="CAUSAL_LM",
     )
+    head = model.get_output_embeddings()
+    try:
+        wrapped = peft.get_peft_model(model, options)
+    except ValueError as error:  # peft's own error for modules that do not exist is one
+        raise UserError(f"student.lora.target_modules {config.lora.target_modules!r} does not fit: {error}") from error
+    if model.get_output_embeddings() is not head:
+        raise UserError(
+            "student.lora.target_modules names the language-model head, which npd reads as one plain matrix; leave it out."
+        )
+    return wrapped
 
 
 def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
@@ -376,11 +395,11 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
         if "lora_" not in key:
             name = key.removesuffix(".base_layer.weight")
             if name != key and name in deltas:
-                value = value + deltas[name].to(value.dtype)
+                value = (value.float() + deltas[name].float()).to(value.dtype)
             state[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = value
     return state
 
 
-def snapshot_config(config: ModelConfig, path: Path) -> ModelConfig:
-    """The same loading options for the weights in `path`."""
-    return config.model_copy(update={"model": str(path), "revision": None})
+def snapshot_config(config: StudentConfig, path: Path) -> StudentConfig:
+    """The same loading options for the weights in `path`, which are whole: adapters are merged."""
+    return config.model_copy(update={"model": str(path), "revision": None, "lora": None})

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from npd import models
 from npd.observe.display import Display
+from npd.packing import pack
 from npd.prompts import count_sources
 from npd.run import Setup
 from npd.trainer import resolve_precision
 
 GIB = 1 << 30
+SAMPLE = 100_000
 
 
 def show_plan(setup: Setup, display: Display) -> None:
     """Print generations, tokens, steps, disk and memory; counts that depend on what the student writes are upper bounds."""
     config, command = setup.config, setup.command
+    assert setup.prompts is not None
     schedule = config.schedule
     sft = command == "sft"
     generations = 1 if sft else schedule.generations
     per_generation = len(setup.prompts) if sft or schedule.prompts == "all" else schedule.prompts
     samples = per_generation * (1 if sft else config.rollout.samples_per_prompt)
     prompt_lengths = [len(ids) for ids in setup.prompts.table["prompt_ids"].to_pylist()]
-    mean_prompt = sum(prompt_lengths) / len(prompt_lengths)
     if sft and config.data.references == "given":
-        completions = setup.prompts.table["completion_ids"].to_pylist()
-        response = sum(map(len, completions)) / len(completions)
+        responses = [len(ids) for ids in setup.prompts.table["completion_ids"].to_pylist()]
     else:
-        response = config.rollout.max_new_tokens
-    tokens = samples * (mean_prompt + response)
+        responses = [config.rollout.max_new_tokens] * len(prompt_lengths)
+    response = sum(responses) / len(responses)
+    # Rows if every response were as long as it may be, from a sample of the prompts where they are many.
+    lengths = [p + r for p, r in zip(prompt_lengths, responses, strict=True)][:SAMPLE]
+    rows_of_generation = -(-len(pack(lengths, config.packing.length)) * samples // len(lengths))
     rows_per_step = max(1, config.training.batch_tokens // config.packing.length)
-    steps = -(-int(tokens) // (rows_per_step * config.packing.length)) * schedule.passes * generations
+    steps = -(-rows_of_generation // rows_per_step) * schedule.passes * generations
+    limits = []
     if config.training.max_steps is not None:
+        limits.append(f"training.max_steps {config.training.max_steps:,}")
         steps = min(steps, config.training.max_steps)
+    if config.training.max_tokens is not None:
+        limits.append(f"training.max_tokens {config.training.max_tokens:,}")
+        generations = min(generations, -(-config.training.max_tokens // max(1, samples * schedule.passes)))
     bytes_per_token = 8 if sft else 8 + 8 * config.scoring.top_k
     parts_disk = samples * response * bytes_per_token * generations
 
@@ -38,15 +47,16 @@ def show_plan(setup: Setup, display: Display) -> None:
         ["prompts", f"{len(setup.prompts):,} of {setup.prompts.rows:,} rows"],
         *([f"  source {name or '(none)'}", f"{n:,}"] for name, n in sorted(count_sources(setup.prompts.table).items())),
         ["longest prompt", f"{max(prompt_lengths):,} tokens"],
-        ["generations", f"{generations} of {samples:,} responses"],
+        ["generations", f"{schedule.generations if not sft else 1:,} of {samples:,} responses"],
         ["passes over each", str(schedule.passes)],
         ["response tokens per generation", f"at most {samples * response:,.0f}"],
-        ["optimiser steps", f"at most {steps:,}, {rows_per_step} rows of {config.packing.length:,} tokens each"],
+        ["optimiser steps", f"about {steps:,} at most, {rows_per_step} rows of {config.packing.length:,} tokens each"],
+        *(["ends earlier at", limit] for limit in limits),
         ["tokens that models share", f"{setup.vocabulary.size:,}"],
         ["stop tokens", ", ".join(map(repr, setup.tokenizer.convert_ids_to_tokens(list(setup.vocabulary.stop_ids))))],
         ["training arithmetic", {"no": "float32", "bf16": "bfloat16"}[resolve_precision(config)]],
     ]
-    student = models.parameter_count(setup.student_config)
+    student = models.parameter_count(setup.student_config, trust_remote_code=config.student.trust_remote_code)
     weight = models.resolve_dtype(config.student, trained=True).itemsize
     # Weights, and for what is trained gradients and AdamW's two moments beside them.
     training = student * weight * (1 if config.student.lora else 4)
@@ -57,7 +67,7 @@ def show_plan(setup: Setup, display: Display) -> None:
         rows.append(["student in rollout", f"{inference / GIB:.2f} GiB"])
         disk += student * weight * (2 + min(generations, config.checkpoint.keep))
     if setup.teacher_config is not None and config.teacher is not None:
-        teacher = models.parameter_count(setup.teacher_config)
+        teacher = models.parameter_count(setup.teacher_config, trust_remote_code=config.teacher.trust_remote_code)
         held = teacher * models.resolve_dtype(config.teacher, trained=False).itemsize
         rows.append(["teacher", f"{teacher:,} parameters, {held / GIB:.2f} GiB"])
     if config.training.max_steps is None or config.training.max_steps >= config.checkpoint.every_steps:

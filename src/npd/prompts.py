@@ -87,7 +87,10 @@ def load_prompts(
     count = 0
     for where, record in _read(source, split):
         count += 1
-        row = _row(where, record, tokenizer)
+        try:
+            row = _row(where, record, tokenizer)
+        except (TypeError, ValueError) as error:  # of the tokenizer, on text that is no text, such as half a surrogate pair
+            raise UserError(f"{where} can't be turned into tokens: {error}") from error
         if need and row[f"{need}_ids" if need == "completion" else need] is None:
             raise UserError(
                 f"{where} has no {need}, which this needs for every row. Add it"

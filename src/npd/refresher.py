@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -163,7 +164,7 @@ class Refresher:
         ):
             table = rollout(table, derive_seed(self.config.seed, "rollout", policy_version, generation, part), advance)
         table = identify(table, generation, part, policy_version)
-        tokens = sum(map(len, table["response_ids"].to_pylist()))
+        tokens = count_tokens(table["response_ids"])
         with (
             self.events.span("score", generation=generation, part=part),
             self.display.task(f"{name}: score", 3 * tokens, "tokens") as advance,
@@ -181,7 +182,7 @@ class Refresher:
             "policy_version": policy_version,
             "selection": summary,
             "prompts": {"read": self.prompts.rows, "used": len(self.prompts), "left_out": self.prompts.report()},
-            "response_tokens": sum(map(len, table["response_ids"].to_pylist())),
+            "response_tokens": count_tokens(table["response_ids"]),
             "length_stops": table["finish_reason"].to_pylist().count("length"),
         }
         self.store.finish_generation(generation, count, facts)
@@ -231,6 +232,11 @@ class ReferenceMaker(Refresher):
         self.store.write_part(
             generation, part, table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
         )
+
+
+def count_tokens(column: pa.ChunkedArray) -> int:
+    """Tokens in a list column."""
+    return int(pc.sum(pc.list_value_length(column)).as_py())
 
 
 def identify(table: pa.Table, generation: int, part: int, policy_version: int) -> pa.Table:

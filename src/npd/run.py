@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedModel
 from npd import models
 from npd.config import Config, load_config
 from npd.errors import UserError
-from npd.evaluation import Evaluator
+from npd.evaluation import Evaluator, Task, load_task
 from npd.observe.display import Display
 from npd.observe.events import Events, seconds_by_name
 from npd.prompts import Prompts, load_prompts
@@ -55,8 +56,10 @@ class Setup:
     command: str
     tokenizer: Any
     vocabulary: models.Vocabulary
-    prompts: Prompts
+    prompts: Prompts | None
+    """None where nothing is trained."""
     held_out: Prompts | None
+    tasks: list[Task]
     student_config: Any
     teacher_config: Any
 
@@ -86,30 +89,40 @@ def prepare(config: Config, command: str) -> Setup:
     if config.scoring.top_k > vocabulary.size:
         raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
     given = command == "sft" and config.data.references == "given"
-    prompts = load_prompts(
-        config.data.train,
-        tokenizer,
-        split=config.data.split,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_completion_tokens=config.rollout.max_new_tokens if given else None,
-        need="completion" if given else None,
-    )
+    prompts = None
+    if command != "eval":
+        prompts = load_prompts(
+            config.data.train,
+            tokenizer,
+            split=config.data.split,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_completion_tokens=config.rollout.max_new_tokens if given else None,
+            need="completion" if given else None,
+        )
     held_out = None
     if config.data.eval is not None:
         held_out = load_prompts(
             config.data.eval, tokenizer, split=config.data.split, max_prompt_tokens=config.data.max_prompt_tokens
         )
-    longest = max(max(map(len, p.table["prompt_ids"].to_pylist())) for p in (prompts, held_out) if p is not None)
+    tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
+    asked = [p.table for p in (prompts, held_out) if p is not None] + [task.prompts for task in tasks]
+    longest = max((max(map(len, table["prompt_ids"].to_pylist())) for table in asked), default=0)
+    option, new = max(
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+        ("evaluation.max_new_tokens", config.evaluation.max_new_tokens or 0),
+        key=lambda pair: pair[1],
+    )
     for name, model_config in zip((config.student, config.teacher), model_configs, strict=False):
         context = models.context_length(model_config)
-        if context is not None and longest + config.rollout.max_new_tokens > context:
+        if context is not None and longest + new > context:
             raise UserError(
-                f"The longest prompt ({longest} tokens) and rollout.max_new_tokens ({config.rollout.max_new_tokens}) "
-                f"together pass the context of {name.model if name else ''} ({context} tokens). Lower "
-                "data.max_prompt_tokens or rollout.max_new_tokens."
+                f"The longest prompt ({longest} tokens) and {option} ({new}) together pass the context of "
+                f"{name.model if name else ''} ({context} tokens). Lower data.max_prompt_tokens or {option}."
             )
     student_config, teacher_config = model_configs[0], (model_configs[1] if len(model_configs) > 1 else None)
-    return Setup(config, command, tokenizer, vocabulary, prompts, held_out, student_config, teacher_config)
+    if command != "eval":
+        Store(config.run_dir).check(config, command)
+    return Setup(config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_config)
 
 
 class Run:
@@ -127,6 +140,7 @@ class Run:
         self.accelerator.wait_for_everyone()
         self.events = Events(self.store.path / "events.jsonl")
         maker = ReferenceMaker if command == "sft" else Refresher
+        assert self.setup.prompts is not None
         self.refresher = maker(
             config,
             self.store,
@@ -141,7 +155,13 @@ class Run:
         )
         teacher: Callable[[], PreTrainedModel] | None = (lambda: self.refresher.teacher) if config.teacher else None
         self.evaluator = Evaluator(
-            config, self.setup.tokenizer, self.setup.vocabulary, self.setup.held_out, teacher, self.display
+            config,
+            self.setup.tokenizer,
+            self.setup.vocabulary,
+            self.setup.held_out,
+            self.setup.tasks,
+            teacher,
+            self.display,
         )
         for prompts, name in ((self.setup.prompts, "data.train"), (self.setup.held_out, "data.eval")):
             for line in prompts.report() if prompts else ():
@@ -314,25 +334,19 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
         store = Store(config.run_dir)
         versions = store.policies()
         paths = [store.student] if store.finished else [store.policy(versions[-1])] if versions else []
-        model = str(paths[0]) if paths else config.student.model
-    config = config.model_copy(update={"student": config.student.model_copy(update={"model": model, "lora": None})})
+        model = str(paths[0]) if paths else None
+    if model is not None:
+        config = config.model_copy(update={"student": models.snapshot_config(config.student, Path(model))})
     setup = prepare(config, "eval")
-    teacher: list[PreTrainedModel] = []
-
-    def load_teacher() -> PreTrainedModel:
-        assert config.teacher is not None
-        if not teacher:
-            teacher.append(models.load_model(config.teacher))
-        return teacher[0]
-
     evaluator = Evaluator(
         config,
         setup.tokenizer,
         setup.vocabulary,
         setup.held_out,
-        load_teacher if config.teacher else None,
+        setup.tasks,
+        partial(models.load_model, config.teacher) if config.teacher else None,
         display or Display(quiet=True),
     )
     if not evaluator:
         raise UserError("There is nothing to evaluate: set evaluation.tasks, or data.eval together with a teacher.")
-    return model, evaluator(models.load_model(config.student))
+    return config.student.model, evaluator(models.load_model(config.student))

@@ -135,14 +135,16 @@ class Store:
 
     # -- the run itself
 
-    def open(self, config: Config, command: str) -> None:
-        """Start a run here, or go on with the one that is here.
+    def check(self, config: Config, command: str) -> None:
+        """See whether a run can start or go on here; changes nothing.
 
         Raises:
-            UserError: the directory belongs to another configuration or command, or is not a run's.
+            UserError: the directory belongs to another configuration or command, is not a run's, or is no directory.
         """
         file = self.path / "config.yaml"
         tree = config_tree(config)
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"run_dir {self.path} is a file; choose a directory.")
         if file.exists():
             old = self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
             theirs = old.pop("provenance", {}).get("command")
@@ -156,12 +158,25 @@ class Store:
                 )
         elif self.path.exists() and any(not fnmatch(p.name, f".{file.name}.*.tmp") for p in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run of npd; choose another run_dir.")
+
+    def open(self, config: Config, command: str) -> None:
+        """Start a run here, or go on with the one that is here.
+
+        Raises:
+            UserError: as `check`, or the directory cannot be written.
+        """
+        self.check(config, command)
+        file = self.path / "config.yaml"
         for leftover in list(self.path.rglob(".*.tmp")):  # of a process that was killed while writing
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         if self.checkpoints():
             self._tidy_checkpoints(config.checkpoint.keep)
         provenance = {"command": command, "versions": versions()}
-        write_text(file, yaml.safe_dump(tree | {"provenance": provenance}, sort_keys=False, allow_unicode=True))
+        tree = config_tree(config) | {"provenance": provenance}
+        try:
+            write_text(file, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+        except OSError as error:
+            raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
 
     @property
     def finished(self) -> bool:

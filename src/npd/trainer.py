@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from npd import models
 from npd.config import Config
 from npd.errors import RunError, UserError
 from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
@@ -100,7 +102,7 @@ def plan_pass(lengths: np.ndarray, capacity: int, batch_tokens: int, seed: int) 
 
 
 class LossModel(nn.Module):
-    """Student and loss as one module, so that DDP and FSDP see a single forward pass."""
+    """Student and loss as one module, so that DDP sees a single forward pass."""
 
     def __init__(self, model: nn.Module, kd_weight: float, top_k_mass: TopKMass) -> None:
         super().__init__()
@@ -149,7 +151,7 @@ class Position:
 def resolve_precision(config: Config) -> str:
     """accelerate's name of the training arithmetic. `auto` takes bfloat16 only on a CUDA device that has it."""
     if config.training.precision == "auto":
-        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+        return "bf16" if models.fast_bfloat16() else "no"
     return {"bfloat16": "bf16", "float32": "no"}[config.training.precision]
 
 
@@ -172,6 +174,7 @@ class Trainer:
         self.events, self.generations = events, generations
         self.kd_weight = kd_weight
         self.position = Position()
+        self._planned: tuple[int, list[list[list[int]]]] = (-1, [])
         torch.manual_seed(derive_seed(config.seed, "adapters"))
         self.student: nn.Module = add_lora(model, config.student) if config.student.lora else model
         if config.training.gradient_checkpointing:
@@ -247,14 +250,14 @@ class Trainer:
         return at.generation >= self.generations
 
     def progress(self, share_of_pass: float) -> float:
-        """Share of the run that is done, 0..1: of its steps or tokens if those are given, else of its passes."""
-        training, at = self.config.training, self.position
+        """Share of the run that is done, 0..1: of its passes, steps or tokens, whichever will end it."""
+        training, at, passes = self.config.training, self.position, self.config.schedule.passes
+        shares = [(at.generation * passes + at.passes + share_of_pass) / (self.generations * passes)]
         if training.max_steps is not None:
-            return at.step / training.max_steps
+            shares.append(at.step / training.max_steps)
         if training.max_tokens is not None:
-            return min(1.0, at.tokens / training.max_tokens)
-        passes = self.config.schedule.passes
-        return (at.generation * passes + at.passes + share_of_pass) / (self.generations * passes)
+            shares.append(at.tokens / training.max_tokens)
+        return min(1.0, max(shares))
 
     # -- training
 
@@ -274,7 +277,10 @@ class Trainer:
 
     def _plan(self, samples: Samples) -> list[list[list[int]]]:
         seed = derive_seed(self.config.seed, "pass", self.position.generation, self.position.passes)
-        return plan_pass(samples.lengths, self.config.packing.length, self.config.training.batch_tokens, seed)
+        if self._planned[0] != seed:
+            capacity, batch_tokens = self.config.packing.length, self.config.training.batch_tokens
+            self._planned = seed, plan_pass(samples.lengths, capacity, batch_tokens, seed)
+        return self._planned[1]
 
     def steps_of_pass(self, samples: Samples) -> int:
         """Optimiser steps of the current pass."""
@@ -387,6 +393,9 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     try:
         accelerator = Accelerator(
+            cpu=models.device().type == "cpu",  # accelerate would take Apple's MPS, which the other stages do not
+            # Processes wait for each other through whole generations and evaluations, not only through gradients.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
             mixed_precision=resolve_precision(config),
             log_with=list(config.tracking.trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(store.path), logging_dir=str(store.path / "trackers")),
@@ -397,4 +406,9 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
     if missing:
         names = ", ".join(sorted(missing))
         raise UserError(f"tracking.trackers names {names}, whose package is not installed; pip install it.")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UserError(
+            f"accelerate is set to {accelerator.distributed_type.value}, but npd trains on one process or with DDP; launch "
+            "it with `accelerate launch --multi_gpu`."
+        )
     return accelerator

@@ -22,7 +22,7 @@ from npd.store import Store, writing
 
 TEACHER = "package:npd/demo/teacher"
 REFERENCES, PROMPTS, HELD_OUT = 1200, 1200, 1000
-WARM_UP_STEPS = 260
+WARM_UP_STEPS = 320
 HIDDEN, LAYERS = 96, 3
 
 

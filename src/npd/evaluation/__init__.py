@@ -1,5 +1,5 @@
 """Tasks with verifiers, pass@k, and the distance to the teacher on held-out prompts."""
 
-from npd.evaluation.evaluate import Evaluator
+from npd.evaluation.evaluate import Evaluator, Task, load_task
 
-__all__ = ["Evaluator"]
+__all__ = ["Evaluator", "Task", "load_task"]

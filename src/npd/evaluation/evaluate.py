@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npd.config import Config, TaskConfig
 from npd.errors import UserError
-from npd.evaluation.verify import is_correct, pass_at_k, wilson_interval
+from npd.evaluation.verify import extract_answer, is_correct, pass_at_k, wilson_interval
 from npd.models import Vocabulary
 from npd.observe.display import Display
 from npd.prompts import Prompts
@@ -48,7 +48,6 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: 
         return Task("answer", held_out.table.slice(0, config.size), lambda i, text: float(is_correct(text, answers[i])))
 
     import reasoning_gym
-    from reasoning_gym.utils import extract_answer
 
     try:
         dataset = reasoning_gym.create_dataset(config.name, size=config.size, seed=config.seed, **config.options)
@@ -61,8 +60,13 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: 
     prompts = [_question(entry["question"], tokenizer) for entry in entries]
 
     def score(i: int, text: str) -> float:
-        said = extract_answer(text) or text.strip()
-        return float(dataset.score_answer(said, entries[i]) >= 1.0)  # part marks for formatting are no solution
+        whole = "\n" in str(entries[i]["answer"]) and "<answer>" not in text
+        said = text.strip() if whole else extract_answer(text).rstrip(".")
+        try:
+            # Part marks, which some verifiers give for a format, are no solution.
+            return float(dataset.score_answer(said, entries[i]) >= 1.0)
+        except Exception:  # verifiers parse, and a model may write anything
+            return 0.0
 
     return Task(config.name, pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))}), score)
 
@@ -87,12 +91,12 @@ class Evaluator:
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: Vocabulary,
         held_out: Prompts | None,
+        tasks: list[Task],
         teacher: Callable[[], PreTrainedModel] | None,
         display: Display,
     ) -> None:
         self.config, self.tokenizer, self.vocabulary, self.display = config, tokenizer, vocabulary, display
-        self.held_out, self.teacher = held_out, teacher
-        self.tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
+        self.held_out, self.tasks, self.teacher = held_out, tasks, teacher
 
     def __bool__(self) -> bool:
         return bool(self.tasks) or self._measures_kl

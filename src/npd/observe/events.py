@@ -18,8 +18,6 @@ class Events:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.totals: dict[str, float] = {}
-        """Seconds per name, of this process."""
 
     @contextmanager
     def span(self, name: str, **facts: Any) -> Iterator[None]:
@@ -28,7 +26,6 @@ class Events:
             yield
         finally:
             seconds = time.perf_counter() - began
-            self.totals[name] = self.totals.get(name, 0.0) + seconds
             line = {"name": name, "start": start, "end": start + seconds, "process": os.getpid(), **facts}
             # One write, so that lines of two processes never mix.
             with explained_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
