@@ -195,14 +195,15 @@ class Refresher:
         names = sorted({v for s in summary["sources"].values() for v in s["verdicts"]})
         rows = []
         for label, s in [("all", summary), *(summary["sources"].items() if len(summary["sources"]) > 1 else ())]:
-            quantiles = " ".join(f"{q:.2f}" for q in s["delta_ifd_quantiles"].values()) or "-"
+            shown = [s["delta_ifd_quantiles"][q] for q in ("0.05", "0.5", "0.95") if s["delta_ifd_quantiles"]]
+            quantiles = " ".join(f"{q:.2f}" for q in shown) or "-"
             counts = [str(s["verdicts"].get(name, 0)) for name in names]
             rows.append([label or "(none)", str(s["rows"]), *counts, quantiles])
         title = (
             f"Generation {generation}: {facts['response_tokens']:,} response tokens, "
             f"{facts['length_stops']} stopped by length"
         )
-        self.display.table(title, ["source", "responses", *names, "delta 5 25 50 75 95%"], rows)
+        self.display.table(title, ["source", "responses", *names, "delta 5/50/95%"], rows)
 
 
 class ReferenceMaker(Refresher):
