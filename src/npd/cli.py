@@ -6,7 +6,7 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import click
 import yaml
@@ -25,7 +25,7 @@ class ConfigOption(click.Option):
 
     def __init__(self, key: str, help: str, kind: str) -> None:
         self.key = key
-        super().__init__([f"--{key}", "set__" + key.replace(".", "__")], help=help, metavar=kind.upper())
+        super().__init__([f"--{key}", "set__" + key.replace(".", "__")], help=help, metavar=kind)
 
 
 class ConfigCommand(click.Command):
@@ -62,7 +62,9 @@ def _plain(value: Any) -> Any:
 
 
 def _kind(annotation: Any) -> str:
-    return {str: "text", int: "int", float: "float", bool: "bool"}.get(annotation, "value")
+    if get_origin(annotation) is Literal:
+        return "|".join(map(str, get_args(annotation)))
+    return {str: "TEXT", int: "INT", float: "FLOAT", bool: "BOOL"}.get(annotation, "VALUE")
 
 
 def _overrides(ctx: click.Context) -> dict[str, Any]:
@@ -91,7 +93,9 @@ def main() -> None:
     """
 
 
-def config_command(name: str, help: str, *params: click.Parameter) -> Callable[[Callable[..., None]], click.Command]:
+def config_command(
+    name: str, short_help: str, help: str, *params: click.Parameter
+) -> Callable[[Callable[..., None]], click.Command]:
     """Register `npd NAME CONFIG [options]`, calling f(ctx, config, ...) with the resolved configuration."""
 
     def register(f: Callable[..., None]) -> click.Command:
@@ -101,7 +105,7 @@ def config_command(name: str, help: str, *params: click.Parameter) -> Callable[[
             f(_config(ctx), **own)
 
         arguments = [click.Argument(["config"], type=click.Path()), *params]
-        command = ConfigCommand(name, params=arguments, callback=callback, help=help, epilog=EPILOG)
+        command = ConfigCommand(name, params=arguments, callback=callback, help=help, short_help=short_help, epilog=EPILOG)
         main.add_command(command)
         return command
 
@@ -113,6 +117,7 @@ DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="Check everything that 
 
 @config_command(
     "distill",
+    "Distil a teacher into a student, end to end.",
     "Distil teacher into student as CONFIG says: rollout, scoring, selection, packing, training, generation by generation. "
     "Run it again on the same run_dir and it goes on where it stopped.",
     DRY_RUN,
@@ -123,6 +128,7 @@ def distill(config: Config, dry_run: bool) -> None:
 
 @config_command(
     "sft",
+    "Fine-tune on reference responses.",
     "Fine-tune the student on reference responses: the data's own completions (data.references: given) or the teacher's "
     "answers (teacher: sequence-level distillation). The same loop with kd_weight 0; schedule.passes passes.",
     DRY_RUN,
@@ -145,6 +151,7 @@ def _train(config: Config, command: str, dry_run: bool) -> None:
 
 @config_command(
     "refresh",
+    "Make the next missing generation and stop.",
     "Make the next missing generation of a distillation run from its newest snapshot, and stop. `npd distill` goes on "
     "from there.",
 )
@@ -157,6 +164,7 @@ def refresh(config: Config) -> None:
 
 @config_command(
     "eval",
+    "Evaluate a model.",
     "Evaluate a model on evaluation.tasks and, with data.eval and a teacher, its distance to the teacher.",
     click.Option(["--model"], help="Model to evaluate [default: the run's student, else its newest snapshot, else student]"),
 )
@@ -170,6 +178,7 @@ def evaluate(config: Config, model: str | None) -> None:
 
 @config_command(
     "init-student",
+    "Cut a student out of the teacher.",
     "Cut a student out of the teacher: keep some decoder layers, copy everything else, write it where student.model points.",
     click.Option(["--layers"], type=click.IntRange(min=1), help="Layers to keep, evenly spaced [default: half]"),
     click.Option(["--keep"], help="Layers to keep by index, such as 0,2,5 (instead of --layers)"),
@@ -204,7 +213,7 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
     click.echo(f"Kept layers {kept} of {total}: {student.num_parameters():,} of {before:,} parameters, in {target}.")
 
 
-@main.command(epilog=EPILOG)
+@main.command(epilog=EPILOG, short_help="Compare four ways to train, on a toy task, in minutes.")
 @click.option("--out", default="runs/demo", show_default=True, help="Directory for the demo's runs; must be new or empty.")
 @click.option("--seed", default=0, show_default=True, help="Another seed gives other problems, samples and batches.")
 def demo(out: str, seed: int) -> None:

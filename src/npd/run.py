@@ -299,8 +299,10 @@ def sft(config: AnyConfig, *, display: Display | None = None) -> DistillResult:
     return Run(as_config(config), "sft", display).train()
 
 
-def refresh(config: AnyConfig, policy: int | None = None, *, display: Display | None = None) -> Generation:
+def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, display: Display | None = None) -> Generation:
     """Make the next missing generation of a distillation run from a policy snapshot, the newest by default.
+
+    `policy` is a snapshot's version, or its directory or name such as v000001.
 
     Raises:
         UserError: all generations are there already, or there is no such snapshot.
@@ -313,13 +315,14 @@ def refresh(config: AnyConfig, policy: int | None = None, *, display: Display | 
         store.publish(0, lambda path: models.save_model(student, run.setup.tokenizer, path), 0, run.config.checkpoint.keep)
         del student
         run.display.say(f"Published the student as it starts, v000000, in {time.time() - began:.1f} s.")
-    version = store.policies()[-1] if policy is None else policy
-    if version not in store.policies():
-        raise UserError(f"{store.path} has no policy snapshot v{version:06d}; it has {store.policies()}.")
+    names = {store.policy(version).name: version for version in store.policies()}
+    name = list(names)[-1] if policy is None else f"v{policy:06d}" if isinstance(policy, int) else Path(policy).name
+    if name not in names:
+        raise UserError(f"{store.path} has no policy snapshot {name}; it has {', '.join(names)}.")
     for index in range(run.config.schedule.generations):
         count = run.refresher.part_count(index)
         if store.manifest(index) is None or store.missing_parts(index, count):
-            return run.refresher(index, version)
+            return run.refresher(index, names[name])
     raise UserError(f"{store.path} has all {run.config.schedule.generations} generations; there is nothing to refresh.")
 
 
