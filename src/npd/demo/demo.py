@@ -139,11 +139,11 @@ def _report(out: Path, arms: list[Arm], config: Config, display: Display) -> Non
     for name in names:
         f = figures[name]
         low, high = f["eval/answer/accuracy_low"], f["eval/answer/accuracy_high"]
-        accuracy = f"{f['eval/answer/accuracy']:.1%} [{100 * low:.1f}, {100 * high:.1f}]"
+        accuracy = f"{100 * f['eval/answer/accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         arm = next((arm for arm in arms if arm.name == name), None)
         spent = [f"{arm.tokens / arm.seconds:,.0f}", f"{arm.seconds:.0f}", str(arm.steps)] if arm else ["", "", ""]
         rows.append([name, accuracy, f"{f['eval/kl_to_teacher']:.3f}", *spent])
-    columns = ["", "accuracy [95%]", "KL", "tokens/s", "seconds", "steps"]
+    columns = ["", "accuracy % [95%]", "KL", "tokens/s", "seconds", "steps"]
     display.table(f"Greedy accuracy on {HELD_OUT:,} held-out problems", columns, rows)
     display.say(
         "KL: from the teacher to the student on the student's own responses, nats per token. tokens/s: response tokens "
