@@ -263,7 +263,7 @@ def test_publishing_again_finishes_what_a_crash_left(tmp_path):
 
 
 def save_checkpoint(store: Store, step: int, keep: int) -> None:
-    store.save_checkpoint(step, save_stub, keep, main=True, wait=lambda: None)
+    store.save_checkpoint(step, save_stub, {"step": step}, keep, main=True, wait=lambda: None)
 
 
 def test_checkpoints_keep_the_newest(tmp_path):
@@ -321,9 +321,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(make_tree, monk
     newest = store.checkpoint(store.checkpoints()[-1])
     assert len(store.checkpoints()) == 2
     file = newest / name
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(npd.UserError, match=rf"checkpoint .*{newest.name} is damaged.*Delete it and run the same command"):
-        npd.distill(tree)
+    good = file.read_bytes()
+    middle = len(good) // 2
+    for bad in (good[:middle], good[:middle] + bytes([good[middle] ^ 1]) + good[middle + 1 :]):
+        file.write_bytes(bad)
+        with pytest.raises(npd.UserError, match=rf"{newest.name}.* is damaged.*Delete it and run the same command"):
+            npd.distill(tree)
     shutil.rmtree(newest)
     again = npd.distill(tree)
     assert (again.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()

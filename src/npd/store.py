@@ -221,25 +221,32 @@ class Store:
         """Write a model directory with its checksums in npd.json."""
         with writing(path) as aside:
             save(aside)
-            checksums = {file.name: sha256(file) for file in sorted(aside.iterdir()) if file.is_file()}
-            (aside / "npd.json").write_text(json.dumps(facts | {"sha256": checksums}, indent=1) + "\n")
+            self._seal(aside, facts)
 
-    def check_model(self, path: Path) -> dict[str, Any]:
-        """Compare a model directory with its checksums; returns the facts it was saved with.
+    def _seal(self, path: Path, facts: dict[str, Any]) -> None:
+        """Write npd.json: facts, and the checksums of all that lies beside it."""
+        checksums = {file.name: sha256(file) for file in sorted(path.iterdir()) if file.is_file()}
+        (path / "npd.json").write_text(json.dumps(facts | {"sha256": checksums}, indent=1) + "\n")
+
+    def check_model(
+        self,
+        path: Path,
+        kind: str = "snapshot",
+        remedy: str = "Restore it from a copy, or delete the run directory and start over.",
+    ) -> dict[str, Any]:
+        """Compare a directory with its checksums in npd.json; returns the facts it was saved with.
 
         Raises:
             UserError: a file is missing or damaged.
         """
-        facts: dict[str, Any] = self._read(path / "npd.json", lambda: json.loads((path / "npd.json").read_text()))
-        checksums: dict[str, str] = self._read(path / "npd.json", lambda: facts["sha256"])
+        file = path / "npd.json"
+        facts: dict[str, Any] = self._read(file, lambda: json.loads(file.read_text()), remedy)
+        checksums: dict[str, str] = self._read(file, lambda: facts["sha256"], remedy)
         for name, expected in checksums.items():
             file = path / name
             if not file.is_file() or sha256(file) != expected:
                 why = "not what was written" if file.is_file() else "missing"
-                raise UserError(
-                    f"The snapshot {path} is damaged: {name} is {why}. "
-                    "Restore it from a copy, or delete the run directory and start over."
-                )
+                raise UserError(f"The {kind} {path} is damaged: {name} is {why}. {remedy}")
         return facts
 
     # -- generations
@@ -327,7 +334,14 @@ class Store:
         return sorted(int(p.name.removeprefix("step-")) for p in (self.path / "checkpoints").glob("step-*") if p.is_dir())
 
     def save_checkpoint(
-        self, step: int, save: Callable[[Path], None], keep: int, *, main: bool, wait: Callable[[], None]
+        self,
+        step: int,
+        save: Callable[[Path], None],
+        facts: dict[str, Any],
+        keep: int,
+        *,
+        main: bool,
+        wait: Callable[[], None],
     ) -> None:
         """Write a checkpoint; every process writes its own files aside before the main one renames them all."""
         path = self.checkpoint(step)
@@ -337,6 +351,7 @@ class Store:
                 save(aside)
                 wait()
                 if main:
+                    self._seal(aside, facts)
                     _put(aside, path)
                     self._tidy_checkpoints(keep)
                 wait()

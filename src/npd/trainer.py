@@ -6,12 +6,11 @@ divided by their number, so it does not depend on how samples were packed or spr
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,17 @@ from npd.packing import pack, pack_tokens
 from npd.refresher import REFERENCE, Generation
 from npd.schedule import derive_seed, learning_rate
 from npd.selection import KEPT
-from npd.store import Store
+from npd.store import SCHEMA, Store
 
 COLUMNS = ["sample_id", "prompt_ids", "response_ids", "behavior_logprobs", "verdict", "topk_ids", "topk_logprobs"]
+
+# 64-bit offsets: a generation's top-k entries may be more than 32 bits can count.
+LARGE = pa.schema(
+    [
+        (name, pa.large_list(kind.value_type) if pa.types.is_list(kind) else kind)
+        for name, kind in ((name, SCHEMA.field(name).type) for name in COLUMNS)
+    ]
+)
 
 
 class Samples:
@@ -48,7 +55,7 @@ class Samples:
         tables = []
         for part in range(len(generation.manifest["parts"])):
             table = store.read_part(generation.index, part, COLUMNS)
-            tables.append(table.filter(pc.is_in(table["verdict"], pa.array(KEPT))))
+            tables.append(table.filter(pc.is_in(table["verdict"], pa.array(KEPT))).cast(LARGE))
         self.by_student = generation.policy_version != REFERENCE
         """Did a snapshot of the student write them?"""
         table = pa.concat_tables(tables).combine_chunks()
@@ -208,13 +215,12 @@ class Trainer:
         def save(path: Path) -> None:
             with quiet_transformers():
                 self.accelerator.save_state(str(path), safe_serialization=True)
-            if self.accelerator.is_main_process:
-                (path / "npd.json").write_text(json.dumps(asdict(self.position)) + "\n")
 
         with self.events.span("checkpoint", step=self.position.step):
             self.store.save_checkpoint(
                 self.position.step,
                 save,
+                asdict(self.position),
                 self.config.checkpoint.keep,
                 main=self.accelerator.is_main_process,
                 wait=self.accelerator.wait_for_everyone,
@@ -230,14 +236,14 @@ class Trainer:
         if not steps:
             return False
         path = self.store.checkpoint(steps[-1])
+        remedy = "Delete it and run the same command again: the run goes on from the one before."
+        facts = self.store.check_model(path, "checkpoint", remedy)
         try:
             self.accelerator.load_state(str(path))
-            self.position = Position(**json.loads((path / "npd.json").read_text()))
+            self.position = Position(**{field.name: facts[field.name] for field in fields(Position)})
         except Exception as error:
-            raise UserError(
-                f"The checkpoint {path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). Delete it "
-                "and run the same command again: the run goes on from the one before."
-            ) from error
+            detail = " ".join(str(error).split())[:200]
+            raise UserError(f"The checkpoint {path} is damaged ({type(error).__name__}: {detail}). {remedy}") from error
         return True
 
     @property
