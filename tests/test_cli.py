@@ -264,7 +264,7 @@ def test_override(npd, config_file, seen, args, section, expected):
 def test_override_of_the_tasks(npd, config_file, seen):
     status, _, err = npd("distill", config_file(), "--evaluation.tasks", "[chain_sum, {name: answer, size: 3}]")
     assert status == 0, err
-    assert [(task.name, task.size) for task in seen[0].evaluation.tasks] == [("chain_sum", 128), ("answer", 3)]
+    assert [(task.name, task.size) for task in seen[0].evaluation.tasks] == [("chain_sum", None), ("answer", 3)]
 
 
 def test_without_overrides_the_file_stands(npd, config_file, seen):

@@ -184,7 +184,7 @@ def test_band_edges_may_meet_and_be_infinite():
 
 def test_task_names_become_tasks():
     tasks = load_config(merged(evaluation={"tasks": ["chain_sum", {"name": "answer", "size": 7}]})).evaluation.tasks
-    assert [(task.name, task.size) for task in tasks] == [("chain_sum", 128), ("answer", 7)]
+    assert [(task.name, task.size) for task in tasks] == [("chain_sum", None), ("answer", 7)]
 
 
 def test_numbers_as_yaml_reads_them(tmp_path):

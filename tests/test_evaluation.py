@@ -121,6 +121,14 @@ def test_reasoning_gyms_verifier_tells_right_from_wrong(make_tree):
         assert score(i, str(int(answer) + 1)) == score(i, "") == score(i, f"<answer>{int(answer) + 1}</answer>") == 0.0
 
 
+def test_the_answer_task_asks_every_row_unless_told_otherwise(make_tree, tmp_path):
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", ({"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(150)))
+    for task, expected in (("answer", 150), ({"name": "answer", "size": 7}, 7)):
+        evaluator, _ = make_evaluator(make_tree(data={"eval": str(held_out)}, evaluation={"tasks": [task]}))
+        assert len(evaluator.tasks[0].prompts) == expected
+        assert evaluator.tasks[0].score(6, "7") == 1.0
+
+
 def test_a_verifier_that_fails_on_what_a_model_wrote_counts_it_as_wrong(make_tree):
     evaluator, _ = make_evaluator(make_tree(evaluation={"tasks": [{"name": "prime_factorization", "size": 2}]}))
     assert evaluator.tasks[0].score(0, "abc") == 0.0

@@ -186,8 +186,8 @@ class CheckpointConfig(Section):
 class TaskConfig(Section):
     name: str
     """A reasoning-gym task, or `answer` for the `answer` column of data.eval."""
-    size: int = Field(default=128, ge=1)
-    """Problems asked (for `answer`: at most)."""
+    size: int | None = Field(default=None, ge=1)
+    """Problems asked; null asks 128 of a reasoning-gym task, and for `answer` every row of data.eval."""
     seed: int = 0
     """Seed of a reasoning-gym task's problems."""
     options: dict[str, Any] = {}

@@ -21,6 +21,8 @@ from npd.rollout import TransformersRollout
 from npd.schedule import derive_seed
 from npd.scoring import Prefill
 
+DEFAULT_SIZE = 128
+
 
 @dataclass(frozen=True)
 class Task:
@@ -42,22 +44,24 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: 
     if config.name == "answer":
         if held_out is None:
             raise UserError("evaluation.tasks has `answer`, which compares with data.eval's answer column; set data.eval.")
-        answers = held_out.table["answer"].to_pylist()[: config.size]
+        prompts = held_out.table.slice(0, config.size)
+        answers = prompts["answer"].to_pylist()
         if None in answers:
             raise UserError(f"evaluation.tasks has `answer`, but row {answers.index(None) + 1} of data.eval has none.")
-        return Task("answer", held_out.table.slice(0, config.size), lambda i, text: float(is_correct(text, answers[i])))
+        return Task("answer", prompts, lambda i, text: float(is_correct(text, answers[i])))
 
     import reasoning_gym
 
+    size = config.size or DEFAULT_SIZE
     try:
-        dataset = reasoning_gym.create_dataset(config.name, size=config.size, seed=config.seed, **config.options)
-        entries: list[Any] = [dataset[i] for i in range(config.size)]
+        dataset = reasoning_gym.create_dataset(config.name, size=size, seed=config.seed, **config.options)
+        entries: list[Any] = [dataset[i] for i in range(size)]
     except Exception as error:  # unknown names and options raise whatever the task's own checks do
         raise UserError(
             f"evaluation.tasks: {config.name!r} with options {config.options} is no task: {error}. Give a reasoning-gym task "
             "or `answer`."
         ) from error
-    prompts = [_question(entry["question"], tokenizer) for entry in entries]
+    questions = [_question(entry["question"], tokenizer) for entry in entries]
 
     def score(i: int, text: str) -> float:
         whole = "\n" in str(entries[i]["answer"]) and "<answer>" not in text
@@ -68,7 +72,7 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: 
         except Exception:  # verifiers parse, and a model may write anything
             return 0.0
 
-    return Task(config.name, pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))}), score)
+    return Task(config.name, pa.table({"prompt_ids": pa.array(questions, pa.list_(pa.int32()))}), score)
 
 
 def _question(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

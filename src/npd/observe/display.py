@@ -25,7 +25,7 @@ class Display:
         """Is a task being shown? Tasks inside it are not."""
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text))
+        self.console.print(escape(text), soft_wrap=True)  # a path that is broken in two can't be copied
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table; the first column is left-aligned, the others right."""
