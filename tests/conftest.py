@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
 
+settings.register_profile("npd", deadline=None)  # machines are shared: time is no property of the code
+settings.load_profile("npd")
 torch.set_num_threads(1)  # models this small lose time to a second thread
 
 
