@@ -298,3 +298,18 @@ def test_configuration_cannot_be_changed_in_place():
     config = load_config(BASE)
     with pytest.raises(Exception, match="frozen"):
         config.training.learning_rate = 1.0
+
+
+def test_an_unknown_key_is_named_whatever_it_looks_like():
+    for key in ("learning-rate", "int", "1st"):
+        with pytest.raises(UserError, match=rf"unknown key 'training\.{key}'"):
+            load_config(merged(training={key: 1}))
+
+
+def test_a_union_is_explained_once_by_its_own_name():
+    with pytest.raises(UserError) as caught:
+        load_config(merged(schedule={"prompts": "some"}))
+    text = str(caught.value)
+    assert "schedule.prompts: input should be 'all' or input should be a valid integer" in text
+    assert text.count("schedule.prompts") == 1
+    assert text.count("but it is 'some'") == 1

@@ -694,3 +694,11 @@ def test_half_a_surrogate_pair_is_named(make_tree, tmp_path):
     data.write_text('{"prompt": "1+1="}\n{"prompt": "\\ud800"}\n')
     with pytest.raises(npd.UserError, match=r"torn\.jsonl, line 2 can't be turned into tokens"):
         npd.distill(make_tree(data={"train": str(data)}))
+
+
+def test_a_held_out_row_without_an_answer_is_named_by_its_line(make_tree, tmp_path):
+    held_out = tmp_path / "held-out.jsonl"
+    held_out.write_text('{"prompt": "1=", "answer": "1"}\n{"prompt": "1=", "answer": "1"}\n{"prompt": "2="}\n')
+    tree = make_tree(data={"eval": str(held_out)}, evaluation={"tasks": ["answer"]})
+    with pytest.raises(npd.UserError, match=r"held-out\.jsonl, line 3 has no answer"):
+        npd.distill(tree)

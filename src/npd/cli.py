@@ -263,7 +263,6 @@ WORK = {
     "score": "scored",
     "train": "trained",
     "publish": "published",
-    "checkpoint": "checkpointed",
     "evaluate": "evaluated",
     "save": "saved",
 }

@@ -6,6 +6,7 @@ Defaults marked (paper) are those of arXiv:2605.05940 as METHOD reports them; al
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -366,13 +367,17 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
+# pydantic names the branch of a union that failed as a last part of the place, such as "int" or "literal['all']".
+_UNION_BRANCH = re.compile(r"(int|str|float|bool|list|literal)(\[.*\])?")
+
+
 def _explain(error: ValidationError, where: str) -> str:
     lines: list[str] = []
-    values: dict[str, list[str]] = {}
+    wrong: dict[tuple[str, str], list[str]] = {}
     for item in error.errors():
-        # pydantic names the branch of a union as a last part, such as "int" or "literal['all']".
-        location = [str(part) for part in item["loc"] if str(part).isidentifier() and part not in ("int", "str")]
-        location = [str(part) for part in item["loc"] if isinstance(part, int) or str(part) in location]
+        location = [str(part) for part in item["loc"]]
+        if item["type"] not in ("extra_forbidden", "missing") and location and _UNION_BRANCH.fullmatch(location[-1]):
+            location.pop()
         name = ".".join(location) or "the options together"
         if item["type"] == "extra_forbidden":
             near = _nearest(location)
@@ -382,10 +387,8 @@ def _explain(error: ValidationError, where: str) -> str:
         else:
             message = item["msg"].removeprefix("Value error, ")
             given = "" if isinstance(item["input"], dict | BaseModel) else f", but it is {item['input']!r}"
-            values.setdefault(f"{name}{given}", []).append(f"{message[0].lower()}{message[1:]}")
-    for key, messages in values.items():
-        name, _, given = key.partition(", but ")
-        lines.append(f"{name}: {' or '.join(messages)}" + (f", but {given}" if given else ""))
+            wrong.setdefault((name, given), []).append(f"{message[0].lower()}{message[1:]}")
+    lines += [f"{name}: {' or '.join(messages)}{given}" for (name, given), messages in wrong.items()]
     return f"{where} is not a valid configuration: " + "; ".join(lines) + "."
 
 

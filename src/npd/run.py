@@ -45,7 +45,7 @@ class DistillResult:
     after: dict[str, float]
     """Evaluation of the finished student."""
     seconds: dict[str, float]
-    """Wall-clock seconds per kind of work: generate, score, train, publish, checkpoint, evaluate."""
+    """Wall-clock seconds per kind of work: generate, score, train (checkpoints included), publish, evaluate, save."""
 
 
 @dataclass
@@ -102,7 +102,11 @@ def prepare(config: Config, command: str) -> Setup:
     held_out = None
     if config.data.eval is not None:
         held_out = load_prompts(
-            config.data.eval, tokenizer, split=config.data.split, max_prompt_tokens=config.data.max_prompt_tokens
+            config.data.eval,
+            tokenizer,
+            split=config.data.split,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            need="answer" if any(task.name == "answer" for task in config.evaluation.tasks) else None,
         )
     tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
     asked = [p.table for p in (prompts, held_out) if p is not None] + [task.prompts for task in tasks]

@@ -179,7 +179,6 @@ class Trainer:
     ) -> None:
         self.config, self.store, self.tokenizer = config, store, tokenizer
         self.events, self.generations = events, generations
-        self.kd_weight = kd_weight
         self.position = Position()
         self._planned: tuple[int, list[list[list[int]]]] = (-1, [])
         torch.manual_seed(derive_seed(config.seed, "adapters"))
@@ -272,7 +271,7 @@ class Trainer:
         at, steps = self.position, self._plan(samples)
         while True:
             self._step(samples, steps, advance)
-            if self.finished and at.generation < self.generations:
+            if self.finished:
                 return
             if at.batch == len(steps):
                 at.passes, at.batch = at.passes + 1, 0

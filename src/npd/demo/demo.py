@@ -18,7 +18,7 @@ from npd.demo.task import make_problems
 from npd.errors import UserError
 from npd.observe.display import Display
 from npd.schedule import derive_seed
-from npd.store import Store, writing
+from npd.store import Store, write_json, write_text, writing
 
 TEACHER = "package:npd/demo/teacher"
 REFERENCES, PROMPTS, HELD_OUT = 1200, 1200, 1000
@@ -135,14 +135,17 @@ def _report(out: Path, arms: list[Arm], config: Config, display: Display) -> Non
     """Evaluate every student and the teacher on the held-out problems; print the table and keep it as JSON."""
     names = {"teacher": TEACHER} | {arm.name: str(arm.run_dir / "student") for arm in arms}
     figures = {name: run.evaluate(config, model, display=display)[1] for name, model in names.items()}
-    rows = []
-    for name in names:
-        f = figures[name]
+    by_name = {arm.name: arm for arm in arms}
+    rows, table = [], []
+    for name, f in figures.items():
         low, high = f["eval/answer/accuracy_low"], f["eval/answer/accuracy_high"]
         accuracy = f"{100 * f['eval/answer/accuracy']:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
-        arm = next((arm for arm in arms if arm.name == name), None)
-        spent = [f"{arm.tokens / arm.seconds:,.0f}", f"{arm.seconds:.0f}", str(arm.steps)] if arm else ["", "", ""]
-        rows.append([name, accuracy, f"{f['eval/kl_to_teacher']:.3f}", *spent])
+        row, entry = [name, accuracy, f"{f['eval/kl_to_teacher']:.3f}", "", "", ""], {"name": name, **f}
+        if arm := by_name.get(name):
+            row[3:] = [f"{arm.tokens / arm.seconds:,.0f}", f"{arm.seconds:.0f}", str(arm.steps)]
+            entry |= {"seconds": arm.seconds, "steps": arm.steps, "tokens": arm.tokens}
+        rows.append(row)
+        table.append(entry)
     columns = ["", "accuracy % [95%]", "KL", "tokens/s", "seconds", "steps"]
     display.table(f"Greedy accuracy on {HELD_OUT:,} held-out problems", columns, rows)
     display.say(
@@ -150,13 +153,7 @@ def _report(out: Path, arms: list[Arm], config: Config, display: Display) -> Non
         "trained per second of wall-clock, generation and scoring included. Each way went on from the warm-up's student. "
         "One seed of a toy task: it shows how the parts work together, not which method is best."
     )
-    table = [
-        {"name": name, **figures[name]}
-        | next(({"seconds": a.seconds, "steps": a.steps, "tokens": a.tokens} for a in arms if a.name == name), {})
-        for name in names
-    ]
-    with writing(out / "demo.json") as aside:
-        aside.write_text(json.dumps(table, indent=1) + "\n")
+    write_json(out / "demo.json", table)
 
 
 def _write_data(out: Path, seed: int) -> None:
@@ -168,8 +165,7 @@ def _write_data(out: Path, seed: int) -> None:
 
 
 def _write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    with writing(path) as aside:
-        aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _write_untrained_student(path: Path, seed: int) -> None:
