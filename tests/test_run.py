@@ -702,3 +702,14 @@ def test_a_held_out_row_without_an_answer_is_named_by_its_line(make_tree, tmp_pa
     tree = make_tree(data={"eval": str(held_out)}, evaluation={"tasks": ["answer"]})
     with pytest.raises(npd.UserError, match=r"held-out\.jsonl, line 3 has no answer"):
         npd.distill(tree)
+
+
+def test_a_resumed_run_does_not_pass_its_weights_off_as_the_start(make_tree):
+    tree = make_tree(checkpoint={"every_steps": 1})
+    npd.distill(tree)
+    run_dir = Path(tree["run_dir"])
+    shutil.rmtree(run_dir / "student")
+    shutil.rmtree(run_dir / "policy/v000000")
+    npd.distill(tree)
+    assert (run_dir / "student/model.safetensors").exists()
+    assert not (run_dir / "policy/v000000").exists()

@@ -195,7 +195,8 @@ class Run:
         if self.accelerator.is_main_process:
             self.store.rewind_metrics(trainer.position.step)
         at = trainer.position
-        self._publish(trainer, 0)
+        if at.step == 0:  # a resumed trainer's weights are no longer those it started with
+            self._publish(trainer, 0)
         self._evaluate(trainer)
         with self._overall_progress(trainer) as advance:
             while not trainer.finished:
