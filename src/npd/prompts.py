@@ -2,6 +2,8 @@
 
 Conventions are those TRL's users know: `prompt` (a string or messages) with optional `completion`, `answer` and
 `source`; or `messages`, whose last assistant turn is the completion.
+
+Token ids go through a file that is mapped into memory, so a million prompts take disk, and of memory eight bytes each.
 """
 
 from __future__ import annotations
@@ -9,13 +11,16 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +28,7 @@ from npd.errors import UserError
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 SHOWN = 5  # rows named for each reason to leave prompts out
+CHUNK = 1024  # prompts held while they are read
 
 SCHEMA = pa.schema(
     [
@@ -39,15 +45,17 @@ SCHEMA = pa.schema(
 class Prompts:
     """Prompts as token ids, and what was left out.
 
-    Columns of `table`: prompt_id, source, prompt_ids, completion_ids (the stop token included; null without a reference)
-    and answer (null without one).
+    Columns of `table`, which is mapped from a file: prompt_id, source, prompt_ids, completion_ids (the stop token included;
+    null without a reference) and answer (null without one).
     """
 
     table: pa.Table
     rows: int
     """Rows read."""
-    dropped: dict[str, list[str]] = field(default_factory=dict)
-    """Reason -> where each row left out stands."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Reason -> rows left out for it."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """Reason -> where the first of them stand."""
 
     def __len__(self) -> int:
         return len(self.table)
@@ -55,9 +63,71 @@ class Prompts:
     def report(self) -> list[str]:
         """One line a reason: how many rows were left out, and the first of them by name."""
         return [
-            f"{len(places)} left out, {reason}: {', '.join(places[:SHOWN])}" + (", ..." if len(places) > SHOWN else "")
-            for reason, places in self.dropped.items()
+            f"{count} left out, {reason}: {', '.join(self.places[reason])}" + (", ..." if count > SHOWN else "")
+            for reason, count in self.dropped.items()
         ]
+
+    def leave_out(self, reason: str, where: str) -> None:
+        """Count a row that can't be used."""
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        if self.dropped[reason] <= SHOWN:
+            self.places.setdefault(reason, []).append(where)
+
+    def take(self, indices: np.ndarray) -> pa.Table:
+        """The rows at N indices, in their order; reads nothing else (Table.take joins a whole column's chunks first)."""
+        batches = self.table.to_batches()
+        ends = np.cumsum([len(batch) for batch in batches])
+        order = np.argsort(indices, kind="stable")
+        owner = np.searchsorted(ends, indices[order], side="right")
+        pieces = []
+        for b in np.unique(owner):
+            rows = indices[order][owner == b] - (ends[b] - len(batches[b]))
+            pieces.append(batches[b].take(pa.array(rows)))
+        table = pa.Table.from_batches(pieces, schema=self.table.schema).combine_chunks()
+        return table.take(pa.array(np.argsort(order, kind="stable")))
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return int(pc.max(pc.list_value_length(self.table["prompt_ids"])).as_py() or 0)
+
+    def save(self, path: Path) -> None:
+        """Write an Arrow file that `open` maps back."""
+        facts = json.dumps({"rows": self.rows, "dropped": self.dropped, "places": self.places})
+        with pa.ipc.new_file(str(path), SCHEMA.with_metadata({"npd": facts})) as writer:
+            for batch in self.table.to_batches(max_chunksize=CHUNK):
+                writer.write_batch(batch)
+
+    @classmethod
+    def open(cls, path: Path) -> Prompts:
+        """Map a file that `save` wrote."""
+        table = _mapped(path)
+        return cls(table.replace_schema_metadata(), **json.loads(table.schema.metadata[b"npd"]))
+
+
+def _mapped(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
+class _Seen:
+    """A set of 64-bit hashes in sorted runs that double, eight bytes an entry."""
+
+    def __init__(self) -> None:
+        self.runs: list[np.ndarray] = []
+
+    def add(self, keys: np.ndarray) -> np.ndarray:
+        """Add N keys; [N] bool, was the key new when its turn came?"""
+        unique, first = np.unique(keys, return_index=True)
+        new = np.zeros(len(keys), bool)
+        new[first] = True
+        for run in self.runs:
+            at = np.minimum(np.searchsorted(run, keys), len(run) - 1)
+            new &= run[at] != keys
+        self.runs.append(unique[new[first]])
+        while len(self.runs) > 1 and len(self.runs[-2]) <= 2 * len(self.runs[-1]):
+            self.runs[-2:] = [np.union1d(self.runs[-2], self.runs[-1])]
+        self.runs = [run for run in self.runs if len(run)]
+        return new
 
 
 def load_prompts(
@@ -81,39 +151,52 @@ def load_prompts(
         UserError: a missing or unreadable file, a row of the wrong shape (named by file and line), messages without a
             chat template, or no prompt left.
     """
-    rows: list[dict[str, Any]] = []
-    dropped: dict[str, list[str]] = {}
-    seen: set[tuple[int, ...]] = set()
-    count = 0
-    for where, record in _read(source, split):
-        count += 1
-        try:
-            row = _row(where, record, tokenizer)
-        except (TypeError, ValueError) as error:  # of the tokenizer, on text that is no text, such as half a surrogate pair
-            raise UserError(f"{where} can't be turned into tokens: {error}") from error
-        if need and row[f"{need}_ids" if need == "completion" else need] is None:
-            raise UserError(
-                f"{where} has no {need}, which this needs for every row. Add it"
-                + (", or set data.references: teacher so that the teacher writes one." if need == "completion" else ".")
-            )
-        key = tuple(row["prompt_ids"])
-        too_long = max_completion_tokens is not None and len(row["completion_ids"] or []) > max_completion_tokens
-        if not row["text"].strip() or not key:
-            reason = "empty prompt"
-        elif len(key) > max_prompt_tokens:
-            reason = f"prompt longer than data.max_prompt_tokens {max_prompt_tokens}"
-        elif too_long:
-            reason = f"completion longer than rollout.max_new_tokens {max_completion_tokens}"
-        elif key in seen:
-            reason = "duplicate of an earlier prompt"
-        else:
-            seen.add(key)
-            rows.append(row)
-            continue
-        dropped.setdefault(reason, []).append(where)
-    prompts = Prompts(pa.Table.from_pylist(rows, schema=SCHEMA), count, dropped)
-    if not rows:
-        raise UserError(f"No prompts are left of the {count} rows of {source}. " + "; ".join(prompts.report()))
+    prompts, seen = Prompts(SCHEMA.empty_table(), 0), _Seen()
+    pending: list[tuple[str, dict[str, Any]]] = []
+
+    def fresh() -> pa.RecordBatch:
+        """The pending rows without repetitions."""
+        keys = np.array([int(row["prompt_id"], 16) for _, row in pending], np.uint64)
+        rows = []
+        for (where, row), new in zip(pending, seen.add(keys), strict=True):
+            if new:
+                rows.append(row)
+            else:
+                prompts.leave_out("duplicate of an earlier prompt", where)
+        pending.clear()
+        return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+
+    # Unlinked as soon as it is mapped: the system frees it when the last reader is gone.
+    with tempfile.TemporaryDirectory(prefix="npd-", ignore_cleanup_errors=True) as folder:
+        file = Path(folder) / "prompts.arrow"
+        with pa.ipc.new_file(str(file), SCHEMA) as writer:
+            for where, record in _read(source, split):
+                prompts.rows += 1
+                try:
+                    row = _row(where, record, tokenizer)
+                except (TypeError, ValueError) as error:  # of the tokenizer, on text that is none, as half a surrogate pair
+                    raise UserError(f"{where} can't be turned into tokens: {error}") from error
+                if need and row[f"{need}_ids" if need == "completion" else need] is None:
+                    remedy = (
+                        ", or set data.references: teacher so that the teacher writes one." if need == "completion" else "."
+                    )
+                    raise UserError(f"{where} has no {need}, which this needs for every row. Add it{remedy}")
+                too_long = max_completion_tokens is not None and len(row["completion_ids"] or []) > max_completion_tokens
+                if not row["text"].strip() or not row["prompt_ids"]:
+                    prompts.leave_out("empty prompt", where)
+                elif len(row["prompt_ids"]) > max_prompt_tokens:
+                    prompts.leave_out(f"prompt longer than data.max_prompt_tokens {max_prompt_tokens}", where)
+                elif too_long:
+                    prompts.leave_out(f"completion longer than rollout.max_new_tokens {max_completion_tokens}", where)
+                else:
+                    del row["text"]
+                    pending.append((where, row))
+                    if len(pending) == CHUNK:
+                        writer.write_batch(fresh())
+            writer.write_batch(fresh())
+        prompts.table = _mapped(file)
+    if not len(prompts):
+        raise UserError(f"No prompts are left of the {prompts.rows} rows of {source}. " + "; ".join(prompts.report()))
     return prompts
 
 
@@ -292,4 +375,5 @@ def _hub(source: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def count_sources(table: pa.Table) -> Counter[str]:
-    return Counter(table["source"].to_pylist())
+    counts = table["source"].value_counts()
+    return Counter(dict(zip(counts.field("values").to_pylist(), counts.field("counts").to_pylist(), strict=True)))
