@@ -167,14 +167,25 @@ def test_teacher_may_be_missing():
         ({"selection": {"lower": math.nan}}, ["lower (nan)"]),
         ({"packing": {"length": 100}}, ["2048 tokens", "data.max_prompt_tokens 1024", "packing.length is 100", "raise"]),
         ({"evaluation": {"samples": 4}}, ["samples above 1", "evaluation.temperature"]),
-        ({"schedule": {"kl_budget": 0.1}}, ["kl_budget is not built yet", "passes"]),
-        ({"schedule": {"references": 0.5}}, ["references", "not built yet"]),
+        ({"schedule": {"passes": 2, "lead": 2.5}}, ["lead (2.5) is above passes (2)"]),
+        ({"schedule": {"lead": -0.5}}, ["schedule.lead", "greater than or equal to 0"]),
+        ({"schedule": {"kl_budget": 0.0}}, ["schedule.kl_budget", "greater than 0"]),
+        ({"schedule": {"references": 1.0}}, ["schedule.references", "less than 1"]),
+        ({"selection": {"rule": "adaptive", "lower": 0.1}}, ["adaptive_lower <= lower <= 0 < upper", "0.1"]),
+        ({"selection": {"rule": "adaptive", "lower": -0.5}}, ["adaptive_lower <= lower <= 0 < upper", "-0.5"]),
     ],
 )
 def test_options_that_do_not_go_together(sections, parts):
     message = refused(**sections)
     for part in parts:
         assert part in message
+
+
+def test_the_schedule_may_go_to_its_bounds():
+    schedule = load_config(merged(schedule={"passes": 2, "lead": 2.0, "kl_budget": 0.1, "references": 0.9})).schedule
+    assert (schedule.lead, schedule.kl_budget, schedule.references) == (2.0, 0.1, 0.9)
+    assert load_config(merged(schedule={"lead": 0})).schedule.lead == 0
+    assert load_config(merged(selection={"rule": "adaptive"})).selection.rule == "adaptive"
 
 
 def test_band_edges_may_meet_and_be_infinite():

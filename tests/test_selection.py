@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from npd.config import SelectionConfig
 from npd.errors import RunError
-from npd.selection import Select, bands, check_some_kept, delta_ifd, instruction_following_difficulty, summarize
+from npd.selection import Select, Summary, bands, check_some_kept, delta_ifd, instruction_following_difficulty
 
 NLL = st.floats(0.01, 20)
 ROWS = st.lists(st.tuples(NLL, NLL, NLL, NLL), min_size=1, max_size=20)
@@ -101,7 +101,7 @@ def test_bands_part_the_line(deltas, lower, width, data):
 def scored(rows):
     names = ("student_nll", "student_nll_free", "teacher_nll", "teacher_nll_free")
     table = {name: pa.array(column, pa.float32()) for name, column in zip(names, columns(rows), strict=True)}
-    return pa.table({"sample_id": [f"s{i}" for i in range(len(rows))], **table})
+    return pa.table({"sample_id": [f"s{i}" for i in range(len(rows))], "source": [""] * len(rows), **table})
 
 
 MIXED = [
@@ -150,10 +150,20 @@ def test_select_takes_an_empty_table():
     assert "verdict" in out.column_names
 
 
-def test_summarize():
+def summarize(verdicts, sources, deltas, parts=1):
+    """The summary of a generation of so many parts."""
+    table = pa.table({"verdict": verdicts, "source": sources, "delta_ifd": pa.array(deltas, pa.float32())})
+    summary, size = Summary(SelectionConfig()), -(-len(table) // parts)
+    for start in range(0, len(table), size):
+        summary.add(table.slice(start, size))
+    return summary.result()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_summary(parts):
     deltas = np.array([0.1, 0.2, 0.3, -0.5, np.nan, np.inf])
     verdicts = ["proximal"] * 3 + ["degenerate", "undefined", "disconnect"]
-    summary = summarize(verdicts, ["a", "b", "a", "b", "a", "b"], deltas)
+    summary = summarize(verdicts, ["a", "b", "a", "b", "a", "b"], deltas, parts)
     assert summary["rows"] == 6
     assert summary["verdicts"] == {"proximal": 3, "degenerate": 1, "undefined": 1, "disconnect": 1}
     assert list(summary["sources"]) == ["a", "b"]
@@ -167,16 +177,16 @@ def test_summarize():
     assert list(summary["delta_ifd_quantiles"]) == ["0.05", "0.25", "0.5", "0.75", "0.95"]
 
 
-@given(st.lists(st.floats(-3, 3), min_size=2, max_size=40))
-def test_quantiles_and_counts_add_up(deltas):
+@given(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=40), st.integers(1, 5))
+def test_quantiles_and_counts_add_up(deltas, parts):
     sources = [str(i % 3) for i in range(len(deltas))]
     verdicts = bands(deltas, 0.0, 0.8).tolist()
-    summary = summarize(verdicts, sources, np.array(deltas))
+    summary = summarize(verdicts, sources, np.array(deltas), parts)
     assert sum(summary["verdicts"].values()) == summary["rows"] == len(deltas)
     for verdict, count in summary["verdicts"].items():
         assert count == sum(s["verdicts"].get(verdict, 0) for s in summary["sources"].values())
     expected = quantiles(deltas, n=4, method="inclusive")
-    assert [summary["delta_ifd_quantiles"][q] for q in ("0.25", "0.5", "0.75")] == pytest.approx(expected, abs=1e-9)
+    assert [summary["delta_ifd_quantiles"][q] for q in ("0.25", "0.5", "0.75")] == pytest.approx(expected, abs=1e-6)
 
 
 def test_summary_of_undefined_deltas_has_no_quantiles():

@@ -62,7 +62,8 @@ class DataConfig(Section):
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts are left out, counted and named; none is cut."""
     references: Literal["given", "teacher"] = "given"
-    """Reference responses for `npd sft`: the data's own completions, or the teacher's answers (sequence-level KD)."""
+    """Reference responses, for `npd sft` and schedule.references: the data's own completions, or the teacher's answers
+    (sequence-level KD)."""
 
 
 class ScheduleConfig(Section):
@@ -74,11 +75,14 @@ class ScheduleConfig(Section):
     passes: int = Field(default=5, ge=1)
     """Passes over one generation's responses. 2 generations x 5 are the paper's K = 10 epochs (paper)."""
     kl_budget: float | None = Field(default=None, gt=0)
-    """Not built yet: end a generation when its near-policy KL passes this; must be null."""
+    """End a generation as soon as its smoothed near-policy KL passes this many nats per token; `passes` is then the most
+    it may last. The paper bounds the KL by about 0.10."""
     lead: float = Field(default=1.0, ge=0)
-    """Not built yet: passes by which the next generation is started early. Generation and training take turns; leave it."""
-    references: float = Field(default=0.0, ge=0, le=1)
-    """Not built yet: share of reference responses mixed into each pass; must be 0."""
+    """Passes before the end of a generation at which the next snapshot is taken; the next generation is then made in the
+    background. 0: take turns, with every response from the newest weights. At most `passes`."""
+    references: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each pass's response tokens that come from reference responses (data.references says whose), read by the
+    teacher and trained with the same loss (paper: 0)."""
 
     @field_validator("prompts")
     @classmethod
@@ -88,13 +92,12 @@ class ScheduleConfig(Section):
         return value
 
     @model_validator(mode="after")
-    def _not_built(self) -> ScheduleConfig:
-        if self.lead not in (0.0, 1.0):
-            raise ValueError("lead is not built yet: generation and training take turns; leave it out")
-        if self.kl_budget is not None:
-            raise ValueError("kl_budget is not built yet; leave it null and choose `passes` instead")
-        if self.references:
-            raise ValueError("references (mixing) is not built yet; leave it 0.0")
+    def _within(self) -> ScheduleConfig:
+        if self.lead > self.passes:
+            raise ValueError(
+                f"lead ({self.lead:g}) is above passes ({self.passes}): a snapshot can't be taken before its generation's "
+                "predecessor is begun"
+            )
         return self
 
 
@@ -123,17 +126,25 @@ class ScoringConfig(Section):
 
 
 class SelectionConfig(Section):
-    rule: Literal["delta_ifd", "none"] = "delta_ifd"
-    """delta_ifd keeps lower <= delta <= upper (paper); none keeps everything."""
+    rule: Literal["delta_ifd", "adaptive", "none"] = "delta_ifd"
+    """delta_ifd keeps lower <= delta <= upper (paper); adaptive lets both bounds follow the data, per source where there
+    are 200 samples of it; none keeps everything."""
     ifd: Literal["loss_ratio", "perplexity_ratio"] = "loss_ratio"
     """IFD as a ratio of mean NLLs, or of perplexities (Superfiltering); the paper does not settle which."""
     lower: float = 0.0
     """Below it a response is "degenerate" (paper: 0)."""
     upper: float = 0.8
-    """Above it a response is "disconnect" (paper: 0.8, best of its sweep)."""
+    """Above it a response is "disconnect" (paper: 0.8, best of its sweep). The adaptive rule never goes above it."""
+    adaptive_lower: float = -0.4
+    """The adaptive rule never goes below it."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SelectionConfig:
+        if self.rule == "adaptive" and not self.adaptive_lower <= self.lower <= 0 < self.upper:
+            raise ValueError(
+                f"the adaptive rule needs adaptive_lower <= lower <= 0 < upper, but they are {self.adaptive_lower}, "
+                f"{self.lower} and {self.upper}"
+            )
         if not self.lower <= self.upper:  # not a number compares with nothing
             raise ValueError(f"lower ({self.lower}) is above upper ({self.upper}): no response could be kept")
         return self
@@ -177,11 +188,31 @@ class TrainingConfig(Section):
     """Stop once this many response tokens have been trained; the cosine then ends there."""
 
 
+class PlacementConfig(Section):
+    train: str | list[str] = "auto"
+    """Device of the trainer: cpu, cuda:0, ...; one for each process of `accelerate launch`. auto: the CPU, or the first
+    GPU (the first as many as there are processes)."""
+    rollout: str | list[str] = "auto"
+    """Devices of the background refresh, one process each. auto: every GPU that does not train, else the trainer's, taking
+    turns with it; without a GPU the CPU. external: none here, `npd refresh --follow` makes the generations elsewhere."""
+    teacher: str | list[str] = "auto"
+    """Devices of the teacher, one for each of `rollout` or one for all. auto: beside the rollout."""
+    train_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of the trainer while a refresh runs beside it; null: half of the cores, all where it has its own GPU."""
+    rollout_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a refresh while it generates; null: its share of what the trainer leaves, and of all cores for
+    generation 0, which the trainer waits for."""
+    teacher_threads: int | None = Field(default=None, ge=1)
+    """CPU threads of a refresh while it scores; null: as rollout_threads."""
+
+
 class CheckpointConfig(Section):
     every_steps: int = Field(default=200, ge=1)
     """Optimiser steps between checkpoints; what a crash can lose of training."""
     keep: int = Field(default=2, ge=1)
-    """Newest checkpoints and student snapshots kept (the first snapshot always is)."""
+    """Newest checkpoints, student snapshots and generations kept, besides the first snapshot and whatever is still read."""
+    restarts: int = Field(default=3, ge=0)
+    """How often a background refresh that died is started again; one that finishes a part in between starts afresh."""
 
 
 class TaskConfig(Section):
@@ -258,6 +289,8 @@ class Config(Section):
     """The optimiser loop."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """What a crash costs."""
+    placement: PlacementConfig = PlacementConfig()
+    """What runs where."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """What is measured along the way."""
     tracking: TrackingConfig = TrackingConfig()
@@ -278,7 +311,7 @@ class Config(Section):
 
 
 # Keys that may differ when a run is continued: they do not change what is computed.
-FREE_KEYS = ("run_dir", "checkpoint", "evaluation", "tracking", "provenance", "training.micro_batch_rows")
+FREE_KEYS = ("run_dir", "checkpoint", "placement", "evaluation", "tracking", "provenance", "training.micro_batch_rows")
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
