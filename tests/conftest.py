@@ -82,7 +82,7 @@ def make_tree(tmp_path, teacher_dir, student_dir, data_file) -> Callable[..., di
             "student": {"model": str(student_dir)},
             "teacher": {"model": str(teacher_dir)},
             "data": {"train": str(data_file), "max_prompt_tokens": 32},
-            "schedule": {"generations": 2, "passes": 2},
+            "schedule": {"generations": 2, "passes": 2, "lead": 0.0},
             "rollout": {"max_new_tokens": 12, "batch_size": 4, "part_size": 5},
             "scoring": {"top_k": 4, "batch_tokens": 128},
             "selection": {"rule": "none"},

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ import npd
 import npd.store
 from npd.config import load_config
 from npd.observe.events import Events
-from npd.store import SCHEMA, Store, write_json, write_text, writing
+from npd.store import HOST, SCHEMA, Store, write_json, write_text, writing
 from npd.trainer import Trainer
 
 # -- parts
@@ -165,14 +166,21 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path):
 # -- opening
 
 
+def number_of_a_dead_process() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path, make_tree):
     tree = make_tree()
     store = Store(tree["run_dir"])
     store.open(load_config(tree), "distill")
-    for name in (".metrics.jsonl.123.tmp", "generations/g000/.part-00000.parquet.9.tmp"):
+    gone = f"{HOST}.{number_of_a_dead_process()}.tmp"
+    for name in (f".metrics.jsonl.{gone}", f"generations/g000/.part-00000.parquet.{HOST}.{os.getpid()}.tmp"):
         (store.path / name).parent.mkdir(parents=True, exist_ok=True)
         (store.path / name).write_text("half")
-    for name in ("policy/.v000001.7.tmp", "checkpoints/.step-000003.tmp", "policy/.v000000.7.old.tmp"):
+    for name in (f"policy/.v000001.{gone}", f"checkpoints/.step-000003.{HOST}.trainer.tmp"):
         (store.path / name).mkdir(parents=True)
         (store.path / name / "model.safetensors").write_text("half")
     store.open(load_config(tree), "distill")
@@ -180,11 +188,28 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path, make_tree):
     assert store.policies() == store.checkpoints() == []
 
 
+def test_what_others_are_writing_stays(make_tree):
+    tree = make_tree()
+    store = Store(tree["run_dir"])
+    store.open(load_config(tree), "distill")
+    mine = store.generation(0) / f".part-00000.parquet.{HOST}.{os.getppid()}.tmp"
+    theirs, forgotten = (
+        store.generation(0) / f".part-0000{n}.parquet.elsewhere.{number_of_a_dead_process()}.tmp" for n in (1, 2)
+    )
+    for file in (mine, theirs, forgotten):
+        write_text(file, "half")
+    os.utime(forgotten, (0, 0))
+    store.open(load_config(tree), "distill")
+    assert mine.exists()  # of a process that lives
+    assert theirs.exists()  # of a machine that cannot be asked
+    assert not forgotten.exists()
+
+
 def test_a_writer_killed_before_its_first_file_does_not_block_the_directory(make_tree):
     tree = make_tree()
     run_dir = Path(tree["run_dir"])
     run_dir.mkdir()
-    (run_dir / ".config.yaml.123.tmp").write_text("run_d")
+    (run_dir / f".config.yaml.{HOST}.{number_of_a_dead_process()}.tmp").write_text("run_d")
     Store(run_dir).open(load_config(tree), "distill")
     assert files_in(run_dir) == {"config.yaml"}
 
@@ -237,28 +262,76 @@ def save_stub(path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
-def test_pruning_keeps_the_first_snapshot_and_the_newest(tmp_path, keep):
+def test_tidying_keeps_the_first_snapshot_and_the_newest_of_each(tmp_path, keep):
     store = Store(tmp_path)
     for version in range(6):
-        store.publish(version, save_stub, step=version, keep=keep)
+        store.publish(version, save_stub, step=version)
         assert (tmp_path / "policy/LATEST").read_text() == f"v{version:06d}\n"
-        assert store.policies() == sorted({0, *range(max(0, version - keep + 1), version + 1)})
+        for part in (0, 1):
+            store.write_part(version, part, some_table())
+        store.finish_generation(version, 2, {"policy_version": version, "selection": {}})
+        for _ in range(2):  # the second time changes nothing
+            store.tidy(version, keep)
+            newest = set(range(max(0, version - keep + 1), version + 1))
+            assert store.policies() == sorted({0} | newest)
+            assert {g for g in range(6) if store.parts(g)} == newest
     assert store.check_model(store.policy(5))["policy_version"] == 5
+    for generation in range(6):
+        manifest = store.manifest(generation)
+        assert manifest is not None
+        assert manifest.get("removed", False) == (generation <= 5 - keep)
+        assert len(manifest["parts"]) == 2  # what was there is still known
+
+
+def test_tidying_spares_what_an_older_checkpoint_leads_back_to(tmp_path):
+    store = Store(tmp_path)
+    for version in range(5):
+        store.publish(version, save_stub, step=version)
+        store.write_part(version, 0, some_table())
+    store.tidy(2, keep=1)
+    assert store.policies() == [0, 2, 3, 4]
+    assert [g for g in range(5) if store.parts(g)] == [2, 3, 4]
+
+
+@pytest.mark.parametrize("crash", range(6))
+def test_tidying_goes_on_where_a_crash_stopped_it(tmp_path, monkeypatch, crash):
+    store = Store(tmp_path)
+    for generation in range(4):
+        for part in (0, 1):
+            store.write_part(generation, part, some_table())
+        store.finish_generation(generation, 2, {"policy_version": generation, "selection": {}})
+    real, left = Path.unlink, [crash]
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name.startswith("part-"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stop
+        real(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        with pytest.raises(Stop):
+            store.tidy(3, keep=1)
+    store.tidy(3, keep=1)
+    assert [len(store.parts(g)) for g in range(4)] == [0, 0, 0, 2]
+    assert [(store.manifest(g) or {}).get("removed", False) for g in range(4)] == [True, True, True, False]
 
 
 def test_publishing_again_finishes_what_a_crash_left(tmp_path):
     store = Store(tmp_path)
     for version in range(3):
-        store.publish(version, save_stub, step=version, keep=9)
+        store.publish(version, save_stub, step=version)
     (tmp_path / "policy/LATEST").write_text("v000001\n")  # killed after the rename of v2
 
     def never(path: Path) -> None:
         raise AssertionError("a finished snapshot is never made twice")
 
-    store.publish(2, never, step=2, keep=1)
+    store.publish(2, never, step=2)
     assert (tmp_path / "policy/LATEST").read_text() == "v000002\n"
-    assert store.policies() == [0, 2]
-    store.publish(1, save_stub, step=1, keep=1)  # trained again from an older checkpoint
+    shutil.rmtree(store.policy(1))
+    store.publish(1, save_stub, step=1)  # trained again from an older checkpoint
+    assert store.policies() == [0, 1, 2]
     assert (tmp_path / "policy/LATEST").read_text() == "v000002\n"
 
 
@@ -299,14 +372,15 @@ def test_a_damaged_snapshot_is_named(make_tree, how):
 
 
 def stop_at_step(monkeypatch, stop: int):
-    real = Trainer._step
+    """Before the step after step `stop`."""
+    real = Trainer.step
 
     def step(self, *args):
-        if self.position.step == stop:
+        if self.position.step > stop:
             raise Stop
-        real(self, *args)
+        return real(self, *args)
 
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "step", step)
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "npd.json"])
@@ -361,19 +435,51 @@ def test_page_checksums_are_verified_where_no_manifest_is_yet(tmp_path):
         store.read_part(0, 0, ["sample_id"])
 
 
-def test_a_deleted_part_is_made_again_identical(make_tree):
+@pytest.mark.parametrize("how", ["damaged", "deleted"])
+def test_a_lost_part_is_made_again_identical(make_tree, how):
     tree = make_tree()
     npd.refresh(tree)
     store = Store(tree["run_dir"])
     before = {path.name: path.read_bytes() for path in store.generation(0).iterdir()}
     for part in (0, 2):
-        damage(store.part(0, part))
-    with pytest.raises(npd.UserError, match=r"part-00000.parquet is damaged \(its checksum"):
-        npd.distill(tree)
-    for part in (0, 2):
-        store.part(0, part).unlink()
+        if how == "damaged":
+            damage(store.part(0, part))
+        else:
+            store.part(0, part).unlink()
     npd.distill(tree)
     assert {path.name: path.read_bytes() for path in store.generation(0).iterdir()} == before
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_part_damaged_while_the_run_is_under_way_is_made_again(make_tree, monkeypatch, finished):
+    """Found when the trainer takes it, if its generation has no manifest to compare with."""
+    whole = npd.distill(make_tree("whole"))
+    tree = make_tree()
+    store = Store(tree["run_dir"])
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 4)
+        with pytest.raises(Stop):
+            npd.distill(tree)
+    was = store.part(0, 1).read_bytes()
+    damage(store.part(0, 1), 0.3)
+    if not finished:
+        (store.generation(0) / "manifest.json").unlink()
+    again = npd.distill(tree)
+    assert store.part(0, 1).read_bytes() == was
+    assert (again.student / "model.safetensors").read_bytes() == (whole.student / "model.safetensors").read_bytes()
+
+
+def test_a_damaged_part_whose_snapshot_is_gone_is_named(make_tree, monkeypatch):
+    tree = make_tree()
+    store = Store(tree["run_dir"])
+    with monkeypatch.context() as patch:
+        stop_at_step(patch, 4)  # later than the first checkpoint, or the start would be published again
+        with pytest.raises(Stop):
+            npd.distill(tree)
+    shutil.rmtree(store.policy(0))
+    damage(store.part(0, 1))
+    with pytest.raises(npd.UserError, match=r"must be made again, but the snapshot .*v000000 .* is no longer kept"):
+        npd.distill(tree)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"parts": []}'])

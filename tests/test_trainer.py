@@ -25,11 +25,12 @@ from transformers import AutoModelForCausalLM
 import npd
 from npd import models
 from npd.config import TrainingConfig, load_config
+from npd.loop import PassPlan
 from npd.observe.events import Events
-from npd.refresher import Generation
+from npd.samples import Samples
 from npd.schedule import learning_rate
 from npd.store import Store
-from npd.trainer import Samples, Trainer, make_accelerator, plan_pass
+from npd.trainer import Trainer, make_accelerator
 
 VOCABULARY, TOP_K = 20, 4
 KD_WEIGHT = 0.9
@@ -60,8 +61,10 @@ def make_samples(store: Store, count: int = 9, seed: int = 0, poison: int | None
             }
         )
     store.write_part(0, 0, pa.Table.from_pylist(rows))
-    manifest = store.finish_generation(0, 1, {"policy_version": 0})
-    return Samples(store, Generation(0, store.generation(0), 0, manifest))
+    samples = Samples(store)
+    samples.fetch(0, 0)
+    samples.take(0, 0)
+    return samples
 
 
 def make_trainer(tree: dict) -> Trainer:
@@ -78,12 +81,27 @@ def make_trainer(tree: dict) -> Trainer:
         models.load_tokenizer(config.student),
         Events(store.path / "events.jsonl"),
         kd_weight=KD_WEIGHT,
-        generations=config.schedule.generations,
     )
 
 
-def advance(steps: int = 1, note: str = "") -> None:
-    pass
+def plan_pass(trainer: Trainer, samples: Samples) -> list[list[list[int]]]:
+    plan = PassPlan(trainer.config.packing.length, trainer.config.training.batch_tokens, seed=trainer.position.passes)
+    return list(plan.steps(np.arange(len(samples)), samples.lengths, last=True))
+
+
+def train_pass(trainer: Trainer, samples: Samples) -> None:
+    """Train on all samples once, as the loop does."""
+    at, passes = trainer.position, trainer.config.schedule.passes
+    steps = plan_pass(trainer, samples)
+    for n, rows in enumerate(steps, 1):
+        tokens = int(samples.response_lengths[[i for row in rows for i in row]].sum())
+        at.step, at.tokens = at.step + 1, at.tokens + tokens
+        trainer.step(samples, rows, tokens, (at.passes + n / len(steps)) / passes, {})
+    at.passes += 1
+
+
+def steps_of(run_dir: Path) -> list[dict]:
+    return [line for line in Store(run_dir).read_metrics() if "loss" in line]
 
 
 def dense_loss(model: torch.nn.Module, samples: Samples, i: int) -> torch.Tensor:
@@ -126,7 +144,7 @@ def test_packed_rows_give_the_gradients_of_the_samples(make_tree, attention, row
         loss += one.item()
     out, _, known = trainer._forward(samples, rows)
     out.loss.backward()
-    assert known == samples.responses.lengths.sum()
+    assert known == samples.response_lengths.sum()
     assert out.loss.item() == pytest.approx(loss, rel=1e-5)
     assert_close(gradients(trainer.base), gradients(reference), 1e-5)
 
@@ -159,7 +177,7 @@ def one_step(make_tree, name="run", *, poison=None, seen=None, **training):
         return real(*args, **kwargs)
 
     trainer.optimizer.step = step
-    trainer.train_pass(samples, advance)
+    train_pass(trainer, samples)
     return trainer, samples
 
 
@@ -167,7 +185,7 @@ def hand_gradients(trainer: Trainer, samples: Samples) -> tuple[float, dict[str,
     """Mean loss per response token and its gradients in float64, from the weights that the student starts with."""
     model = AutoModelForCausalLM.from_pretrained(trainer.config.student.model).double()
     losses = [dense_loss(model, samples, i) for i in range(len(samples))]
-    loss = torch.stack(losses).sum() / int(samples.responses.lengths.sum())
+    loss = torch.stack(losses).sum() / int(samples.response_lengths.sum())
     loss.backward()
     return loss.item(), gradients(model)
 
@@ -179,7 +197,7 @@ def test_the_loss_is_the_mean_over_all_response_tokens_of_the_step(make_tree, mi
     rows = trainer.store.read_metrics()[0]
     assert trainer.position.step == 1
     assert rows["fill"] < 1
-    assert len(set(samples.responses.lengths.tolist())) > 4  # unequal, or a mean of means would do as well
+    assert len(set(samples.response_lengths.tolist())) > 4  # unequal, or a mean of means would do as well
     loss, wanted = hand_gradients(trainer, samples)
     assert rows["loss"] == pytest.approx(loss, rel=1e-5)
     assert_close(seen, wanted, 1e-5)
@@ -204,7 +222,7 @@ def test_weights_depend_neither_on_micro_batches_nor_on_packing(make_tree):
         trainer = make_trainer(tree)
         samples = make_samples(trainer.store)
         for _ in range(4):
-            trainer.train_pass(samples, advance)
+            train_pass(trainer, samples)
         assert trainer.position.step == 4
         found.append({k: v.clone() for k, v in trainer.base.state_dict().items()})
     start = AutoModelForCausalLM.from_pretrained(trainer.config.student.model).state_dict()
@@ -219,23 +237,23 @@ def test_non_finite_loss_stops_before_the_weights_change(make_tree):
     tree = make_tree(training={"batch_tokens": 64})
     trainer = make_trainer(tree)
     samples = make_samples(trainer.store, poison=5)
-    plan = trainer._plan(samples)
+    plan = plan_pass(trainer, samples)
     bad = next(i for i, rows in enumerate(plan) if any(5 in row for row in rows))
     before: dict[str, torch.Tensor] = {}
-    real = trainer._step
+    real = trainer.step
 
     def step(*args):
         before.update({k: v.clone() for k, v in trainer.base.state_dict().items()})
-        real(*args)
+        return real(*args)
 
-    trainer._step = step  # type: ignore[method-assign]
+    trainer.step = step  # type: ignore[method-assign]
     with pytest.raises(npd.RunError) as caught:
-        trainer.train_pass(samples, advance)
+        train_pass(trainer, samples)
     assert f"The loss of step {bad + 1} is not finite" in str(caught.value)
     for i in range(len(samples)):
         together = any(i in row for row in plan[bad])
         assert (f"sample-{i}" in str(caught.value)) == together
-    assert trainer.position.step == bad
+    assert len(trainer.store.read_metrics()) == bad
     after = trainer.base.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(torch.isfinite(value).all() for value in after.values())
@@ -259,7 +277,7 @@ def test_the_optimiser_gets_the_schedule(make_tree):
     trainer = make_trainer(tree)
     samples = make_samples(trainer.store)
     for wanted in (5e-3, 1e-2, 5.5e-3, 1e-3):
-        trainer.train_pass(samples, advance)
+        train_pass(trainer, samples)
         assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
         assert trainer.store.read_metrics()[-1]["lr"] == pytest.approx(wanted)
 
@@ -277,7 +295,7 @@ def test_weight_decay_spares_vectors(make_tree):
 def test_near_policy_kl_is_zero_while_the_weights_are_those_that_sampled(make_tree):
     tree = make_tree(training={"batch_tokens": 64, "learning_rate": 1e-2})
     npd.distill(tree)
-    lines = [json.loads(line) for line in (Path(tree["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    lines = steps_of(Path(tree["run_dir"]))
     for generation in (0, 1):
         mine = [line["near_policy_kl"] for line in lines if line["generation"] == generation]
         assert 0 <= mine[0] < 1e-6
@@ -289,7 +307,7 @@ def test_near_policy_kl_is_zero_while_the_weights_are_those_that_sampled(make_tr
 def test_near_policy_kl_is_marked_a_proxy_where_it_is_one(make_tree, rollout):
     tree = make_tree(rollout=rollout, training={"max_steps": 2})
     npd.distill(tree)
-    lines = [json.loads(line) for line in (Path(tree["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+    lines = steps_of(Path(tree["run_dir"]))
     assert all(line["near_policy_kl_is_proxy"] is True for line in lines)
     assert lines[0]["near_policy_kl"] < 1e-6  # behaviour log-probabilities are kept at temperature 1 all the same
 
@@ -299,29 +317,40 @@ def test_near_policy_kl_is_marked_a_proxy_where_it_is_one(make_tree, rollout):
 
 @settings(max_examples=80, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=60),
+    pools=st.lists(st.lists(st.integers(1, 40), max_size=30), min_size=1, max_size=4),
     capacity=st.integers(40, 100),
     batch_tokens=st.integers(1, 600),
     seed=st.integers(0, 2**62),
 )
-def test_plan_pass(lengths, capacity, batch_tokens, seed):
-    sizes = np.array(lengths)
-    steps = plan_pass(sizes, capacity, batch_tokens, seed)
-    assert steps == plan_pass(sizes, capacity, batch_tokens, seed)
-    rows = [row for step in steps for row in step]
+def test_a_pass_takes_every_sample_once_in_full_steps(pools, capacity, batch_tokens, seed):
+    lengths = np.array([length for pool in pools for length in pool], np.int64)
+    ends = np.cumsum([len(pool) for pool in pools])
+
+    def steps() -> list[list[list[int]]]:
+        plan = PassPlan(capacity, batch_tokens, seed)
+        found: list[list[list[int]]] = []
+        for n, end in enumerate(ends):
+            indices = np.arange(end - len(pools[n]), end)
+            found += plan.steps(indices, lengths[:end], last=n == len(pools) - 1)
+        return found
+
+    planned = steps()
+    assert planned == steps()
+    rows = [row for step in planned for row in step]
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))  # every sample once
     assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
     per_step = max(1, batch_tokens // capacity)
-    assert all(len(step) == per_step for step in steps[:-1])
-    assert 1 <= len(steps[-1]) <= per_step
+    assert all(len(step) == per_step for step in planned[:-1])
+    assert all(1 <= len(step) <= per_step for step in planned[-1:])
 
 
-def test_passes_are_planned_differently():
-    sizes = np.arange(1, 31)
-    assert plan_pass(sizes, 64, 128, 1) != plan_pass(sizes, 64, 128, 2)
+def test_a_pass_shuffles_by_its_seed():
+    def plan_of(lengths: np.ndarray, seed: int) -> list[list[list[int]]]:
+        return list(PassPlan(64, 128, seed).steps(np.arange(30), lengths, last=True))
+
+    assert plan_of(np.arange(1, 31), 1) != plan_of(np.arange(1, 31), 2)
     # Samples of one length meet other samples, too.
-    same = np.full(30, 16)
-    together = [{frozenset(row) for step in plan_pass(same, 64, 128, seed) for row in step} for seed in (1, 2)]
+    together = [{frozenset(row) for step in plan_of(np.full(30, 16), seed) for row in step} for seed in (1, 2)]
     assert together[0] != together[1]
 
 
@@ -335,7 +364,7 @@ def test_lora_snapshots_hold_merged_weights(make_tree, tmp_path, student_dir):
     assert trained
     assert all("lora_" in name for name in trained)
     samples = make_samples(trainer.store)
-    trainer.train_pass(samples, advance)
+    train_pass(trainer, samples)
     trainer.save_policy(tmp_path / "merged")
     merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     start: Any = AutoModelForCausalLM.from_pretrained(student_dir)
@@ -358,15 +387,15 @@ def test_a_lora_run_trains_resumes_and_loads(make_tree, monkeypatch):
     }
     whole = npd.distill(make_tree("whole", **options))
     tree = make_tree("stopped", **options)
-    real = Trainer._step
+    real = Trainer.step
 
     def step(self, *args):
-        if self.position.step == 5:
+        if self.position.step == 6:  # already that after it
             raise KeyboardInterrupt
-        real(self, *args)
+        return real(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_step", step)
+        patch.setattr(Trainer, "step", step)
         with pytest.raises(KeyboardInterrupt):
             npd.distill(tree)
     again = npd.distill(tree)
@@ -385,7 +414,7 @@ def test_bfloat16_after_float32_in_one_process(make_tree):
     rough = npd.distill(make_tree("rough", training={"max_steps": 2, "precision": "bfloat16"}))
     losses = []
     for result in (exact, rough):
-        losses.append(json.loads((result.run_dir / "metrics.jsonl").read_text().splitlines()[0])["loss"])
+        losses.append(steps_of(result.run_dir)[0]["loss"])
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     weights = [load_file(result.student / "model.safetensors") for result in (exact, rough)]
@@ -411,7 +440,7 @@ def test_two_processes_train_the_same_weights(make_tree, tmp_path):
     process = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=150)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     run_dir = Path(tree["run_dir"])
-    lines = [[json.loads(line) for line in (d / "metrics.jsonl").read_text().splitlines()] for d in (one.run_dir, run_dir)]
+    lines = [steps_of(d) for d in (one.run_dir, run_dir)]
     assert [line["tokens"] for line in lines[1]] == [line["tokens"] for line in lines[0]]
     for a, b in zip(*lines, strict=True):
         for name in ("loss", "ce", "kd", "grad_norm", "lr"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -80,7 +81,10 @@ def _overrides(ctx: click.Context) -> dict[str, Any]:
 
 
 def _config(ctx: click.Context) -> Config:
-    return load_config(ctx.params["config"], _overrides(ctx))
+    path = Path(ctx.params["config"])
+    if path.is_dir():  # a run directory, which may have been moved since
+        return load_config(path / "config.yaml", {"run_dir": str(path)} | _overrides(ctx))
+    return load_config(path, _overrides(ctx))
 
 
 @click.group(epilog=EPILOG, context_settings={"max_content_width": 110})
@@ -151,14 +155,32 @@ def _train(config: Config, command: str, dry_run: bool) -> None:
 
 @config_command(
     "refresh",
-    "Make the next missing generation and stop.",
+    "Make the next missing generation and stop, or follow a run.",
     "Make the next missing generation of a distillation run from its newest snapshot, and stop. `npd distill` goes on "
-    "from there.",
+    "from there. CONFIG may be a run directory. With --follow, make the generations of a run that `npd distill` trains, "
+    "here or on another machine that shares the directory (there with placement.rollout external), as its snapshots appear. "
+    "With --reselect, judge a finished generation's responses anew by the selection given, from its columns alone.",
+    click.Option(["--follow"], is_flag=True, help="Make generations as snapshots appear, until the run is finished."),
+    click.Option(
+        ["--share"], default="1/1", show_default=True, help="With --follow: I/N makes every Nth part, from the Ith."
+    ),
+    click.Option(["--reselect"], is_flag=True, help="Apply selection.* to the newest generation before it is trained on."),
 )
-def refresh(config: Config) -> None:
-    from npd import run
+def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
+    from npd import jobs, run
 
-    generation = run.refresh(config, display=Display())
+    display = Display()
+    if follow and reselect:
+        raise UserError("--follow and --reselect are two things to do; give one of them.")
+    if follow:
+        match = re.fullmatch(r"(\d+)/(\d+)", share)
+        part, whole = (int(match[1]), int(match[2])) if match else (0, 0)
+        if not 1 <= part <= whole:
+            raise UserError(f"--share is {share!r}; give I/N with I from 1 to N, such as 1/2 and 2/2 for two machines.")
+        jobs.follow(Path(config.run_dir), None, part - 1, whole, display, 1.0, {"placement": config.placement.model_dump()})
+        click.echo(f"All that {config.run_dir} asks for is made.")
+        return
+    generation = run.reselect(config, display=display) if reselect else run.refresh(config, display=display)
     click.echo(f"Generation {generation.index}, from snapshot v{generation.policy_version:06d}, is in {generation.path}.")
 
 
@@ -246,22 +268,53 @@ def _figure(figures: dict[str, float], name: str) -> str:
 
 
 def show_result(result: Any, display: Display) -> None:
-    """What a finished run was, in two tables."""
+    """What a finished run was: figures, how its generations ended, and where each process's time went."""
     show_figures(f"{result.run_dir}", {"before": result.before, "after": result.after}, display)
-    total = sum(result.seconds.get(name, 0.0) for name in WORK) or 1.0
-    spent = ", ".join(
-        f"{label} {result.seconds[name] / total:.0%}" for name, label in WORK.items() if result.seconds.get(name)
-    )
+    ended = result.generations[-GENERATIONS_SHOWN:]
+    rows = [
+        [
+            str(line["generation"]),
+            f"{line['passes']:.2f}",
+            line["generation_ended"],
+            "-" if line["near_policy_kl_smoothed"] is None else f"{line['near_policy_kl_smoothed']:.4f}",
+        ]
+        for line in ended
+    ]
+    if len(result.generations) > 1 and any(line["near_policy_kl_smoothed"] is not None for line in ended):
+        title = f"Generations (the last {len(ended)})" if len(ended) < len(result.generations) else "Generations"
+        display.table(title, ["generation", "passes", "ended by", "near-policy KL"], rows)
     trained = result.seconds.get("train", 0.0)
     rate = f", {result.tokens / trained:,.0f} tokens/s while training" if trained else ""
-    display.say(f"{result.steps} optimiser steps on {result.tokens:,} response tokens{rate}. {total:.0f} s: {spent}.")
+    display.say(f"{result.steps} optimiser steps on {result.tokens:,} response tokens{rate}.")
+    for role, seconds in result.by_role.items():
+        display.say(f"{role}: {spent(seconds)} of {seconds['wall']:.0f} s.")
+    if count := int(result.publications.get("count", 0)):
+        blocked, written = (result.publications[name] for name in ("blocked", "written"))
+        display.say(
+            f"{count} snapshots published: training stood still for {blocked:.2f} s, they took {written:.2f} s to write."
+        )
+    if result.advice:
+        display.say(result.advice)
     display.say(f"The student is in {result.student}.")
 
 
+def spent(seconds: dict[str, float]) -> str:
+    """Shares of a process's wall-clock, such as "generated 38%, scored 7%"."""
+    wall = seconds["wall"] or 1.0
+    shares = {label: seconds[name] / wall for name, label in WORK.items() if seconds.get(name, 0.0) > 0.0005 * wall}
+    return ", ".join(f"{label} {share:.1%}" if share < 0.01 else f"{label} {share:.0%}" for label, share in shares.items())
+
+
+GENERATIONS_SHOWN = 20
+
 WORK = {
+    "load": "loaded",
     "generate": "generated",
     "score": "scored",
+    "store": "stored",
     "train": "trained",
+    "checkpoint": "checkpointed",
+    "wait": "waited",
     "publish": "published",
     "evaluate": "evaluated",
     "save": "saved",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,14 +32,25 @@ PROBES = (
 )
 
 
+_placed: torch.device | None = None
+
+
+def place_on(name: str | None) -> None:
+    """Make this process's models run on a device; None: the first CUDA device if there is one, else the CPU."""
+    global _placed
+    _placed = None if name is None else torch.device(name)
+    if _placed is not None and _placed.type == "cuda":
+        torch.cuda.set_device(_placed)
+
+
 def device() -> torch.device:
-    """The device that models run on: the first CUDA device if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that models run on where nothing else is said."""
+    return _placed or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def fast_bfloat16() -> bool:
-    """Has the CUDA device bfloat16 arithmetic of its own? Older ones only emulate it."""
-    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    """Has the device bfloat16 arithmetic of its own? Older GPUs only emulate it."""
+    return device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def resolve_dtype(config: ModelConfig, *, trained: bool) -> torch.dtype:
@@ -73,21 +85,34 @@ def _source(config: ModelConfig) -> dict[str, Any]:
     return common | {"pretrained_model_name_or_path": name}
 
 
+_quiet_lock = threading.Lock()
+_quiet_users: list[tuple[list[int], bool]] = []
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """No advice and no bar for every file from transformers and its kin: npd has its own progress and errors."""
+    """No advice and no bar for every file from transformers and its kin: npd has its own progress and errors.
+
+    Threads may be in it at once: the first one in silences, the last one out restores.
+    """
     loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "accelerate")]
-    levels, bars = [logger.level for logger in loggers], transformers.utils.logging.is_progress_bar_enabled()
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
+    bars = transformers.utils.logging
+    with _quiet_lock:
+        before = _quiet_users[0] if _quiet_users else ([logger.level for logger in loggers], bars.is_progress_bar_enabled())
+        _quiet_users.append(before)
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        bars.disable_progress_bar()
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
+        with _quiet_lock:
+            levels, enabled = _quiet_users.pop()
+            if not _quiet_users:
+                for logger, level in zip(loggers, levels, strict=True):
+                    logger.setLevel(level)
+                if enabled:
+                    bars.enable_progress_bar()
 
 
 @contextmanager
@@ -129,8 +154,8 @@ def load_model_config(config: ModelConfig) -> transformers.PreTrainedConfig:
         return AutoConfig.from_pretrained(**source)
 
 
-def load_model(config: ModelConfig, *, trained: bool = False) -> PreTrainedModel:
-    """A causal language model on `device()`, checked to read packed rows sample by sample.
+def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = None) -> PreTrainedModel:
+    """A causal language model on a device (default `device()`), checked to read packed rows sample by sample.
 
     Raises:
         UserError: it cannot be loaded, changes its logits after the head, or mixes packed samples.
@@ -159,7 +184,7 @@ def load_model(config: ModelConfig, *, trained: bool = False) -> PreTrainedModel
             for mark in ("quantization_config", "quantization_method", "is_quantized"):
                 if mark in vars(owner):
                     delattr(owner, mark)
-    model = model.to(device()).eval()
+    model = model.to(on or device()).eval()
     check_model(model, config.model)
     return model
 
@@ -375,12 +400,30 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
     return wrapped
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Write a model (adapters merged into their base) and its tokenizer in Hugging Face format."""
+def save_model(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, state: dict[str, Tensor] | None = None
+) -> None:
+    """Write a model and its tokenizer in Hugging Face format, with the weights of `state` if given (see `copy_state`)."""
     base = base_model(model)
+    if state is None and base is not model:
+        state = _merged_state(model)
     with quiet_transformers():
-        base.save_pretrained(path, **({} if base is model else {"state_dict": _merged_state(model)}))
+        base.save_pretrained(path, **({} if state is None else {"state_dict": state}))
         tokenizer.save_pretrained(path)
+
+
+def copy_state(model: nn.Module) -> dict[str, Tensor]:
+    """A copy in CPU memory of a model's weights as they are now, adapters merged into their base; tied ones stay one."""
+    copies: dict[int, Tensor] = {}
+
+    def copy(tensor: Tensor) -> Tensor:
+        key = tensor.data_ptr()
+        if key not in copies or copies[key].shape != tensor.shape:
+            copies[key] = tensor.detach().to("cpu", copy=True)
+        return copies[key]
+
+    base = base_model(model)
+    return {name: copy(tensor) for name, tensor in (model.state_dict() if base is model else _merged_state(model)).items()}
 
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+import numpy as np
+import pyarrow.compute as pc
+
 from npd import models
 from npd.observe.display import Display
 from npd.packing import pack
+from npd.placement import place
 from npd.prompts import count_sources
 from npd.run import Setup
 from npd.trainer import resolve_precision
@@ -22,15 +28,15 @@ def show_plan(setup: Setup, display: Display) -> None:
     generations = 1 if sft else schedule.generations
     per_generation = len(setup.prompts) if sft or schedule.prompts == "all" else schedule.prompts
     samples = per_generation * (1 if sft else config.rollout.samples_per_prompt)
-    prompt_lengths = [len(ids) for ids in setup.prompts.table["prompt_ids"].to_pylist()]
+    prompt_lengths = pc.list_value_length(setup.prompts.table["prompt_ids"]).to_numpy()
     if sft and config.data.references == "given":
-        responses = [len(ids) for ids in setup.prompts.table["completion_ids"].to_pylist()]
+        responses = pc.list_value_length(setup.prompts.table["completion_ids"]).to_numpy()
     else:
-        responses = [config.rollout.max_new_tokens] * len(prompt_lengths)
-    response = sum(responses) / len(responses)
+        responses = np.full(len(prompt_lengths), config.rollout.max_new_tokens)
+    response = float(responses.mean())
     # Rows if every response were as long as it may be, from a sample of the prompts where they are many.
-    lengths = [p + r for p, r in zip(prompt_lengths, responses, strict=True)][:SAMPLE]
-    rows_of_generation = -(-len(pack(lengths, config.packing.length)) * samples // len(lengths))
+    lengths = (prompt_lengths + responses)[:SAMPLE]
+    rows_of_generation = -(-len(pack(lengths.tolist(), config.packing.length)) * samples // len(lengths))
     rows_per_step = max(1, config.training.batch_tokens // config.packing.length)
     steps = -(-rows_of_generation // rows_per_step) * schedule.passes * generations
     limits = []
@@ -46,7 +52,7 @@ def show_plan(setup: Setup, display: Display) -> None:
     rows = [
         ["prompts", f"{len(setup.prompts):,} of {setup.prompts.rows:,} rows"],
         *([f"  source {name or '(none)'}", f"{n:,}"] for name, n in sorted(count_sources(setup.prompts.table).items())),
-        ["longest prompt", f"{max(prompt_lengths):,} tokens"],
+        ["longest prompt", f"{prompt_lengths.max():,} tokens"],
         ["generations", f"{schedule.generations if not sft else 1:,} of {samples:,} responses"],
         ["passes over each", str(schedule.passes)],
         ["response tokens per generation", f"at most {samples * response:,.0f}"],
@@ -73,7 +79,23 @@ def show_plan(setup: Setup, display: Display) -> None:
     if config.training.max_steps is None or config.training.max_steps >= config.checkpoint.every_steps:
         disk += student * weight * 3 * config.checkpoint.keep
     rows.append(["disk", f"at most {disk / GIB:.2f} GiB"])
-    rows.append(["runs on", str(models.device())])
+    alone = schedule.model_copy(update={"lead": 0.0}) if sft else schedule
+    placed = place(config.placement, alone, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    threads = f", {placed.train_threads} CPU threads while a refresh runs" if placed.train_threads else ""
+    rows.append(["trainer on", ", ".join(placed.train) + threads])
+    if command == "distill":
+        for i, job in enumerate(placed.jobs):
+            cpu = f", {placed.rollout_threads} CPU threads" + (
+                f" ({placed.teacher_threads} scoring)" if placed.teacher_threads != placed.rollout_threads else ""
+            )
+            rows.append([f"refresh {i} on", f"{job.rollout}, teacher on {job.teacher}{cpu}"])
+        if placed.turns:
+            why = f" ({placed.why}; schedule.lead is not taken)" if placed.why else " (schedule.lead 0)"
+            rows.append(["refresh", f"takes turns with the trainer{why}"])
+        elif not placed.jobs:
+            rows.append(["refresh", "made elsewhere, by `npd refresh --follow`"])
+        else:
+            rows.append(["next snapshot", f"{placed.lead:g} passes before the end of a generation"])
     display.table(f"npd {command}: the plan for {config.run_dir}", ["what", "how much"], rows)
     for line in setup.prompts.report():
         display.say(f"data.train: {line}")

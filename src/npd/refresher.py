@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,19 +17,20 @@ import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from npd.config import Config, ModelConfig
+from npd.config import Config
+from npd.errors import UserError
 from npd.models import Vocabulary, load_model, snapshot_config
 from npd.observe.display import Display
 from npd.observe.events import Events
+from npd.placement import Placement
 from npd.prompts import Prompts
 from npd.rollout import TransformersRollout
-from npd.schedule import derive_seed, prompts_of_generation
+from npd.schedule import derive_seed, generation_size, parts_of_generation, prompts_of_generation
 from npd.scoring import Prefill, ScoreStudent, ScoreTeacher
-from npd.selection import Select, check_some_kept, summarize
-from npd.store import Store
+from npd.selection import Select, Summary, check_some_kept
+from npd.store import REFERENCE, Store
 
-REFERENCE = -1
-"""policy_version of text that no student snapshot wrote."""
+SUMMARY = ["verdict", "source", "delta_ifd", "finish_reason", "response_ids", "student_nll_free"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,13 @@ class Generation:
 
 
 class Refresher:
-    """Makes generations. Holds the teacher, loaded once and only if something is missing."""
+    """Makes generations. Holds the teacher, loaded once and only if something is missing.
+
+    Args:
+        sft: generations are reference responses, without scores.
+        rank, world: of every `world` parts this process makes one.
+        wait: returns once every one of those processes has come here.
+    """
 
     def __init__(
         self,
@@ -51,67 +61,216 @@ class Refresher:
         vocabulary: Vocabulary,
         display: Display,
         events: Events,
+        placement: Placement,
         *,
+        sft: bool = False,
         rank: int = 0,
         world: int = 1,
         wait: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.store, self.prompts, self.vocabulary = config, store, prompts, vocabulary
         self.pad_id: int = tokenizer.pad_token_id
-        self.display, self.events = display, events
-        self.rank, self.world, self.wait = rank, world, wait
+        self.display, self.events, self.placement = display, events, placement
+        self.sft, self.rank, self.world, self.wait = sft, rank, world, wait
+        self._student: tuple[int, PreTrainedModel | None] = (REFERENCE, None)
+
+    # -- what a generation is
+
+    def is_reference(self, generation: int) -> bool:
+        return self.sft or generation == REFERENCE
+
+    def parts(self, generation: int) -> list[slice]:
+        """The parts of a generation, as slices of its prompts."""
+        size = len(self._references) if generation == REFERENCE else self._size
+        return parts_of_generation(size, self.config.rollout.part_size)
+
+    def responses(self, generation: int) -> int:
+        """Responses of a generation, dropped ones included."""
+        each = 1 if self.is_reference(generation) else self.config.rollout.samples_per_prompt
+        return (len(self._references) if generation == REFERENCE else self._size) * each
+
+    @property
+    def _size(self) -> int:
+        return len(self.prompts) if self.sft else generation_size(len(self.prompts), self.config.schedule)
 
     @cached_property
-    def teacher(self) -> PreTrainedModel:
-        assert self.config.teacher is not None
-        return load_model(self.config.teacher)
+    def _references(self) -> np.ndarray:
+        """Prompts whose reference responses are mixed in: as many as the whole run can use, once each."""
+        schedule = self.config.schedule
+        usable = usable_references(self.config, self.prompts)
+        per_pass = schedule.references / (1 - schedule.references) * self.responses(0)
+        wanted = math.ceil(1.1 * per_pass * schedule.passes * schedule.generations)  # they may be the shorter ones
+        order = np.random.default_rng(derive_seed(self.config.seed, "reference prompts")).permutation(usable)
+        return order[:wanted]
+
+    def _table(self, generation: int, part: int) -> pa.Table:
+        here = self.parts(generation)[part]
+        if generation == REFERENCE:
+            return self.prompts.take(self._references[here])
+        schedule = self.config.schedule.model_copy(update={"prompts": "all"}) if self.sft else self.config.schedule
+        indices = prompts_of_generation(len(self.prompts), generation, schedule, self.config.seed, here)
+        return self.prompts.take(indices)
+
+    # -- making it
 
     def __call__(self, generation: int, policy_version: int) -> Generation:
-        """Make whatever parts of a generation are missing, then its manifest.
+        """Make whatever parts of a generation are missing or damaged, then its manifest.
 
         A generation that another snapshot began is finished with that snapshot.
 
         Raises:
             RunError: selection left nothing.
-            UserError: the snapshot is damaged.
+            UserError: the snapshot is damaged, or is no longer kept.
         """
-        indices = self._indices(generation)
-        count = self.part_count(generation)
-        incomplete = self.store.manifest(generation) is None or self.store.missing_parts(generation, count)
-        self.wait()  # every process has looked before any of them begins to mend what is missing
-        if incomplete:
-            policy_version = self._begun_by(generation, count, policy_version)
-            missing = [p for p in self.store.missing_parts(generation, count) if p % self.world == self.rank]
-            if missing:
-                stages = self._stages(policy_version)
-                for part in missing:
-                    with self.events.span("part", generation=generation, part=part):
-                        self._make_part(generation, part, indices, policy_version, *stages)
-                del stages
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
-            self.wait()
-            if self.rank == 0:
-                self._finish(generation, count, policy_version)
-            self.wait()
-        manifest = self.store.check_generation(generation)
+        if self.rank == 0:
+            self.mend(generation)
+        self.wait()  # every process sees the same parts before any of them begins to make what is missing
+        for part in self.missing(generation):
+            self.make_part(generation, part, policy_version)
+        self.release()
+        self.wait()
+        if self.rank == 0 and self.store.manifest(generation) is None:
+            self.finish(generation)
+        self.wait()
+        manifest = self.store.manifest(generation)
+        assert manifest is not None, "a finished generation has a manifest"
         check_some_kept(manifest["selection"], self.config.selection)
         return Generation(generation, self.store.generation(generation), manifest["policy_version"], manifest)
 
-    def _indices(self, generation: int) -> list[int]:
-        return prompts_of_generation(len(self.prompts), generation, self.config.schedule, self.config.seed)
+    def mend(self, generation: int) -> None:
+        """Delete damaged parts, so that they are made again: by the manifest if there is one, else by reading them."""
+        if self.store.manifest(generation) is None:
+            for part in self.store.parts(generation):
+                self.drop_if_damaged(generation, part)
+        for name in self.store.drop_damaged_parts(generation):
+            self.display.say(f"{self.store.generation(generation) / name} was damaged; it is made again.")
 
-    def part_count(self, generation: int) -> int:
-        """Parts of a generation."""
-        return -(-len(self._indices(generation)) // self.config.rollout.part_size)
+    def missing(self, generation: int) -> list[int]:
+        """Parts that this process has yet to make."""
+        parts = self.store.missing_parts(generation, len(self.parts(generation)))
+        return [part for part in parts if part % self.world == self.rank]
 
-    def _begun_by(self, generation: int, count: int, policy_version: int) -> int:
-        for part in range(count):
-            if self.store.part(generation, part).exists():
+    def begun_by(self, generation: int, policy_version: int) -> int:
+        """The snapshot that wrote what there is of a generation; `policy_version` if there is nothing."""
+        for part in sorted(self.store.parts(generation)):
+            try:
                 return int(self.store.read_part(generation, part, ["policy_version"])["policy_version"][0].as_py())
-        return policy_version
+            except (UserError, FileNotFoundError):  # damaged; it is made again
+                continue
+        manifest = self.store.manifest(generation)
+        return policy_version if manifest is None else int(manifest["policy_version"])
 
-    def rollout(self, model: PreTrainedModel) -> TransformersRollout:
+    def make_part(self, generation: int, part: int, policy_version: int) -> None:
+        """Make one part, with the snapshot that began the generation or else with `policy_version`."""
+        with self.events.span("part", generation=generation, part=part):
+            if self.is_reference(generation):
+                table = self._reference_part(generation, part)
+            else:
+                table = self._student_part(generation, part, self.begun_by(generation, policy_version))
+            with self.events.span("store", generation=generation, part=part):
+                self.store.write_part(generation, part, table)
+
+    def _student_part(self, generation: int, part: int, policy_version: int) -> pa.Table:
+        with self.events.span("load"):
+            student, teacher = self._student_of(policy_version), self.teacher
+        table = self._table(generation, part)
+        seed = derive_seed(self.config.seed, "rollout", policy_version, generation, part)
+        with self._step("generate", generation, part, len(table) * self.config.rollout.samples_per_prompt) as advance:
+            table = self.rollout(student)(table, seed, advance)
+        table = identify(table, generation, part, policy_version)
+        with self._step("score", generation, part, 3 * count_tokens(table["response_ids"])) as advance:
+            score_teacher = ScoreTeacher(self.prefill(teacher), self.config.scoring.top_k)
+            table = ScoreStudent(self.prefill(student))(score_teacher(table, advance), advance)
+        return Select(self.config.selection)(table)
+
+    def _reference_part(self, generation: int, part: int) -> pa.Table:
+        table = self._table(generation, part)
+        if self.config.data.references == "teacher":
+            with self.events.span("load"):
+                teacher = self.teacher
+            with self._step("generate", generation, part, len(table)) as advance:
+                seed = derive_seed(self.config.seed, "teacher", generation, part)
+                table = self.rollout(teacher, samples_per_prompt=1)(table, seed, advance)
+        else:
+            table = table.append_column("response_ids", table["completion_ids"]).append_column(
+                "finish_reason", pa.array(["stop"] * len(table), pa.string())
+            )
+        if generation == REFERENCE:
+            with self._step("score", generation, part, 2 * count_tokens(table["response_ids"])) as advance:
+                table = ScoreTeacher(self.prefill(self.teacher), self.config.scoring.top_k)(table, advance)
+        table = identify(table, generation, part, REFERENCE)
+        return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
+
+    @contextmanager
+    def _step(self, name: str, generation: int, part: int, total: int) -> Iterator[Callable[..., None]]:
+        """One kind of work on a part: its span, its bar, its threads."""
+        threads = self.placement.rollout_threads if name == "generate" else self.placement.teacher_threads
+        if generation <= 0:  # nothing is trained yet
+            threads = self.placement.first_threads
+        before = torch.get_num_threads()
+        whose = "references" if generation == REFERENCE else f"generation {generation}"
+        title = f"{whose}, part {part + 1}/{len(self.parts(generation))}: {name}"
+        unit = "responses" if name == "generate" else "tokens"
+        torch.set_num_threads(threads or before)
+        try:
+            with (
+                self.events.span(name, generation=generation, part=part),
+                self.display.task(title, total, unit) as advance,
+            ):
+                yield advance
+        finally:
+            torch.set_num_threads(before)
+
+    def finish(self, generation: int) -> None:
+        """Write the manifest of a generation whose parts are all there, and show what is in it."""
+        count = len(self.parts(generation))
+        with self.events.span("finish", generation=generation):
+            summary, tokens, stops = Summary(self.config.selection), 0, 0
+            for part in range(count):
+                table = self.store.read_part(generation, part, SUMMARY)
+                summary.add(table)
+                tokens += count_tokens(table["response_ids"])
+                stops += int(pc.sum(pc.equal(table["finish_reason"], "length")).as_py())
+            facts = {
+                "policy_version": self.begun_by(generation, REFERENCE),
+                "selection": summary.result(),
+                "prompts": {"read": self.prompts.rows, "used": len(self.prompts), "left_out": self.prompts.report()},
+                "response_tokens": tokens,
+                "length_stops": stops,
+            }
+            self.store.finish_generation(generation, count, facts)
+        show_generation(generation, facts, self.display)
+
+    # -- models
+
+    @cached_property
+    def teacher(self) -> PreTrainedModel:
+        assert self.config.teacher is not None
+        return load_model(self.config.teacher, on=self.placement.teacher)
+
+    def _student_of(self, policy_version: int) -> PreTrainedModel:
+        """The student as a snapshot has it; the one used last stays loaded."""
+        version, model = self._student
+        if model is None or version != policy_version:
+            self.release()
+            path = self.store.policy(policy_version)
+            if not path.is_dir():
+                raise UserError(
+                    f"A part must be made again, but the snapshot {path} that writes it is no longer kept (checkpoint.keep "
+                    f"{self.config.checkpoint.keep}). Delete the run directory and start over, keeping more."
+                )
+            self.store.check_model(path)
+            model = load_model(snapshot_config(self.config.student, path), on=self.placement.rollout)
+            self._student = policy_version, model
+        return model
+
+    def release(self) -> None:
+        """Let go of the student, and of the memory it took."""
+        self._student = REFERENCE, None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def rollout(self, model: PreTrainedModel, samples_per_prompt: int | None = None) -> TransformersRollout:
         options = self.config.rollout
         return TransformersRollout(
             model,
@@ -121,118 +280,84 @@ class Refresher:
             temperature=options.temperature,
             top_p=options.top_p,
             batch_size=options.batch_size,
-            samples_per_prompt=options.samples_per_prompt,
+            samples_per_prompt=samples_per_prompt or options.samples_per_prompt,
         )
 
     def prefill(self, model: PreTrainedModel) -> Prefill:
         return Prefill(model, self.vocabulary, self.pad_id, self.config.scoring.batch_tokens)
 
-    def _student_config(self, policy_version: int) -> ModelConfig:
-        path = self.store.policy(policy_version)
-        self.store.check_model(path)
-        return snapshot_config(self.config.student, path)
+    # -- following a run
 
-    def _stages(self, policy_version: int) -> tuple[Any, ...]:
-        student = load_model(self._student_config(policy_version))
-        return (
-            self.rollout(student),
-            ScoreTeacher(self.prefill(self.teacher), self.config.scoring.top_k),
-            ScoreStudent(self.prefill(student)),
-            Select(self.config.selection),
-        )
+    def follow(self, poll: float, ended: Callable[[], bool] = lambda: False) -> None:
+        """Make each generation as soon as its snapshot is published, until every one is made or the run is finished.
 
-    def _table(self, indices: list[int], part: int) -> pa.Table:
-        size = self.config.rollout.part_size
-        return self.prompts.table.take(pa.array(indices[part * size : (part + 1) * size], pa.int64()))
+        The part that is wanted first is made first: after each, all that may be missing is looked at anew.
+        """
+        while not self.store.finished and not ended():
+            wanted = range(self.store.current, self.config.schedule.generations)
+            there = sorted(version for version in self.store.policies() if version in wanted)
+            if any(self._advance(g) for g in ([REFERENCE] if self.config.schedule.references else []) + there):
+                continue
+            if all(self.store.manifest(g) is not None for g in wanted):
+                return
+            with self.events.span("wait"):
+                time.sleep(poll)
 
-    def _make_part(
-        self,
-        generation: int,
-        part: int,
-        indices: list[int],
-        policy_version: int,
-        rollout: TransformersRollout,
-        score_teacher: ScoreTeacher,
-        score_student: ScoreStudent,
-        select: Select,
-    ) -> None:
-        table = self._table(indices, part)
-        name, parts = f"generation {generation}, part {part + 1}/{self.part_count(generation)}", self.config.rollout
-        with (
-            self.events.span("generate", generation=generation, part=part),
-            self.display.task(f"{name}: generate", len(table) * parts.samples_per_prompt, "responses") as advance,
-        ):
-            table = rollout(table, derive_seed(self.config.seed, "rollout", policy_version, generation, part), advance)
-        table = identify(table, generation, part, policy_version)
-        tokens = count_tokens(table["response_ids"])
-        with (
-            self.events.span("score", generation=generation, part=part),
-            self.display.task(f"{name}: score", 3 * tokens, "tokens") as advance,
-        ):
-            table = score_student(score_teacher(table, advance), advance)
-        self.store.write_part(generation, part, select(table))
+    def _advance(self, generation: int) -> bool:
+        """Make the next part of a generation, or its manifest; False if there is nothing to do for it now."""
+        missing = self.missing(generation)
+        if missing:
+            self.make_part(generation, missing[0], generation)
+            return True
+        if self.rank or self.store.manifest(generation) is not None:
+            return False
+        if self.store.missing_parts(generation, len(self.parts(generation))):  # others make them
+            return False
+        try:
+            self.finish(generation)
+        except (UserError, FileNotFoundError):  # a damaged part, or one that the trainer has just found damaged and deleted
+            self.mend(generation)
+            return True
+        check_some_kept((self.store.manifest(generation) or {})["selection"], self.config.selection)
+        return True
 
-    def _finish(self, generation: int, count: int, policy_version: int) -> None:
-        columns = ["verdict", "source", "delta_ifd", "finish_reason", "response_ids"]
-        tables = [self.store.read_part(generation, part, columns) for part in range(count)]
-        table = pa.concat_tables(tables)
-        deltas = table["delta_ifd"].to_numpy().astype(np.float64)
-        summary = summarize(table["verdict"].to_pylist(), table["source"].to_pylist(), deltas)
-        facts = {
-            "policy_version": policy_version,
-            "selection": summary,
-            "prompts": {"read": self.prompts.rows, "used": len(self.prompts), "left_out": self.prompts.report()},
-            "response_tokens": count_tokens(table["response_ids"]),
-            "length_stops": table["finish_reason"].to_pylist().count("length"),
-        }
-        self.store.finish_generation(generation, count, facts)
-        self._show(generation, facts)
-
-    def _show(self, generation: int, facts: dict[str, Any]) -> None:
-        if self.display.busy:  # one of many short generations
+    def drop_if_damaged(self, generation: int, part: int) -> None:
+        """Delete a part that can't be read."""
+        try:
+            self.store.read_part(generation, part)
+        except FileNotFoundError:
             return
-        summary = facts["selection"]
-        names = sorted({v for s in summary["sources"].values() for v in s["verdicts"]})
-        rows = []
-        for label, s in [("all", summary), *(summary["sources"].items() if len(summary["sources"]) > 1 else ())]:
-            shown = [s["delta_ifd_quantiles"][q] for q in ("0.05", "0.5", "0.95") if s["delta_ifd_quantiles"]]
-            quantiles = " ".join(f"{q:.2f}" for q in shown) or "-"
-            counts = [str(s["verdicts"].get(name, 0)) for name in names]
-            rows.append([label or "(none)", str(s["rows"]), *counts, quantiles])
-        title = (
-            f"Generation {generation}: {facts['response_tokens']:,} response tokens, "
-            f"{facts['length_stops']} stopped by length"
-        )
-        self.display.table(title, ["source", "responses", *names, "delta 5/50/95%"], rows)
+        except UserError:
+            self.display.say(f"{self.store.part(generation, part)} was damaged; it is made again.")
+            self.store.part(generation, part).unlink(missing_ok=True)
 
 
-class ReferenceMaker(Refresher):
-    """Makes the one generation that `npd sft` trains on: given completions, or the teacher's answers."""
+def show_generation(generation: int, manifest: dict[str, Any], display: Display) -> None:
+    """A finished generation as a table: verdicts, quantiles of Δ and adaptive bounds, per source."""
+    if display.busy:  # one of many short generations
+        return
+    summary = manifest["selection"]
+    names = sorted({v for s in summary["sources"].values() for v in s["verdicts"]})
+    adaptive = "bounds" in summary
+    rows = []
+    for label, s in [("all", summary), *(summary["sources"].items() if len(summary["sources"]) > 1 else ())]:
+        shown = [s["delta_ifd_quantiles"][q] for q in ("0.05", "0.5", "0.95") if s["delta_ifd_quantiles"]]
+        quantiles = " ".join(f"{q:.2f}" for q in shown) or "-"
+        counts = [str(s["verdicts"].get(name, 0)) for name in names]
+        bounds = [" ".join(f"{b:.2f}" for b in s["bounds"])] if adaptive else []
+        rows.append([label or "(none)", str(s["rows"]), *counts, quantiles, *bounds])
+    name = "References" if generation == REFERENCE else f"Generation {generation}"
+    title = f"{name}: {manifest['response_tokens']:,} response tokens, {manifest['length_stops']} stopped by length"
+    columns = ["source", "responses", *names, "delta 5/50/95%", *(["kept from, to"] if adaptive else [])]
+    display.table(title, columns, rows)
 
-    def _indices(self, generation: int) -> list[int]:
-        return list(range(len(self.prompts)))
 
-    def _stages(self, policy_version: int) -> tuple[Any, ...]:
-        if self.config.data.references == "given":
-            return ()
-        return (self.rollout(self.teacher),)
-
-    def _make_part(self, generation: int, part: int, indices: list[int], policy_version: int, *stages: Any) -> None:
-        table = self._table(indices, part)
-        if stages:
-            with (
-                self.events.span("generate", generation=generation, part=part),
-                self.display.task(f"teacher answers, part {part + 1}", len(table), "responses") as advance,
-            ):
-                table = stages[0](table, derive_seed(self.config.seed, "teacher", part), advance)
-        else:
-            table = table.append_column("response_ids", table["completion_ids"]).append_column(
-                "finish_reason", pa.array(["stop"] * len(table), pa.string())
-            )
-        table = identify(table, generation, part, REFERENCE)
-        self.store.write_part(
-            generation, part, table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
-        )
+def usable_references(config: Config, prompts: Prompts) -> np.ndarray:
+    """Indices of the prompts that can have a reference response: with data.references given, those with a completion."""
+    if config.data.references == "teacher":
+        return np.arange(len(prompts))
+    lengths = pc.fill_null(pc.list_value_length(prompts.table["completion_ids"]), 0).to_numpy()
+    return np.flatnonzero((lengths > 0) & (lengths <= config.rollout.max_new_tokens))
 
 
 def count_tokens(column: pa.ChunkedArray) -> int:
@@ -242,7 +367,8 @@ def count_tokens(column: pa.ChunkedArray) -> int:
 
 def identify(table: pa.Table, generation: int, part: int, policy_version: int) -> pa.Table:
     """Add sample_id (unique in the run) and policy_version."""
-    ids = [f"g{generation:03d}-p{part:05d}-{row:05d}" for row in range(len(table))]
+    name = "references" if generation == REFERENCE else f"g{generation:03d}"
+    ids = [f"{name}-p{part:05d}-{row:05d}" for row in range(len(table))]
     return table.append_column("sample_id", pa.array(ids, pa.string())).append_column(
         "policy_version", pa.array([policy_version] * len(table), pa.int32())
     )

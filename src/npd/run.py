@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import math
+import os
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
 from npd import models
 from npd.config import Config, load_config
 from npd.errors import UserError
 from npd.evaluation import Evaluator, Task, load_task
-from npd.observe.display import Display
-from npd.observe.events import Events, seconds_by_name
+from npd.jobs import POLL, Jobs
+from npd.loop import Loop, Trained
+from npd.observe.display import Advance, Display
+from npd.observe.events import Events, read_events, seconds_by_role
+from npd.placement import Placement, place
 from npd.prompts import Prompts, load_prompts
-from npd.refresher import REFERENCE, Generation, ReferenceMaker, Refresher
-from npd.store import Store
-from npd.trainer import Samples, Trainer, make_accelerator
+from npd.refresher import Generation, Refresher, show_generation, usable_references
+from npd.reselect import reselect as reselection
+from npd.samples import Samples, clear_cache
+from npd.selection import check_some_kept
+from npd.store import REFERENCE, Store
+from npd.trainer import Trainer, make_accelerator
 
 # Runs with more passes in all show one bar, not tables and bars for each.
 MANY_PASSES = 100
 
+T = TypeVar("T")
 AnyConfig = Config | Mapping[str, Any] | str | Path
 
 
@@ -45,7 +59,15 @@ class DistillResult:
     after: dict[str, float]
     """Evaluation of the finished student."""
     seconds: dict[str, float]
-    """Wall-clock seconds per kind of work: generate, score, train (checkpoints included), publish, evaluate, save."""
+    """Seconds per kind of work over all processes: generate, score, train, wait, publish, checkpoint, evaluate, save."""
+    by_role: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The same for the trainer and each refresh; `wall` is that process's wall-clock."""
+    publications: dict[str, float] = field(default_factory=dict)
+    """`count` snapshots, `blocked` seconds that training stood still for them, `written` seconds beside it."""
+    advice: str = ""
+    """What would make a run like this faster, if that is known."""
+    generations: list[dict[str, Any]] = field(default_factory=list)
+    """How each generation ended: why (passes, kl_budget, max_steps, max_tokens), after how many passes, at which KL."""
 
 
 @dataclass
@@ -68,15 +90,12 @@ def as_config(config: AnyConfig) -> Config:
     return config if isinstance(config, Config) else load_config(config)
 
 
-def prepare(config: Config, command: str) -> Setup:
-    """Load configuration, tokenizers and data, and check all that can be checked without weights.
+def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, Any]:
+    """Tokenizer, what the models share, and both models' configurations (None without a teacher).
 
     Raises:
-        UserError: whatever is wrong with what the user gave.
+        UserError: they cannot be loaded, or do not fit each other.
     """
-    needs_teacher = command in ("distill", "refresh") or (command == "sft" and config.data.references == "teacher")
-    if needs_teacher and config.teacher is None:
-        raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
     tokenizer = models.load_tokenizer(config.student)
     model_configs = [models.load_model_config(config.student)]
     stop_ids = models.stop_ids_of(config.student)
@@ -88,6 +107,22 @@ def prepare(config: Config, command: str) -> Setup:
     vocabulary = models.shared_vocabulary(tokenizer, *model_configs, stop_ids=stop_ids)
     if config.scoring.top_k > vocabulary.size:
         raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
+    return tokenizer, vocabulary, model_configs[0], (model_configs[1] if len(model_configs) > 1 else None)
+
+
+def prepare(config: Config, command: str) -> Setup:
+    """Load configuration, tokenizers and data, and check all that can be checked without weights.
+
+    Raises:
+        UserError: whatever is wrong with what the user gave.
+    """
+    needs_teacher = command in ("distill", "refresh") or (command == "sft" and config.data.references == "teacher")
+    if needs_teacher and config.teacher is None:
+        raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    placed = place(config.placement, config.schedule, processes=processes)
+    models.place_on(placed.train[0] if processes == 1 else None)
+    tokenizer, vocabulary, student_config, teacher_config = load_tokenizers(config)
     given = command == "sft" and config.data.references == "given"
     prompts = None
     if command != "eval":
@@ -99,6 +134,11 @@ def prepare(config: Config, command: str) -> Setup:
             max_completion_tokens=config.rollout.max_new_tokens if given else None,
             need="completion" if given else None,
         )
+        if command == "distill" and config.schedule.references and not len(usable_references(config, prompts)):
+            raise UserError(
+                "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
+                "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
+            )
     held_out = None
     if config.data.eval is not None:
         held_out = load_prompts(
@@ -109,170 +149,468 @@ def prepare(config: Config, command: str) -> Setup:
             need="answer" if any(task.name == "answer" for task in config.evaluation.tasks) else None,
         )
     tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
-    asked = [p.table for p in (prompts, held_out) if p is not None] + [task.prompts for task in tasks]
-    longest = max((max(map(len, table["prompt_ids"].to_pylist())) for table in asked), default=0)
+    asked = [p.longest for p in (prompts, held_out) if p is not None]
+    longest = max([0, *asked, *(max(map(len, task.prompts["prompt_ids"].to_pylist())) for task in tasks)])
     option, new = max(
         ("rollout.max_new_tokens", config.rollout.max_new_tokens),
         ("evaluation.max_new_tokens", config.evaluation.max_new_tokens or 0),
         key=lambda pair: pair[1],
     )
-    for name, model_config in zip((config.student, config.teacher), model_configs, strict=False):
-        context = models.context_length(model_config)
+    for name, model_config in ((config.student, student_config), (config.teacher, teacher_config)):
+        context = models.context_length(model_config) if model_config is not None else None
         if context is not None and longest + new > context:
             raise UserError(
                 f"The longest prompt ({longest} tokens) and {option} ({new}) together pass the context of "
                 f"{name.model if name else ''} ({context} tokens). Lower data.max_prompt_tokens or {option}."
             )
-    student_config, teacher_config = model_configs[0], (model_configs[1] if len(model_configs) > 1 else None)
     if command != "eval":
         Store(config.run_dir).check(config, command)
     return Setup(config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_config)
 
 
 class Run:
-    """One process's part in a run."""
+    """One process's part in a run: what the loop decides, done with models. Holds the run's lock while entered."""
 
     def __init__(self, config: Config, command: str, display: Display | None = None) -> None:
-        self.config, self.command = config, command
+        self.config, self.command, self.sft = config, command, command == "sft"
         self.setup = prepare(config, command)
         self.store = Store(config.run_dir)
         self.accelerator: Accelerator = make_accelerator(config, self.store)
-        main = self.accelerator.is_main_process
-        self.display = display if display is not None and main else Display(quiet=not main or display is None)
-        if main:
-            self.store.open(config, command)
-        self.accelerator.wait_for_everyone()
-        self.events = Events(self.store.path / "events.jsonl")
-        maker = ReferenceMaker if command == "sft" else Refresher
-        assert self.setup.prompts is not None
-        self.refresher = maker(
-            config,
-            self.store,
-            self.setup.prompts,
-            self.setup.tokenizer,
-            self.setup.vocabulary,
-            self.display,
-            self.events,
-            rank=self.accelerator.process_index,
-            world=self.accelerator.num_processes,
-            wait=self.accelerator.wait_for_everyone,
-        )
-        teacher: Callable[[], PreTrainedModel] | None = (lambda: self.refresher.teacher) if config.teacher else None
-        self.evaluator = Evaluator(
-            config,
-            self.setup.tokenizer,
-            self.setup.vocabulary,
-            self.setup.held_out,
-            self.setup.tasks,
-            teacher,
-            self.display,
-        )
-        for prompts, name in ((self.setup.prompts, "data.train"), (self.setup.held_out, "data.eval")):
-            for line in prompts.report() if prompts else ():
-                self.display.say(f"{name}: {line}")
+        self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
+        self.wait = self.accelerator.wait_for_everyone
+        self.display = display if display is not None and self.main else Display(quiet=not self.main or display is None)
+        schedule = config.schedule.model_copy(update={"lead": 0.0}) if self.sft else config.schedule
+        self.placement = place(config.placement, schedule, processes=self.world)
+        self.resources = ExitStack()
+        self.writer: threading.Thread | None = None
+
+    def __enter__(self) -> Run:
+        with ExitStack() as stack:
+            if self.main:
+                stack.enter_context(self.store.locked())
+                self.store.open(self.config, self.command)
+            self.wait()
+            assert self.setup.prompts is not None
+            prompts = self.store.keep_prompts(self.setup.prompts) if self.main else self.setup.prompts
+            self.setup.prompts = prompts
+            self.events = Events(self.store.path / "events.jsonl")
+            here = "" if self.world > 1 else self.placement.train[0]  # a teacher that evaluates stands beside the trainer
+            turns = self.placement.turns and self.world == 1
+            self.refresher = Refresher(
+                self.config,
+                self.store,
+                prompts,
+                self.setup.tokenizer,
+                self.setup.vocabulary,
+                self.display,
+                self.events,
+                self.placement if turns else replace(self.placement, rollout=here, teacher=here),
+                sft=self.sft,
+                rank=self.accelerator.process_index,
+                world=self.world,
+                wait=self.wait,
+            )
+            for data, name in ((prompts, "data.train"), (self.setup.held_out, "data.eval")):
+                for line in data.report() if data else ():
+                    self.display.say(f"{name}: {line}")
+            self.resources = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.writer is not None:  # something else went wrong meanwhile
+            self.writer.join()
+        self.resources.close()
 
     def train(self) -> DistillResult:
         """Generations and passes, from the newest checkpoint if there is one, to student/."""
         if self.store.finished:
+            self._tidy_finished()  # it may have been killed right before that
             self.display.say(f"{self.store.path} is finished: the student is in {self.store.student}.")
             return self._result()
-        schedule = self.config.schedule
-        sft = self.command == "sft"
-        student = models.load_model(self.config.student, trained=True)
-        trainer = Trainer(
-            self.config,
-            self.store,
-            self.accelerator,
-            student,
-            self.setup.tokenizer,
-            self.events,
-            kd_weight=0.0 if sft else self.config.loss.kd_weight,
-            generations=1 if sft else schedule.generations,
+        self.jobs = Jobs(self.store, self.config, self.placement, self.events, self.display)
+        if self.main and not self.placement.turns:
+            self.store.current = self._resumed_generation()
+            self.resources.enter_context(self.jobs)  # they load their models while this process loads its own
+        with self.events.span("load"):
+            student = models.load_model(
+                self.config.student, trained=True, on=None if self.world > 1 else self.placement.train[0]
+            )
+            self.trainer = Trainer(
+                self.config,
+                self.store,
+                self.accelerator,
+                student,
+                self.setup.tokenizer,
+                self.events,
+                kd_weight=0.0 if self.sft else self.config.loss.kd_weight,
+            )
+        setup = self.setup
+        teacher: Callable[[], PreTrainedModel] | None = (lambda: self.refresher.teacher) if self.config.teacher else None
+        self.evaluator = Evaluator(
+            self.config, setup.tokenizer, setup.vocabulary, setup.held_out, setup.tasks, teacher, self.display
         )
         self.accelerator.init_trackers("npd")
-        if trainer.resume():
-            self.display.say(f"Going on from step {trainer.position.step}.")
-        if self.accelerator.is_main_process:
-            self.store.rewind_metrics(trainer.position.step)
-        at = trainer.position
+        if self.trainer.resume():
+            self.display.say(f"Going on from step {self.trainer.position.step}.")
+        at = self.trainer.position
+        if self.main:
+            self.store.rewind_metrics(at.step)
+            clear_cache(self.store)
+        self.loop = Loop(
+            self.config,
+            self,
+            at,
+            generations=1 if self.sft else self.config.schedule.generations,
+            lead=self.placement.lead,
+        )
+        self.threads = torch.get_num_threads()
+        self._write_failed: BaseException | None = None
+        self.facts: dict[str, Any] = {}
+        self.shown: set[int] = set()
+        self.advance: Advance = lambda steps=1, note="": None
         if at.step == 0:  # a resumed trainer's weights are no longer those it started with
-            self._publish(trainer, 0)
-        self._evaluate(trainer)
-        with self._overall_progress(trainer) as advance:
-            while not trainer.finished:
-                generation = self.refresher(at.generation, REFERENCE if sft else at.generation)
-                samples = Samples(self.store, generation)
-                self._passes(trainer, samples, advance)
-                if at.passes == schedule.passes:
-                    at.generation, at.passes = at.generation + 1, 0
-                if not trainer.finished:
-                    self._publish(trainer, at.generation)
-        self._evaluate(trainer, last=True)
-        if self.accelerator.is_main_process:
+            self.publish(0)
+        self._evaluate()
+        with self._overall_progress():
+            self.loop.run()
+        self._join_writer()
+        torch.set_num_threads(self.threads)
+        self._evaluate(last=True)
+        if self.main:
             with self.events.span("save"):
                 facts = {"step": at.step, "tokens": at.tokens}
-                self.store.save_model(self.store.student, trainer.save_policy, facts)
-        self.accelerator.wait_for_everyone()
+                self.store.save_model(self.store.student, self.trainer.save_policy, facts)
+                self._tidy_finished()
+        self.wait()
         self.accelerator.end_training()
         return self._result()
 
+    # -- what the loop asks for
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.samples.lengths
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        return self.samples.response_lengths
+
+    def begin(self, generation: int) -> tuple[int, int, np.ndarray]:
+        if self.main:
+            self._join_writer()
+            self._tidy()
+            self.store.current = generation
+            clear_cache(self.store)
+        self.wait()
+        mixed = self.config.schedule.references > 0 and not self.sft
+        if self.placement.turns:
+            with self._room_for_a_refresh():
+                if mixed:
+                    self.refresher(REFERENCE, REFERENCE)
+                self.refresher(generation, REFERENCE if self.sft else generation)
+            self.shown.add(generation)
+        elif self.main and self.store.manifest(generation) is not None:  # others are looked at as they are taken
+            self.refresher.mend(generation)
+        self.samples = Samples(self.store)
+        references = [self._fetched(REFERENCE, p) for p in range(len(self.refresher.parts(REFERENCE)))] if mixed else []
+        return (
+            len(self.refresher.parts(generation)),
+            self.refresher.responses(generation),
+            np.concatenate([np.empty(0, np.int64), *references]),
+        )
+
+    def next_part(self, taken: list[int]) -> int:
+        generation = self.trainer.position.generation
+
+        def landed() -> int | None:
+            there = self.store.parts(generation) - set(taken)
+            if len(self.placement.jobs) == 1 or self.store.manifest(generation) is not None:
+                # They have landed in order, or all have: one that is missing was lost, and `take` waits for it.
+                return min(set(range(self.loop.part_count)) - set(taken))
+            return min(there, default=None)
+
+        def find() -> int:
+            part = landed()
+            if part is None:
+                with self._waiting(generation) as show:
+                    while (part := landed()) is None:
+                        show()
+                        self._pause()
+            return part
+
+        return self._decided_by_main(find)
+
+    def take(self, part: int) -> tuple[np.ndarray, int]:
+        generation = self.trainer.position.generation
+        rows = self.refresher.parts(generation)[part]
+        each = self.refresher.responses(generation) // self.refresher.parts(generation)[-1].stop
+        return self._fetched(generation, part), (rows.stop - rows.start) * each
+
     @contextmanager
-    def _overall_progress(self, trainer: Trainer) -> Iterator[Callable[[], None]]:
+    def training(self) -> Iterator[None]:
+        at, passes = self.trainer.position, self.config.schedule.passes
+        name = f"generation {at.generation}, pass {at.passes + 1}/{passes}: train"
+        with (
+            self.events.span("train", generation=at.generation, passes=at.passes),
+            self.display.task(name, 100, "%") as self.advance,
+        ):
+            self._advanced = 0.0
+            yield
+        self._advance_run()
+
+    def step(self, rows: list[list[int]], tokens: int, progress: float, steps: float) -> Trained:
+        if self.placement.train_threads is not None and self.world == 1:
+            beside = min(self.threads, self.placement.train_threads)
+            torch.set_num_threads(self.threads if self.loop.alone else beside)
+        if self.main:
+            self.jobs.check()
+        facts, self.facts = self.facts, {}
+        trained, loss = self.trainer.step(self.samples, rows, tokens, progress, facts)
+        self.advance(100 * steps - self._advanced, note=f"loss {loss:.4f}")
+        self._advanced = 100 * steps
+        return trained
+
+    def publish(self, version: int) -> None:
+        if self.command == "distill" and self.main:
+            self._join_writer()
+            began = time.perf_counter()
+            with self.events.span("publish", version=version):
+                if version in self.store.policies():
+                    self.store.point_to_newest_policy()  # if a crash came between
+                else:
+                    self._write(version, self.trainer.copy_policy(), self.trainer.position.step)
+            self.facts = {"published": version, "publish_seconds": time.perf_counter() - began}
+        if self.placement.turns:
+            self._join_writer()
+        self.wait()
+
+    def checkpoint(self) -> None:
+        self._join_writer()  # a resumed run never finds a snapshot missing that was due before
+        self.trainer.save_checkpoint()
+
+    def pass_done(self) -> None:
+        generation = self.trainer.position.generation
+        if self.main and not self.placement.turns and self.store.manifest(generation) is None:
+            # All parts have landed. It says whether selection kept any, and none is left without when the run ends.
+            with self._waiting(generation):
+                while self.store.manifest(generation) is None:
+                    self.jobs.wake(0)
+                    self._pause()
+        self._show_finished()
+        self._evaluate()
+
+    def generation_done(self, reason: str, passes: float) -> None:
+        at = self.trainer.position
+        self._show_finished()
+        line = {"generation": at.generation, "generation_ended": reason, "passes": passes}
+        if self.main:
+            self.store.append_metrics({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
+        if self.main and self.placement.jobs and len(at.parts) < self.loop.part_count and reason == "kl_budget":
+            self.display.say(
+                f"Generation {at.generation} passed schedule.kl_budget in its first pass, after {passes:.2f} passes: its "
+                "responses were too old before all were read. A smaller schedule.lead, or a larger budget, wastes less."
+            )
+
+    # -- how it is done
+
+    def _decided_by_main(self, decide: Callable[[], T]) -> T:
+        """The main process's answer, on every process."""
+        if self.world == 1:
+            return decide()
+        answer = [decide() if self.main else None]
+        broadcast_object_list(answer)
+        return answer[0]  # type: ignore[return-value]
+
+    def _fetched(self, generation: int, part: int) -> np.ndarray:
+        """Indices of a part's kept samples, once it is there and whole."""
+
+        def fetch() -> None:
+            path = self.store.part(generation, part)
+            while True:
+                if not path.exists():
+                    with self._waiting(generation) as show:
+                        while not path.exists():
+                            show()
+                            self._make_or_pause(generation, part)
+                try:
+                    return self.samples.fetch(generation, part)
+                except FileNotFoundError:
+                    continue
+                except UserError as error:
+                    if self.placement.turns and self.world > 1:
+                        raise
+                    self.display.say(f"{str(error).split(' Delete it')[0]} It is made again.")
+                    path.unlink(missing_ok=True)
+
+        self._decided_by_main(fetch)
+        return self.samples.take(generation, part)
+
+    def _make_or_pause(self, generation: int, part: int) -> None:
+        if self.placement.turns:
+            with self._room_for_a_refresh():
+                self.refresher(generation, REFERENCE if self.sft else generation)
+        else:
+            self.jobs.wake(part)
+            self._pause()
+
+    def _pause(self) -> None:
+        self.jobs.check()
+        if self.writer is not None and not self.writer.is_alive():
+            self._join_writer()  # and hear whether it failed
+        time.sleep(POLL / 4)
+
+    @contextmanager
+    def _waiting(self, generation: int) -> Iterator[Callable[[], None]]:
+        """Around waiting; call the result now and then to show how many parts have landed."""
+        whose = "the references" if generation == REFERENCE else f"generation {generation}"
+        count, shown = len(self.refresher.parts(generation)), 0
+        with (
+            self.events.span("wait", generation=generation),
+            self.display.task(f"wait for {whose}", count, "parts") as advance,
+        ):
+
+            def show() -> None:
+                nonlocal shown
+                there = len(self.store.parts(generation))
+                advance(there - shown)
+                shown = there
+
+            yield show
+
+    def _write(self, version: int, state: dict[str, torch.Tensor], step: int) -> None:
+        """Write a snapshot beside the training."""
+
+        def write() -> None:
+            try:
+                with self.events.span("write", version=version):
+                    self.store.publish(version, partial(self.trainer.save_policy, state=state), step)
+            except BaseException as error:
+                self._write_failed = error
+
+        self._write_failed = None
+        self.writer = threading.Thread(target=write, name="publisher")
+        self.writer.start()
+
+    def _join_writer(self) -> None:
+        """Wait until the snapshot that is being written is whole.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self.writer is not None:
+            with self.events.span("publish") if self.writer.is_alive() else nullcontext():
+                self.writer.join()
+            self.writer = None
+            if self._write_failed is not None:
+                raise self._write_failed
+
+    def _tidy(self) -> None:
+        """Drop what no checkpoint leads back to and `checkpoint.keep` does not ask for."""
+        if not self.sft:
+            self.store.tidy(self._resumed_generation(oldest=True), self.config.checkpoint.keep)
+
+    def _tidy_finished(self) -> None:
+        """Drop what a finished run need not keep."""
+        if self.main:
+            self.store.tidy(self.store.current, self.config.checkpoint.keep)
+            clear_cache(self.store)
+
+    def _resumed_generation(self, oldest: bool = False) -> int:
+        """The generation that a resumed run would go on with, from its newest or its oldest checkpoint."""
+        steps = self.store.checkpoints()
+        return self.store.checkpoint_facts(steps[0 if oldest else -1])["generation"] if steps else 0
+
+    @contextmanager
+    def _room_for_a_refresh(self) -> Iterator[None]:
+        """On a GPU that is shared, models are there in turns: the trainer's leave it, and the teacher afterwards."""
+        if not self.placement.shared_gpu:
+            yield
+            return
+        with self.trainer.parked():
+            with self._teacher_at_hand():
+                yield
+            self.refresher.release()
+
+    @contextmanager
+    def _teacher_at_hand(self) -> Iterator[None]:
+        loaded = "teacher" in vars(self.refresher)
+        if loaded and self.placement.shared_gpu:
+            self.refresher.teacher.to(self.placement.teacher)  # type: ignore[arg-type]
+        yield
+        if self.placement.shared_gpu and "teacher" in vars(self.refresher):
+            self.refresher.teacher.to("cpu")  # type: ignore[arg-type]
+            torch.cuda.empty_cache()
+
+    def _evaluate(self, last: bool = False) -> None:
+        """Evaluate if it is due here and was not done before."""
+        at = self.trainer.position
+        passes = at.generation * self.config.schedule.passes + at.passes
+        due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
+        if self.evaluator and due and self.main and not self._evaluated(at.step):
+            with self.events.span("evaluate", step=at.step), self._teacher_at_hand():
+                figures = self.evaluator(self.trainer.base)
+            self.trainer.log({"step": at.step, "eval": True, **figures})
+            shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in figures.items() if shows(key)]
+            self.display.say(f"step {at.step}: {', '.join(shown)}")
+        self.wait()
+
+    def _evaluated(self, step: int) -> bool:
+        return any(line["step"] == step and "eval" in line for line in self.store.read_metrics())
+
+    # -- what is shown
+
+    @contextmanager
+    def _overall_progress(self) -> Iterator[None]:
         """One bar for a run of many short generations, such as strict on-policy; each shows its own otherwise."""
-        if trainer.generations * self.config.schedule.passes <= MANY_PASSES:
-            yield lambda: None
+        self._advance_run: Callable[[], None] = lambda: None
+        if self.loop.generations * self.config.schedule.passes <= MANY_PASSES:
+            yield
             return
         with self.display.task(self.command, 100, "%") as show:
             done = 0.0
 
             def advance() -> None:
                 nonlocal done
-                share = 100 * trainer.progress(0.0)
-                show(share - done, note=f"step {trainer.position.step}, generation {trainer.position.generation}")
+                share, at = 100 * self.loop.progress(), self.trainer.position
+                show(share - done, note=f"step {at.step}, generation {at.generation}")
                 done = share
 
-            yield advance
+            self._advance_run = advance
+            yield
 
-    def _passes(self, trainer: Trainer, samples: Samples, advance_run: Callable[[], None]) -> None:
-        at, schedule = trainer.position, self.config.schedule
-        while at.passes < schedule.passes and not trainer.finished:
-            steps = trainer.steps_of_pass(samples)
-            name = f"generation {at.generation}, pass {at.passes + 1}/{schedule.passes}: train"
-            with (
-                self.events.span("train", generation=at.generation, passes=at.passes),
-                self.display.task(name, steps - at.batch, "steps") as advance,
-            ):
-                trainer.train_pass(samples, advance)
-            advance_run()
-            if not trainer.finished:
-                self._evaluate(trainer)
+    def _show_finished(self) -> None:
+        """The table of a generation that was made beside the training, once it is whole."""
+        generation = self.trainer.position.generation
+        manifest = None if generation in self.shown or not self.main else self.store.manifest(generation)
+        if manifest is not None:
+            self.shown.add(generation)
+            show_generation(generation, manifest, self.display)
+            check_some_kept(manifest["selection"], self.config.selection)
 
-    def _publish(self, trainer: Trainer, version: int) -> None:
-        if self.accelerator.is_main_process and self.command == "distill":
-            with self.events.span("publish", version=version):
-                self.store.publish(version, trainer.save_policy, trainer.position.step, self.config.checkpoint.keep)
-        self.accelerator.wait_for_everyone()
+    def _advice(self, by_role: dict[str, dict[str, float]]) -> str:
+        """A longer lead, where the trainer waited for generations that one would have had ready."""
+        schedule, events = self.config.schedule, list(read_events(self.events.path))
 
-    def _evaluate(self, trainer: Trainer, last: bool = False) -> None:
-        """Evaluate if it is due here and was not done before."""
-        at = trainer.position
-        passes = at.generation * self.config.schedule.passes + at.passes
-        due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
-        if self.evaluator and due and self.accelerator.is_main_process and not self._evaluated(at.step):
-            with self.events.span("evaluate", step=at.step):
-                figures = self.evaluator(trainer.base)
-            trainer.log({"step": at.step, "eval": True, **figures})
-            shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in figures.items() if shows(key)]
-            self.display.say(f"step {at.step}: {', '.join(shown)}")
-        self.accelerator.wait_for_everyone()
+        def seconds(name: str) -> list[float]:
+            mine = (e for e in events if e["name"] == name and e["role"] == "trainer")
+            return [e["end"] - e["start"] for e in mine if e["generation"] > 0]
 
-    def _evaluated(self, step: int) -> bool:
-        return any(line["step"] == step and "eval" in line for line in self.store.read_metrics())
+        waited, trained = seconds("wait"), seconds("train")
+        if self.placement.turns or sum(waited) < 0.05 * by_role["trainer"]["wall"] or schedule.lead >= schedule.passes:
+            return ""
+        later = len({e["generation"] for e in events if e["name"] == "train"} - {0})
+        a_pass = sum(trained) / max(1.0, later * schedule.passes)
+        lead = min(schedule.passes, math.ceil(schedule.lead + sum(waited) / later / a_pass))
+        return (
+            f"The trainer waited {sum(waited):.0f} s for later generations: schedule.lead {lead} would have had them ready, "
+            "at the price of older responses."
+        )
 
     def _result(self) -> DistillResult:
         facts = self.store.check_model(self.store.student)
-        lines = [line for line in self.store.read_metrics() if "eval" in line]
-        evals = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines]
+        lines = self.store.read_metrics()
+        evals = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines if "eval" in line]
+        by_role = seconds_by_role(self.events.path)
         return DistillResult(
             run_dir=self.store.path,
             student=self.store.student,
@@ -280,8 +618,23 @@ class Run:
             tokens=facts["tokens"],
             before=evals[0] if evals else {},
             after=evals[-1] if evals else {},
-            seconds=seconds_by_name(self.events.path),
+            seconds=dict(sum((Counter(seconds) for seconds in by_role.values()), Counter())),
+            by_role=by_role,
+            publications=publications(read_events(self.events.path)),
+            advice=self._advice(by_role),
+            generations=[line for line in lines if "generation_ended" in line],
         )
+
+
+def publications(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """How many snapshots were written, how long training stood still for them, and how long the writing took."""
+    figures = {"count": 0.0, "blocked": 0.0, "written": 0.0}
+    for event in events:
+        kind = {"publish": "blocked", "write": "written"}.get(event["name"])
+        if kind is not None:
+            figures[kind] += event["end"] - event["start"]
+            figures["count"] += kind == "written"
+    return figures
 
 
 def shows(key: str) -> bool:
@@ -296,12 +649,14 @@ def distill(config: AnyConfig, *, display: Display | None = None) -> DistillResu
         UserError: what the user gave is wrong.
         RunError: the run failed (full disk, loss not finite, nothing selected).
     """
-    return Run(as_config(config), "distill", display).train()
+    with Run(as_config(config), "distill", display) as run:
+        return run.train()
 
 
 def sft(config: AnyConfig, *, display: Display | None = None) -> DistillResult:
     """Fine-tune on reference responses, given or the teacher's; the same loop and loss with kd_weight 0."""
-    return Run(as_config(config), "sft", display).train()
+    with Run(as_config(config), "sft", display) as run:
+        return run.train()
 
 
 def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, display: Display | None = None) -> Generation:
@@ -312,23 +667,61 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
     Raises:
         UserError: all generations are there already, or there is no such snapshot.
     """
-    run = Run(as_config(config), "distill", display)
-    store = run.store
-    if not store.policies():
-        began = time.time()
-        student = models.load_model(run.config.student, trained=True)
-        store.publish(0, lambda path: models.save_model(student, run.setup.tokenizer, path), 0, run.config.checkpoint.keep)
-        del student
-        run.display.say(f"Published the student as it starts, v000000, in {time.time() - began:.1f} s.")
-    names = {store.policy(version).name: version for version in store.policies()}
-    name = list(names)[-1] if policy is None else f"v{policy:06d}" if isinstance(policy, int) else Path(policy).name
-    if name not in names:
-        raise UserError(f"{store.path} has no policy snapshot {name}; it has {', '.join(names)}.")
-    for index in range(run.config.schedule.generations):
-        count = run.refresher.part_count(index)
-        if store.manifest(index) is None or store.missing_parts(index, count):
-            return run.refresher(index, names[name])
+    with Run(as_config(config), "distill", display) as run:
+        store = run.store
+        if not store.policies():
+            began = time.time()
+            student = models.load_model(run.config.student, trained=True)
+            store.publish(0, lambda path: models.save_model(student, run.setup.tokenizer, path), 0)
+            del student
+            run.display.say(f"Published the student as it starts, v000000, in {time.time() - began:.1f} s.")
+        names = {store.policy(version).name: version for version in store.policies()}
+        name = list(names)[-1] if policy is None else f"v{policy:06d}" if isinstance(policy, int) else Path(policy).name
+        if name not in names:
+            raise UserError(f"{store.path} has no policy snapshot {name}; it has {', '.join(names)}.")
+        if run.config.schedule.references:
+            run.refresher(REFERENCE, REFERENCE)
+        for index in range(store.current, run.config.schedule.generations):
+            count = len(run.refresher.parts(index))
+            run.refresher.mend(index)
+            if store.manifest(index) is None or store.missing_parts(index, count):
+                return run.refresher(index, names[name])
     raise UserError(f"{store.path} has all {run.config.schedule.generations} generations; there is nothing to refresh.")
+
+
+def reselect(config: AnyConfig, *, display: Display | None = None) -> Generation:
+    """Judge the newest finished generation of a run anew by `config.selection`, from its columns alone.
+
+    Raises:
+        UserError: there is no such generation, it is being trained on, or more than the selection differs.
+        RunError: the selection keeps nothing; nothing was changed then.
+    """
+    config, store = as_config(config), Store(as_config(config).run_dir)
+    finished = [g for g in range(config.schedule.generations) if store.manifest(g) is not None]
+    if not finished:
+        raise UserError(f"{store.path} has no finished generation; make one with `npd refresh` first.")
+    with store.locked():
+        return reselection(config, store, finished[-1], display or Display(quiet=True))
+
+
+def follower(config: Config, placement: Placement | None, rank: int, world: int, display: Display) -> Refresher:
+    """What makes the generations of a run from its directory alone, on devices of this machine."""
+    store = Store(config.run_dir)
+    tokenizer, vocabulary, _, _ = load_tokenizers(config)
+    placement = placement or place(config.placement, config.schedule.model_copy(update={"lead": 0.0}))
+    models.place_on(placement.rollout)
+    return Refresher(
+        config,
+        store,
+        Prompts.open(store.path / "prompts.arrow"),
+        tokenizer,
+        vocabulary,
+        display,
+        Events(store.path / "events.jsonl", f"refresh-{rank}"),
+        placement,
+        rank=rank,
+        world=world,
+    )
 
 
 def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | None = None) -> tuple[str, dict[str, float]]:

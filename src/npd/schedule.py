@@ -16,19 +16,31 @@ def derive_seed(seed: int, *path: int | str) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
-def prompts_of_generation(count: int, generation: int, schedule: ScheduleConfig, seed: int) -> list[int]:
-    """Indices of the prompts that a generation answers.
+def generation_size(count: int, schedule: ScheduleConfig) -> int:
+    """Prompts that a generation answers, of `count` there are."""
+    return count if schedule.prompts == "all" else schedule.prompts
 
-    With a number of prompts, generations take windows of an endless list: a fresh shuffle of all prompts each time round.
+
+def prompts_of_generation(count: int, generation: int, schedule: ScheduleConfig, seed: int, part: slice) -> np.ndarray:
+    """Indices of the prompts that a slice of a generation answers.
+
+    Generations take windows of an endless list: a fresh shuffle of all prompts each time round. So each part is a random
+    sample of the prompts, in whatever order the file has them.
     """
-    if schedule.prompts == "all":
-        return list(range(count))
-    start, indices = generation * schedule.prompts, []
-    for position in range(start, start + schedule.prompts):
-        lap, offset = divmod(position, count)
-        indices.append((lap, offset))
-    shuffles = {lap: np.random.default_rng(derive_seed(seed, "prompts", lap)).permutation(count) for lap, _ in indices}
-    return [int(shuffles[lap][offset]) for lap, offset in indices]
+    size = generation_size(count, schedule)
+    positions = np.arange(size)[part] + generation * size
+    laps, offsets = np.divmod(positions, count)
+    indices = np.empty(len(positions), np.int64)
+    for lap in np.unique(laps):
+        shuffle = np.random.default_rng(derive_seed(seed, "prompts", int(lap))).permutation(count)
+        indices[laps == lap] = shuffle[offsets[laps == lap]]
+    return indices
+
+
+def parts_of_generation(size: int, part_size: int) -> list[slice]:
+    """Slices of at most `part_size` of `size` prompts, as equal as can be: a rule that follows a part's data has enough."""
+    count = -(-size // part_size)
+    return [slice(size * p // count, size * (p + 1) // count) for p in range(count)]
 
 
 def learning_rate(progress: float, config: TrainingConfig) -> float:

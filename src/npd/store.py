@@ -1,7 +1,8 @@
 """The run directory: every file appears whole, and what is finished is never made twice.
 
 A part is a pure function of (configuration, policy version, part number). Parts are written aside and renamed; the
-manifest of a generation is written last and names every part with its checksum.
+manifest of a generation is written last and names every part with its checksum. Several processes may work on a run: one
+trainer, which holds its lock, and refreshes, which make parts.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -25,6 +29,13 @@ import yaml
 
 from npd.config import Config, config_tree, differing_keys
 from npd.errors import RunError, UserError
+from npd.prompts import Prompts
+
+REFERENCE = -1
+"""The generation of reference responses, and the policy_version of text that no student snapshot wrote."""
+
+HOST = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname()) or "host"
+STALE_SECONDS = 24 * 3600.0  # of a file that a process on another machine was writing
 
 SCHEMA = pa.schema(
     [
@@ -76,7 +87,7 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
     try:
         with explained_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +112,31 @@ def _put(aside: Path, path: Path) -> None:
 
 def remove_directory(path: Path) -> None:
     """Rename, then delete, so that half of a directory is never taken for a whole one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.old.tmp")
+    aside = path.with_name(f".{path.name}.old.{HOST}.{os.getpid()}.tmp")  # what replaces it lies beside it
     os.replace(path, aside)
     shutil.rmtree(aside)
+
+
+def _abandoned(leftover: Path) -> bool:
+    """Was this temporary file left by a process that is gone?"""
+    *_, host, pid, _ = leftover.name.split(".")
+    if pid == "trainer":  # which is who asks
+        return True
+    if host != HOST or not pid.isdigit():
+        with suppress(OSError):
+            return time.time() - leftover.stat().st_mtime > STALE_SECONDS
+        return False
+    if int(pid) == os.getpid():
+        return True  # in a container every process may have this number; this one has written nothing yet
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    with suppress(OSError, IndexError):  # a container's first process may be slow to reap the others, or never do it
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    return False
 
 
 def write_text(path: Path, text: str) -> None:
@@ -113,6 +146,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def _end_last_line(path: Path) -> None:
+    """End a line that a crash cut short, so that the next one stands by itself."""
+    if path.exists() and path.stat().st_size:
+        with path.open("rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
 
 
 def sha256(path: Path) -> str:
@@ -156,7 +198,9 @@ class Store:
                     f"{self.path} was made by another configuration: " + "; ".join(changes) + ". Choose another run_dir, "
                     "put the options back to go on with that run, or delete the directory to start over."
                 )
-        elif self.path.exists() and any(not fnmatch(p.name, f".{file.name}.*.tmp") for p in self.path.iterdir()):
+        elif self.path.exists() and any(
+            not fnmatch(p.name, f".{file.name}.*.tmp") and p.name != ".lock" for p in self.path.iterdir()
+        ):
             raise UserError(f"{self.path} is not empty and holds no run of npd; choose another run_dir.")
 
     def open(self, config: Config, command: str) -> None:
@@ -167,8 +211,8 @@ class Store:
         """
         self.check(config, command)
         file = self.path / "config.yaml"
-        for leftover in list(self.path.rglob(".*.tmp")):  # of a process that was killed while writing
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        self.sweep()
+        _end_last_line(self.path / "events.jsonl")
         if self.checkpoints():
             self._tidy_checkpoints(config.checkpoint.keep)
         provenance = {"command": command, "versions": versions()}
@@ -177,6 +221,52 @@ class Store:
             write_text(file, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
+
+    def sweep(self) -> None:
+        """Delete what processes that were killed while writing have left."""
+        for leftover in list(self.path.rglob(".*.tmp")):
+            if _abandoned(leftover):
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Be the only process that trains or changes this run; the system lets go of the lock when the process ends.
+
+        Raises:
+            UserError: another process has it.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            yield
+            return
+        existed = self.path.exists()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a+")
+        except OSError as error:
+            raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise UserError(
+                    f"{self.path} is in use by process {file.read().strip()}. Wait for it or stop it; `npd refresh --follow "
+                    f"{self.path}` can help it."
+                ) from None
+            except OSError:  # a filesystem without locks
+                pass
+            file.truncate(0)
+            file.write(f"{os.getpid()} on {HOST}")
+            file.flush()
+            try:
+                yield
+            finally:
+                if not existed and not (self.path / "config.yaml").exists():  # nothing was begun
+                    with suppress(OSError):
+                        (self.path / ".lock").unlink()
+                        self.path.rmdir()
 
     @property
     def finished(self) -> bool:
@@ -204,18 +294,38 @@ class Store:
         """Versions whose snapshots are whole, oldest first."""
         return sorted(int(path.name[1:]) for path in (self.path / "policy").glob("v[0-9]*") if path.is_dir())
 
-    def publish(self, version: int, save: Callable[[Path], None], step: int, keep: int) -> None:
-        """Write snapshot `version` whole unless it is there, point LATEST to the newest, and drop older ones than `keep`.
+    def publish(self, version: int, save: Callable[[Path], None], step: int) -> None:
+        """Write snapshot `version` whole unless it is there, and point LATEST to the newest.
 
         Called again after a crash, it does whatever of this was not done.
         """
         if version not in self.policies():
             self.save_model(self.policy(version), save, {"policy_version": version, "step": step})
-        versions = self.policies()
-        self._point_latest(self.policy(versions[-1]))
-        for old in [v for v in versions if v <= version][:-keep]:
-            if old != 0:
-                remove_directory(self.policy(old))
+        self.point_to_newest_policy()
+
+    def point_to_newest_policy(self) -> None:
+        self._point_latest(self.policy(self.policies()[-1]))
+
+    def tidy(self, generation: int, keep: int) -> None:
+        """Drop old snapshots and generations, now that `generation` is the oldest one that may still be read.
+
+        The newest `keep` of each that are in use or older stay, and so does the first snapshot. A generation that is
+        dropped keeps its manifest.
+        """
+        for version in [v for v in self.policies() if v <= generation][:-keep]:
+            if version != 0:
+                remove_directory(self.policy(version))
+        there = []
+        for old in range(generation - keep, -1, -1):
+            if self.manifest(old) is not None and not self.parts(old):
+                break  # and so are all before it
+            there.append(old)
+        for old in reversed(there):  # oldest first, so that a crash leaves none behind that this would not look at
+            manifest = self.manifest(old)
+            if manifest is not None:
+                write_json(self.generation(old) / "manifest.json", manifest | {"removed": True})
+            for part in self.parts(old):
+                self.part(old, part).unlink()
 
     def save_model(self, path: Path, save: Callable[[Path], None], facts: dict[str, Any]) -> None:
         """Write a model directory with its checksums in npd.json."""
@@ -252,7 +362,7 @@ class Store:
     # -- generations
 
     def generation(self, index: int) -> Path:
-        return self.path / "generations" / f"g{index:03d}"
+        return self.path / "generations" / ("references" if index == REFERENCE else f"g{index:03d}")
 
     def part(self, generation: int, part: int) -> Path:
         return self.generation(generation) / f"part-{part:05d}.parquet"
@@ -270,27 +380,50 @@ class Store:
         remedy = "Delete it and run the same command again: it will be made again from the parts."
         return self._read(path, read, remedy) if path.exists() else None
 
-    def missing_parts(self, generation: int, count: int) -> list[int]:
-        return [part for part in range(count) if not self.part(generation, part).exists()]
+    @property
+    def current(self) -> int:
+        """The generation that is trained on: no earlier one need be made."""
+        path = self.path / "generations" / "CURRENT"
+        return self._read(path, lambda: int(path.read_text()), "Delete it.") if path.exists() else 0
 
-    def write_part(self, generation: int, part: int, table: pa.Table) -> None:
+    @current.setter
+    def current(self, generation: int) -> None:
+        if generation != self.current:
+            write_text(self.path / "generations" / "CURRENT", f"{generation}\n")
+
+    def parts(self, generation: int) -> set[int]:
+        """Numbers of the parts that are there."""
+        return {int(path.stem.removeprefix("part-")) for path in self.generation(generation).glob("part-*.parquet")}
+
+    def missing_parts(self, generation: int, count: int) -> list[int]:
+        there = self.parts(generation)
+        return [part for part in range(count) if part not in there]
+
+    def write_part(self, generation: int, part: int, table: pa.Table, *, keep_manifest: bool = False) -> None:
         """Write a finished part with the contract's columns in their order; columns a stage did not add are null."""
         for field in SCHEMA:
             if field.name not in table.column_names:
                 table = table.append_column(field, pa.nulls(len(table), field.type))
         table = table.select(SCHEMA.names).cast(SCHEMA)
-        with writing(self.part(generation, part)) as aside:
+        path = self.part(generation, part)
+        with writing(path) as aside:
             pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
+        manifest = None if keep_manifest else self.manifest(generation)
+        if manifest is not None and {p["file"]: p["sha256"] for p in manifest["parts"]}.get(path.name) != sha256(path):
+            (self.generation(generation) / "manifest.json").unlink()  # made again, and not the same, as on other hardware
 
     def read_part(self, generation: int, part: int, columns: list[str] | None = None) -> pa.Table:
         """Read a part, verifying its page checksums.
 
         Raises:
             UserError: the part is damaged.
+            FileNotFoundError: it is not there, or no longer.
         """
         path = self.part(generation, part)
         try:
             return pq.read_table(path, columns=columns, page_checksum_verification=True)
+        except FileNotFoundError:
+            raise
         except (OSError, pa.ArrowException) as error:
             raise self._damaged_part(path, " ".join(str(error).split())[:200]) from error
 
@@ -298,6 +431,17 @@ class Store:
         return UserError(
             f"The part {path} is damaged ({why}). Delete it and run the same command again: it will be made again, identical."
         )
+
+    def drop_damaged_parts(self, generation: int) -> list[str]:
+        """Delete the parts of a finished generation that are not what its manifest says; their names."""
+        manifest = self.manifest(generation)
+        damaged = []
+        for part in manifest["parts"] if manifest is not None and not manifest.get("removed") else ():
+            path = self.generation(generation) / part["file"]
+            if path.exists() and (path.stat().st_size != part["bytes"] or sha256(path) != part["sha256"]):
+                path.unlink()
+                damaged.append(part["file"])
+        return damaged
 
     def finish_generation(self, generation: int, count: int, facts: dict[str, Any]) -> dict[str, Any]:
         """Write the manifest, the last file of a generation."""
@@ -324,6 +468,28 @@ class Store:
                 raise self._damaged_part(path, "its checksum is not the manifest's")
         return manifest
 
+    # -- prompts
+
+    def keep_prompts(self, prompts: Prompts) -> Prompts:
+        """Keep tokenised prompts for whoever makes generations; returns them, mapped from the run directory.
+
+        Raises:
+            UserError: the run began with other prompts.
+        """
+        path = self.path / "prompts.arrow"
+        if path.exists():
+            theirs = self._read(path, lambda: Prompts.open(path), "Delete it: it will be made again.")
+            if theirs.table.equals(prompts.table):
+                return theirs
+            if any(self.path.glob("generations/*/part-*")):
+                raise UserError(
+                    f"The prompts are not those that {self.path} began with ({len(theirs):,} then, {len(prompts):,} now): "
+                    "the data or the tokenizer has changed. Restore them, or choose another run_dir."
+                )
+        with writing(path) as aside:
+            prompts.save(aside)
+        return Prompts.open(path)
+
     # -- trainer state
 
     def checkpoint(self, step: int) -> Path:
@@ -332,6 +498,17 @@ class Store:
     def checkpoints(self) -> list[int]:
         """Steps whose checkpoints are whole, oldest first."""
         return sorted(int(p.name.removeprefix("step-")) for p in (self.path / "checkpoints").glob("step-*") if p.is_dir())
+
+    def checkpoint_facts(self, step: int) -> dict[str, Any]:
+        """What a checkpoint says of its place in the run.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.checkpoint(step)
+        remedy = f"Delete {path} and run the same command again: the run goes on from the one before."
+        facts: dict[str, Any] = self._read(path / "npd.json", lambda: json.loads((path / "npd.json").read_text()), remedy)
+        return facts
 
     def save_checkpoint(
         self,
@@ -345,7 +522,7 @@ class Store:
     ) -> None:
         """Write a checkpoint; every process writes its own files aside before the main one renames them all."""
         path = self.checkpoint(step)
-        aside = path.with_name(f".{path.name}.tmp")
+        aside = path.with_name(f".{path.name}.{HOST}.trainer.tmp")  # one name for all its processes
         try:
             with explained_full_disk(path):
                 save(aside)
@@ -384,6 +561,7 @@ class Store:
         return lines
 
     def rewind_metrics(self, step: int) -> None:
-        """Forget what was logged after a checkpoint: those steps will be trained again."""
-        kept = [line for line in self.read_metrics() if line["step"] <= step]
+        """Forget what was logged after a checkpoint: those steps will be trained again, and that generation ended."""
+        ended = "generation_ended"
+        kept = [line for line in self.read_metrics() if line["step"] <= step and (ended not in line or line["step"] < step)]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))

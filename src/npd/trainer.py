@@ -1,4 +1,4 @@
-"""The optimiser loop: packed rows of one generation, pass after pass.
+"""One optimiser step after another: packed rows in, updated weights and metrics out.
 
 The gradient of a step is that of the sum of the loss over all its response tokens - every micro-batch, every process -
 divided by their number, so it does not depend on how samples were packed or spread.
@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -28,84 +26,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from npd import models
 from npd.config import Config
 from npd.errors import RunError, UserError
+from npd.loop import Position, Trained
 from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
-from npd.models import add_lora, base_model, head_weight, hidden_states, quiet_transformers, save_model
+from npd.models import add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events
-from npd.packing import pack, pack_tokens
-from npd.refresher import REFERENCE, Generation
+from npd.packing import pack_tokens
+from npd.samples import Samples
 from npd.schedule import derive_seed, learning_rate
-from npd.selection import KEPT
-from npd.store import SCHEMA, Store
-
-COLUMNS = ["sample_id", "prompt_ids", "response_ids", "behavior_logprobs", "verdict", "topk_ids", "topk_logprobs"]
-
-# 64-bit offsets: a generation's top-k entries may be more than 32 bits can count.
-LARGE = pa.schema(
-    [
-        (name, pa.large_list(kind.value_type) if pa.types.is_list(kind) else kind)
-        for name, kind in ((name, SCHEMA.field(name).type) for name in COLUMNS)
-    ]
-)
-
-
-class Samples:
-    """The kept samples of a generation, ragged columns as flat arrays with offsets."""
-
-    def __init__(self, store: Store, generation: Generation) -> None:
-        tables = []
-        for part in range(len(generation.manifest["parts"])):
-            table = store.read_part(generation.index, part, COLUMNS)
-            tables.append(table.filter(pc.is_in(table["verdict"], pa.array(KEPT))).cast(LARGE))
-        self.by_student = generation.policy_version != REFERENCE
-        """Did a snapshot of the student write them?"""
-        table = pa.concat_tables(tables).combine_chunks()
-        self.ids: list[str] = table["sample_id"].to_pylist()
-        self.prompts, self.responses, self.behavior, self.topk_ids, self.topk_logprobs = (
-            _Ragged(table[name].combine_chunks())
-            for name in ("prompt_ids", "response_ids", "behavior_logprobs", "topk_ids", "topk_logprobs")
-        )
-        self.lengths = self.prompts.lengths + self.responses.lengths
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def topk(self, samples: list[int]) -> tuple[Tensor, Tensor]:
-        """Teacher's top-k ids and log-probabilities [T, K] of the samples' response tokens; K is 0 without a teacher."""
-        tokens = int(self.responses.lengths[samples].sum())
-        ids, logprobs = self.topk_ids.take(samples, np.int64), self.topk_logprobs.take(samples, np.float32)
-        if tokens == 0 or len(ids) % tokens:
-            raise UserError(f"The samples {self.ids[samples[0]]} ... hold {len(ids)} top-k entries for {tokens} tokens.")
-        shape = (tokens, len(ids) // tokens)
-        return torch.from_numpy(ids).view(shape), torch.from_numpy(logprobs).view(shape)
-
-
-class _Ragged:
-    """A list column; a null list counts as empty."""
-
-    def __init__(self, column: pa.Array) -> None:
-        column = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-        self.lengths = pc.fill_null(pc.list_value_length(column), 0).to_numpy(zero_copy_only=False).astype(np.int64)
-        self.offsets = np.concatenate([[0], np.cumsum(self.lengths)])
-        self.values: np.ndarray = column.flatten().to_numpy(zero_copy_only=False)
-
-    def __getitem__(self, i: int) -> np.ndarray:
-        return self.values[self.offsets[i] : self.offsets[i + 1]]
-
-    def take(self, rows: list[int], dtype: Any) -> np.ndarray:
-        return np.concatenate([self[i] for i in rows]).astype(dtype)
-
-
-def plan_pass(lengths: np.ndarray, capacity: int, batch_tokens: int, seed: int) -> list[list[list[int]]]:
-    """Optimiser steps of one pass: lists of rows, rows lists of sample indices.
-
-    Samples are shuffled before packing, so that equally long ones meet others each pass, and rows after it.
-    """
-    rng = np.random.default_rng(seed)
-    shuffle = rng.permutation(len(lengths))
-    rows = [[int(shuffle[i]) for i in row] for row in pack(lengths[shuffle].tolist(), capacity)]
-    rows = [rows[i] for i in rng.permutation(len(rows))]
-    per_step = max(1, batch_tokens // capacity)
-    return [rows[i : i + per_step] for i in range(0, len(rows), per_step)]
+from npd.store import Store
 
 
 class LossModel(nn.Module):
@@ -140,21 +68,6 @@ class LossModel(nn.Module):
         )
 
 
-@dataclass
-class Position:
-    """Where in the run the trainer stands: everything before it is done."""
-
-    generation: int = 0
-    passes: int = 0
-    """Whole passes over the generation."""
-    batch: int = 0
-    """Steps into the next pass."""
-    step: int = 0
-    """Optimiser steps in all."""
-    tokens: int = 0
-    """Response tokens trained in all."""
-
-
 def resolve_precision(config: Config) -> str:
     """accelerate's name of the training arithmetic. `auto` takes bfloat16 only on a CUDA device that has it."""
     if config.training.precision == "auto":
@@ -175,12 +88,9 @@ class Trainer:
         events: Events,
         *,
         kd_weight: float,
-        generations: int,
     ) -> None:
-        self.config, self.store, self.tokenizer = config, store, tokenizer
-        self.events, self.generations = events, generations
+        self.config, self.store, self.tokenizer, self.events = config, store, tokenizer, events
         self.position = Position()
-        self._planned: tuple[int, list[list[list[int]]]] = (-1, [])
         torch.manual_seed(derive_seed(config.seed, "adapters"))
         self.student: nn.Module = add_lora(model, config.student) if config.student.lora else model
         if config.training.gradient_checkpointing:
@@ -205,8 +115,32 @@ class Trainer:
         """The student as transformers knows it, adapters inside."""
         return base_model(self.student)
 
-    def save_policy(self, path: Path) -> None:
-        save_model(self.student, self.tokenizer, path)
+    def save_policy(self, path: Path, state: dict[str, Tensor] | None = None) -> None:
+        """Write the student, or the weights that `copy_policy` gave."""
+        save_model(self.student, self.tokenizer, path, state)
+
+    def copy_policy(self) -> dict[str, Tensor]:
+        """The student's weights as they are now, for a thread that writes them while training goes on."""
+        return copy_state(self.student)
+
+    @contextmanager
+    def parked(self) -> Iterator[None]:
+        """Leave the GPU to others meanwhile: weights, gradients' buffers and the optimiser's moments go to CPU memory."""
+        device = self.accelerator.device
+        self._move("cpu")
+        try:
+            yield
+        finally:
+            self._move(device)
+
+    def _move(self, device: torch.device | str) -> None:
+        self.loss_model.to(device)
+        for state in self.optimizer.state.values():
+            for key, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:  # the step counter of AdamW stays where it is
+                    state[key] = value.to(device)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def save_checkpoint(self) -> None:
         """Write model, optimiser and place."""
@@ -245,63 +179,32 @@ class Trainer:
             raise UserError(f"The checkpoint {path} is damaged ({type(error).__name__}: {detail}). {remedy}") from error
         return True
 
-    @property
-    def finished(self) -> bool:
-        training, at = self.config.training, self.position
-        if training.max_steps is not None and at.step >= training.max_steps:
-            return True
-        if training.max_tokens is not None and at.tokens >= training.max_tokens:
-            return True
-        return at.generation >= self.generations
-
-    def progress(self, share_of_pass: float) -> float:
-        """Share of the run that is done, 0..1: of its passes, steps or tokens, whichever will end it."""
-        training, at, passes = self.config.training, self.position, self.config.schedule.passes
-        shares = [(at.generation * passes + at.passes + share_of_pass) / (self.generations * passes)]
-        if training.max_steps is not None:
-            shares.append(at.step / training.max_steps)
-        if training.max_tokens is not None:
-            shares.append(at.tokens / training.max_tokens)
-        return min(1.0, max(shares))
-
     # -- training
 
-    def train_pass(self, samples: Samples, advance: Any) -> None:
-        """Train from the current place to the end of the current pass, or of the run."""
-        at, steps = self.position, self._plan(samples)
-        while True:
-            self._step(samples, steps, advance)
-            if self.finished:
-                return
-            if at.batch == len(steps):
-                at.passes, at.batch = at.passes + 1, 0
-            if at.step % self.config.checkpoint.every_steps == 0:
-                self.save_checkpoint()
-            if at.batch == 0:
-                return
+    def step(
+        self, samples: Samples, rows: list[list[int]], tokens: int, progress: float, facts: dict[str, Any]
+    ) -> tuple[Trained, float]:
+        """One optimiser step on packed rows with `tokens` response tokens; the position is already that after it.
 
-    def _plan(self, samples: Samples) -> list[list[list[int]]]:
-        seed = derive_seed(self.config.seed, "pass", self.position.generation, self.position.passes)
-        if self._planned[0] != seed:
-            capacity, batch_tokens = self.config.packing.length, self.config.training.batch_tokens
-            self._planned = seed, plan_pass(samples.lengths, capacity, batch_tokens, seed)
-        return self._planned[1]
+        Args:
+            progress: share of the run that is done after this step, which decides the learning rate.
+            facts: further figures for the step's line of metrics.
 
-    def steps_of_pass(self, samples: Samples) -> int:
-        """Optimiser steps of the current pass."""
-        return len(self._plan(samples))
+        Returns:
+            What the loop wants to know, and the loss.
 
-    def _step(self, samples: Samples, steps: list[list[list[int]]], advance: Any) -> None:
+        Raises:
+            RunError: the loss is not finite; the student is then unchanged.
+        """
         began = time.perf_counter()
-        at, rows = self.position, steps[self.position.batch]
-        tokens = int(samples.responses.lengths[[i for row in rows for i in row]].sum())
+        at = self.position
         # A rank with fewer micro-batches than others repeats one with no weight: all must join in every backward pass.
         size, world = self.config.training.micro_batch_rows, self.accelerator.num_processes
         chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         turns = -(-len(chunks) // world)
         mine = [(chunks[i], 1.0) if i < len(chunks) else (chunks[0], 0.0) for i in self._turns(turns)]
 
-        torch.manual_seed(derive_seed(self.config.seed, "step", at.step, self.accelerator.process_index))  # for dropout
+        torch.manual_seed(derive_seed(self.config.seed, "step", at.step - 1, self.accelerator.process_index))  # for dropout
         self.loss_model.train()
         sums = torch.zeros(4, dtype=torch.float64)  # loss, ce, kd, near-policy KL
         counted = 0
@@ -319,15 +222,14 @@ class Trainer:
         loss, ce, kd = (total / tokens for total in totals[:3])
         norm = float(self.accelerator.clip_grad_norm_(self.loss_model.parameters(), self.config.training.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            names = [samples.ids[i] for row in rows for i in row]
+            names = [samples.id(i) for row in rows for i in row]
             raise RunError(
-                f"The loss of step {at.step + 1} is not finite (loss {loss}, gradient norm {norm}); the student was not "
+                f"The loss of step {at.step} is not finite (loss {loss}, gradient norm {norm}); the student was not "
                 f"updated. Samples in it: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}. Lower "
                 "training.learning_rate, or look at those samples; the last checkpoint is whole."
             )
 
-        at.step, at.tokens, at.batch = at.step + 1, at.tokens + tokens, at.batch + 1
-        rate = learning_rate(self.progress(at.batch / len(steps)), self.config.training)
+        rate = learning_rate(progress, self.config.training)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
@@ -347,11 +249,14 @@ class Trainer:
             "grad_norm": norm,
             "fill": row_tokens / (len(rows) * self.config.packing.length),
             "tokens_per_second": tokens / (time.perf_counter() - began),
+            **facts,
         }
         if line["near_policy_kl"] is not None and self.near_policy_is_proxy:
             line["near_policy_kl_is_proxy"] = True
+        if totals[4] < tokens:
+            line["reference_tokens"] = tokens - int(totals[4])
         self.log(line)
-        advance(1, note=f"loss {loss:.4f}")
+        return Trained(totals[3], int(totals[4])), loss
 
     @property
     def near_policy_is_proxy(self) -> bool:
@@ -375,11 +280,12 @@ class Trainer:
             topk_ids.to(to),
             topk_logprobs.to(to),
         )
-        if not samples.by_student:
-            return out, 0.0, 0
+        # Reference responses have no behaviour policy: no snapshot of the student wrote them.
+        written = [len(samples.behavior[i]) > 0 for i in packed.samples]
         behavior = samples.behavior.take(packed.samples, np.float32)
-        kl = near_policy_kl(out.label_logprobs.detach().cpu(), torch.from_numpy(behavior)).sum().item()
-        return out, kl, len(behavior)
+        by_student = torch.from_numpy(np.repeat(written, samples.response_lengths[packed.samples]))
+        logprobs = out.label_logprobs.detach().cpu()[by_student]
+        return out, near_policy_kl(logprobs, torch.from_numpy(behavior)).sum().item(), len(behavior)
 
     def log(self, line: dict[str, Any]) -> None:
         """One line of metrics.jsonl, and the same figures to every tracker."""
@@ -390,7 +296,7 @@ class Trainer:
 
 
 def make_accelerator(config: Config, store: Store) -> Accelerator:
-    """accelerate with the run's precision and trackers.
+    """accelerate with the run's precision and trackers, on the device that placement names.
 
     Raises:
         UserError: a tracker that accelerate does not know or whose package is missing.

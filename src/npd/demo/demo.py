@@ -86,7 +86,7 @@ def run_demo(out: Path, seed: int, display: Display) -> list[Arm]:
     prompts = max(1, round(npd.tokens / npd.steps / (first["response_tokens"] / first["rows"])))
     strict = config(
         "on-policy",
-        schedule={"prompts": prompts, "passes": 1, "generations": 100_000},
+        schedule={"prompts": prompts, "passes": 1, "generations": 100_000, "lead": 0.0},
         selection={"rule": "none"},
         training={"max_tokens": npd.tokens, "batch_tokens": 1 << 20},
     )

@@ -1,0 +1,137 @@
+"""What runs where: devices and CPU threads of the trainer and of the refresh beside it."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+import torch
+
+from npd.config import PlacementConfig, ScheduleConfig
+from npd.errors import UserError
+
+EXTERNAL = "external"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A refresh process."""
+
+    rollout: str
+    teacher: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    train: list[str]
+    """One device for each training process."""
+    jobs: list[Job]
+    """Processes that make generations beside the trainer; empty where it makes them itself, in turns, or others do."""
+    turns: bool
+    """Do training and generation take turns? Then `lead` is 0."""
+    lead: float
+    """Passes of lead that are really taken."""
+    rollout: str
+    """Device of the rollout where turns are taken."""
+    teacher: str
+    """Device of the teacher where turns are taken."""
+    train_threads: int | None
+    """CPU threads of the trainer while a refresh runs beside it; None: as many as ever."""
+    rollout_threads: int | None
+    """CPU threads of each refresh while it generates; None: as many as ever."""
+    teacher_threads: int | None
+    """CPU threads of each refresh while it scores; None: as many as ever."""
+    first_threads: int | None
+    """CPU threads of each refresh for generation 0 and the references, which the trainer has to wait for."""
+    why: str = ""
+    """Why turns are taken though `lead` asks for none."""
+
+    @property
+    def shared_gpu(self) -> bool:
+        """Must models leave the GPU while others use it?"""
+        return self.turns and len(self.train) == 1 and "cuda" in self.train[0]
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def place(
+    config: PlacementConfig,
+    schedule: ScheduleConfig,
+    *,
+    processes: int = 1,
+    gpus: int | None = None,
+    cpus: int | None = None,
+) -> Placement:
+    """Devices and threads on a machine with `gpus` GPUs and `cpus` cores (default: this one) and `processes` trainers.
+
+    Raises:
+        UserError: a device that does not exist, or lists that do not fit each other.
+    """
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    cpus = cores() if cpus is None else cpus
+    train = _devices("train", config.train, gpus) or [f"cuda:{i}" if gpus else "cpu" for i in range(processes)]
+    if len(train) != processes:
+        raise UserError(
+            f"placement.train names {len(train)} devices ({', '.join(train)}), but {processes} training processes run. "
+            f"Start as many with `accelerate launch --num_processes {len(train)} -m npd.cli distill ...`, or name one."
+        )
+    if gpus and processes > gpus:
+        raise UserError(f"{processes} training processes run, but this machine has {gpus} GPUs; start no more than that.")
+    external = config.rollout == EXTERNAL
+    rollout = [] if external else _devices("rollout", config.rollout, gpus)
+    if not rollout and not external:
+        free = [f"cuda:{i}" for i in range(gpus) if f"cuda:{i}" not in train]
+        rollout = free or [train[0]]
+    teacher = _devices("teacher", config.teacher, gpus) or rollout or [train[0]]
+    if rollout and len(teacher) not in (1, len(rollout)):
+        raise UserError(
+            f"placement.teacher names {len(teacher)} devices for {len(rollout)} of placement.rollout; name one, or as many."
+        )
+    jobs = [Job(device, teacher[i % len(teacher)]) for i, device in enumerate(rollout)]
+    used = {device for job in jobs for device in (job.rollout, job.teacher)}
+    shared = sorted(device for device in used & set(train) if device != "cpu")
+    why = ""
+    if shared and schedule.lead:
+        why = f"training and generation share {', '.join(shared)}"
+    elif schedule.lead and not external and "cpu" in used and cpus < 2:
+        why = "there is one CPU core"
+    turns = not external and (schedule.lead == 0 or bool(why))
+    mine, each, first = config.train_threads, config.rollout_threads, config.rollout_threads
+    if not turns:
+        on_gpu = all("cuda" in device for device in train)
+        mine = mine or (None if on_gpu or external else max(1, -(-cpus // 2)))
+        first = first or max(1, cpus // max(1, len(jobs)))
+        each = each or max(1, (cpus - (mine or 0)) // max(1, len(jobs)))
+    return Placement(
+        train=train,
+        jobs=[] if turns else jobs,
+        turns=turns,
+        lead=0.0 if turns else schedule.lead,
+        rollout=(rollout or train)[0],
+        teacher=teacher[0],
+        train_threads=None if turns else mine,  # nothing runs beside it
+        rollout_threads=each,
+        teacher_threads=config.teacher_threads or each,
+        first_threads=first,
+        why=why,
+    )
+
+
+def _devices(name: str, value: str | list[str], gpus: int) -> list[str]:
+    """The devices an option names; none where it says auto."""
+    if value == "auto":
+        return []
+    devices = [value] if isinstance(value, str) else value
+    for device in devices:
+        if device == "cpu":
+            continue
+        match = re.fullmatch(r"cuda:(\d+)", device)
+        if not match:
+            raise UserError(f"placement.{name} names {device!r}; a device is cpu, cuda:0, cuda:1, ...")
+        if int(match[1]) >= gpus:
+            raise UserError(f"placement.{name} names {device}, but this machine has {gpus or 'no'} GPUs.")
+    return devices

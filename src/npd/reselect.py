@@ -1,0 +1,58 @@
+"""Another selection for a finished generation, from its columns alone."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+import yaml
+
+from npd.config import Config, config_tree, differing_keys
+from npd.errors import UserError
+from npd.observe.display import Display
+from npd.refresher import Generation, show_generation
+from npd.selection import Select, Summary, check_some_kept
+from npd.store import Store, write_text
+
+JUDGED = ["ifd_student", "ifd_teacher", "delta_ifd", "verdict"]
+
+
+def reselect(config: Config, store: Store, generation: int, display: Display) -> Generation:
+    """Write new verdicts into the parts of a generation that is not trained on yet, and the selection into config.yaml.
+
+    Raises:
+        UserError: training on it has begun, its parts are gone, or more than the selection differs.
+        RunError: the selection keeps nothing; nothing was changed then.
+    """
+    file = store.path / "config.yaml"
+    old = yaml.safe_load(file.read_text(encoding="utf-8"))
+    provenance = old.pop("provenance", None)
+    others = differing_keys(old, config_tree(config) | {"selection": old.get("selection")})
+    if others:
+        raise UserError(f"--reselect changes selection.* alone, but {store.path} differs in " + "; ".join(others) + ".")
+    begun = [line["step"] for line in store.read_metrics() if line.get("generation") == generation]
+    if begun:
+        raise UserError(
+            f"Generation {generation} of {store.path} is trained on since step {begun[0]}; other verdicts would not be those "
+            "of that training. Copy the directory without metrics.jsonl, checkpoints and student, and select there."
+        )
+    manifest = store.manifest(generation)
+    assert manifest is not None, "only a finished generation is judged anew"
+    parts = range(len(manifest["parts"]))
+    select, summary = Select(config.selection), Summary(config.selection)
+
+    def judged(part: int) -> pa.Table:
+        return select(store.read_part(generation, part).drop_columns(JUDGED))
+
+    for part in parts:
+        summary.add(judged(part))
+    result = summary.result()
+    check_some_kept(result, config.selection)
+    # Until the new manifest is there, parts are what the old one calls damaged: after a crash, they are made again by
+    # whichever selection config.yaml has then, or judged again by the same command.
+    for part in parts:
+        store.write_part(generation, part, judged(part), keep_manifest=True)
+    tree = config_tree(config) | {"provenance": provenance}
+    write_text(file, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    facts = {key: value for key, value in manifest.items() if key not in ("generation", "rows", "parts")}
+    manifest = store.finish_generation(generation, len(parts), facts | {"selection": result})
+    show_generation(generation, manifest, display)
+    return Generation(generation, store.generation(generation), manifest["policy_version"], manifest)

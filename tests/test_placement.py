@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from npd.config import PlacementConfig, ScheduleConfig
+from npd.errors import UserError
+from npd.placement import Job, Placement, cores, place
+
+
+def placed(gpus: int = 0, cpus: int = 16, processes: int = 1, lead: float = 1.0, **options: Any) -> Placement:
+    return place(PlacementConfig(**options), ScheduleConfig(lead=lead), processes=processes, gpus=gpus, cpus=cpus)
+
+
+def cuda(*numbers: int) -> list[str]:
+    return [f"cuda:{n}" for n in numbers]
+
+
+def test_two_cores_share_the_work():
+    p = placed(cpus=2)
+    assert (p.train, p.jobs, p.turns, p.lead, p.why) == (["cpu"], [Job("cpu", "cpu")], False, 1.0, "")
+    assert (p.train_threads, p.rollout_threads, p.teacher_threads) == (1, 1, 1)
+    assert not p.shared_gpu
+
+
+def test_one_core_takes_turns():
+    p = placed(cpus=1)
+    assert (p.jobs, p.turns, p.lead) == ([], True, 0.0)
+    assert "one CPU core" in p.why
+    assert not p.shared_gpu
+    assert p.train_threads is p.rollout_threads is None
+
+
+def test_one_gpu_is_shared_in_turns():
+    p = placed(gpus=1)
+    assert (p.train, p.jobs, p.turns, p.lead, p.shared_gpu) == (cuda(0), [], True, 0.0, True)
+    assert (p.rollout, p.teacher) == ("cuda:0", "cuda:0")
+    assert "share cuda:0" in p.why
+
+
+def test_turns_that_were_asked_for_need_no_reason():
+    for gpus in (0, 1, 2):
+        p = placed(gpus=gpus, lead=0.0)
+        assert (p.turns, p.lead, p.jobs, p.why) == (True, 0.0, [], "")
+
+
+@pytest.mark.parametrize("gpus", [2, 8])
+def test_every_other_gpu_generates(gpus):
+    p = placed(gpus=gpus, cpus=32, lead=2.5)
+    assert (p.train, p.turns, p.lead, p.why, p.shared_gpu) == (cuda(0), False, 2.5, "", False)
+    assert p.jobs == [Job(device, device) for device in cuda(*range(1, gpus))]
+    assert p.train_threads is None
+    assert p.rollout_threads == p.teacher_threads == 32 // (gpus - 1)
+
+
+def test_data_parallel_training_on_some_gpus_leaves_the_others():
+    p = placed(gpus=4, processes=2)
+    assert (p.train, p.turns) == (cuda(0, 1), False)
+    assert [job.rollout for job in p.jobs] == cuda(2, 3)
+
+
+def test_data_parallel_training_on_all_gpus_takes_turns():
+    p = placed(gpus=4, processes=4)
+    assert (p.train, p.jobs, p.turns, p.lead, p.shared_gpu) == (cuda(0, 1, 2, 3), [], True, 0.0, False)
+    assert "cuda:0" in p.why
+
+
+def test_devices_as_told():
+    p = placed(gpus=4, train="cuda:3", rollout=cuda(0, 1), teacher="cuda:2")
+    assert (p.train, p.jobs) == (cuda(3), [Job("cuda:0", "cuda:2"), Job("cuda:1", "cuda:2")])
+    p = placed(gpus=4, train="cuda:3", rollout=cuda(0, 1), teacher=["cuda:2", "cpu"])
+    assert p.jobs == [Job("cuda:0", "cuda:2"), Job("cuda:1", "cpu")]
+    p = placed(gpus=2, train="cuda:1")
+    assert [job.rollout for job in p.jobs] == cuda(0)
+    p = placed(gpus=1, rollout="cpu")
+    assert (p.jobs, p.turns, p.train_threads) == ([Job("cpu", "cpu")], False, None)
+    p = placed(gpus=2, train="cpu", cpus=8)
+    assert ([job.rollout for job in p.jobs], p.train_threads, p.rollout_threads) == (cuda(0, 1), 4, 2)
+
+
+@pytest.mark.parametrize("options", [{"teacher": "cuda:0"}, {"rollout": "cuda:0"}, {"rollout": cuda(1, 0)}])
+def test_any_use_of_the_training_gpu_means_turns(options):
+    p = placed(gpus=2, **options)
+    assert (p.turns, p.lead, p.jobs, p.shared_gpu) == (True, 0.0, [], True)
+    assert "cuda:0" in p.why
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+@pytest.mark.parametrize("lead", [0.0, 1.0])
+def test_generations_made_elsewhere_need_nothing_here(gpus, lead):
+    p = placed(gpus=gpus, cpus=1, lead=lead, rollout="external")
+    assert (p.jobs, p.turns, p.lead, p.why, p.shared_gpu) == ([], False, lead, "", False)
+    assert p.train_threads is None
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"train": "gpu"}, "placement.train"),
+        ({"train": "cuda"}, "placement.train"),
+        ({"train": cuda(0, 1)}, "placement.train"),
+        ({"rollout": "cuda:2"}, "placement.rollout"),
+        ({"rollout": ["cuda:1", "mps"]}, "placement.rollout"),
+        ({"rollout": ["external"]}, "placement.rollout"),
+        ({"teacher": "cuda:-1"}, "placement.teacher"),
+        ({"teacher": cuda(0, 1), "rollout": "cuda:1"}, "placement.teacher"),
+        ({"train": "cuda:0", "processes": 2}, "placement.train"),
+    ],
+)
+def test_what_does_not_fit_is_named(options, name):
+    with pytest.raises(UserError, match=name):
+        placed(gpus=2, **options)
+
+
+def test_a_machine_without_gpus_says_so():
+    with pytest.raises(UserError, match=r"placement\.train names cuda:0, but this machine has no GPUs"):
+        placed(train="cuda:0")
+
+
+def test_threads_as_told():
+    p = placed(cpus=8, train_threads=6)
+    assert (p.train_threads, p.rollout_threads, p.teacher_threads) == (6, 2, 2)
+    p = placed(cpus=8, train_threads=8)
+    assert (p.train_threads, p.rollout_threads) == (8, 1)
+    p = placed(cpus=8, rollout_threads=3, teacher_threads=5)
+    assert (p.train_threads, p.rollout_threads, p.teacher_threads) == (4, 3, 5)
+    p = placed(cpus=9, rollout=["cpu", "cpu"])
+    assert (p.train_threads, p.rollout_threads) == (5, 2)
+    assert placed(lead=0.0, train_threads=2).train_threads is None  # nothing runs beside the trainer
+
+
+def test_threads_fit_the_cores():
+    for cpus in range(2, 20):
+        p = placed(cpus=cpus)
+        assert p.train_threads
+        assert p.rollout_threads
+        assert p.train_threads + p.rollout_threads * len(p.jobs) == cpus
+
+
+def test_this_machine():
+    assert cores() >= 1
+    assert place(PlacementConfig(train="cpu", rollout="cpu", teacher="cpu"), ScheduleConfig()).train == ["cpu"]
