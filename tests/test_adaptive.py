@@ -218,3 +218,8 @@ def test_chance_alone_seldom_puts_the_teacher_a_hundred_times_ahead(distance):
     assert np.mean(ahead >= math.log(1 / CHANCE)) <= CHANCE
     if distance <= 0.5:  # the mean converges fast where the models are alike
         assert np.exp(ahead).mean() == pytest.approx(1, abs=0.15)
+
+
+def test_perplexity_ratios_have_no_adaptive_bounds():
+    with pytest.raises(ValueError, match="ifd loss_ratio"):
+        SelectionConfig(rule="adaptive", ifd="perplexity_ratio")

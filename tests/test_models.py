@@ -568,7 +568,7 @@ def test_lora_on_what_cannot_carry_it_is_refused(student_dir):
 
 
 def test_auto_dtype_on_cuda(monkeypatch):
-    monkeypatch.setattr(models, "fast_bfloat16", lambda: True)
+    monkeypatch.setattr(models, "fast_bfloat16", lambda on=None: True)
     full, lora = StudentConfig(model="a/b"), StudentConfig(model="a/b", lora=LoraConfig())
     assert models.resolve_dtype(full, trained=True) == torch.float32
     assert models.resolve_dtype(full, trained=False) == torch.bfloat16

@@ -141,3 +141,16 @@ def test_threads_fit_the_cores():
 def test_this_machine():
     assert cores() >= 1
     assert place(PlacementConfig(train="cpu", rollout="cpu", teacher="cpu"), ScheduleConfig()).train == ["cpu"]
+
+
+def test_processes_cannot_choose_their_gpus():
+    with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
+        place(PlacementConfig(train=["cuda:2", "cuda:3"]), ScheduleConfig(), processes=2, gpus=4, cpus=8)
+    with pytest.raises(UserError, match="has 2 GPUs"):
+        place(PlacementConfig(), ScheduleConfig(), processes=4, gpus=2, cpus=8)
+
+
+def test_generation_zero_has_all_cores():
+    """The trainer waits for it."""
+    placed = place(PlacementConfig(), ScheduleConfig(), gpus=0, cpus=8)
+    assert (placed.train_threads, placed.rollout_threads, placed.first_threads) == (4, 4, 8)

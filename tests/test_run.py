@@ -738,3 +738,55 @@ def test_a_resumed_run_does_not_pass_its_weights_off_as_the_start(make_tree):
     npd.distill(tree)
     assert (run_dir / "student/model.safetensors").exists()
     assert not (run_dir / "policy/v000000").exists()
+
+
+def test_evaluation_leaves_no_trace_in_snapshots(make_tree, data_file):
+    """Generating changes the model's generation_config for a while; a snapshot written beside it must not have that."""
+    tree = make_tree(
+        data={"eval": str(data_file)},
+        schedule={"lead": 0.0, "passes": 1},
+        evaluation={"tasks": ["answer"], "temperature": 0.7, "kl_prompts": 4},
+    )
+    result = npd.distill(tree)
+    configs = [json.loads(f.read_text()) for f in result.run_dir.glob("*/v*/generation_config.json")]
+    configs.append(json.loads((result.student / "generation_config.json").read_text()))
+    assert len(configs) == 3
+    assert all(config == configs[0] for config in configs)
+    assert "temperature" not in configs[0]
+
+
+def test_a_proxy_is_called_one_where_it_ends_a_generation(make_tree):
+    tree = make_tree(rollout={"temperature": 0.7}, schedule={"kl_budget": 1e-4}, training={"learning_rate": 1e-2})
+    result = npd.distill(tree)
+    assert [line["generation_ended"] for line in result.generations] == ["kl_budget", "kl_budget"]
+    assert all(line["near_policy_kl_is_proxy"] is True for line in result.generations)
+
+
+def test_threads_are_given_back(make_tree, monkeypatch):
+    before = torch.get_num_threads()
+
+    def broken(self, *args):
+        torch.set_num_threads(before + 1)
+        raise ValueError("boom")
+
+    monkeypatch.setattr(npd.trainer.Trainer, "step", broken)
+    with pytest.raises(ValueError, match="boom"):
+        npd.distill(make_tree())
+    assert torch.get_num_threads() == before
+
+
+def test_a_snapshot_that_is_wanted_and_gone_is_missed_at_once(make_tree, monkeypatch):
+    """Not waited for: nobody could write the parts that lack."""
+    tree = make_tree(schedule={"lead": 1.0}, placement={"rollout": "external"})
+    tree["schedule"]["lead"] = 0.0
+    del tree["placement"]
+    npd.refresh(tree)
+    store = Store(tree["run_dir"])
+    store.part(0, 1).unlink()
+    shutil.rmtree(store.path / "policy")
+    monkeypatch.setattr(npd.run.Run, "publish", lambda self, version: None)
+    resumed = tree | {"placement": {"rollout": "external"}, "schedule": tree["schedule"] | {"lead": 0.5}}
+    file = store.path / "config.yaml"
+    file.write_text(file.read_text().replace("lead: 0.0", "lead: 0.5"))
+    with pytest.raises(npd.UserError, match=r"Generation 0 .* lacks 1 parts, and the snapshot"):
+        npd.distill(resumed)

@@ -177,7 +177,7 @@ def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
         part, whole = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= part <= whole:
             raise UserError(f"--share is {share!r}; give I/N with I from 1 to N, such as 1/2 and 2/2 for two machines.")
-        jobs.follow(Path(config.run_dir), None, part - 1, whole, display, 1.0, {"placement": config.placement.model_dump()})
+        jobs.follow(Path(config.run_dir), None, part - 1, whole, display, 1.0, config=config)
         click.echo(f"All that {config.run_dir} asks for is made.")
         return
     generation = run.reselect(config, display=display) if reselect else run.refresh(config, display=display)
@@ -280,9 +280,11 @@ def show_result(result: Any, display: Display) -> None:
         ]
         for line in ended
     ]
-    if len(result.generations) > 1 and any(line["near_policy_kl_smoothed"] is not None for line in ended):
+    told = len(result.generations) > 1 or any(line["generation_ended"] != "passes" for line in ended)
+    if told and any(line["near_policy_kl_smoothed"] is not None for line in ended):
         title = f"Generations (the last {len(ended)})" if len(ended) < len(result.generations) else "Generations"
-        display.table(title, ["generation", "passes", "ended by", "near-policy KL"], rows)
+        proxy = " (proxy)" * any("near_policy_kl_is_proxy" in line for line in ended)
+        display.table(title, ["generation", "passes", "ended by", f"near-policy KL{proxy}"], rows)
     trained = result.seconds.get("train", 0.0)
     rate = f", {result.tokens / trained:,.0f} tokens/s while training" if trained else ""
     display.say(f"{result.steps} optimiser steps on {result.tokens:,} response tokens{rate}.")
@@ -314,6 +316,7 @@ WORK = {
     "store": "stored",
     "train": "trained",
     "checkpoint": "checkpointed",
+    "verify": "verified",
     "wait": "waited",
     "publish": "published",
     "evaluate": "evaluated",

@@ -76,7 +76,8 @@ class ScheduleConfig(Section):
     """Passes over one generation's responses. 2 generations x 5 are the paper's K = 10 epochs (paper)."""
     kl_budget: float | None = Field(default=None, gt=0)
     """End a generation as soon as its smoothed near-policy KL passes this many nats per token; `passes` is then the most
-    it may last. The paper bounds the KL by about 0.10."""
+    it may last. The paper bounds the KL by about 0.10. Set training.max_steps with it: the learning rate then follows the
+    steps; otherwise it jumps where a generation ends early."""
     lead: float = Field(default=1.0, ge=0)
     """Passes before the end of a generation at which the next snapshot is taken; the next generation is then made in the
     background. 0: take turns, with every response from the newest weights. At most `passes`."""
@@ -145,6 +146,8 @@ class SelectionConfig(Section):
                 f"the adaptive rule needs adaptive_lower <= lower <= 0 < upper, but they are {self.adaptive_lower}, "
                 f"{self.lower} and {self.upper}"
             )
+        if self.rule == "adaptive" and self.ifd != "loss_ratio":
+            raise ValueError("the adaptive rule's bounds are those of ifd loss_ratio; choose that, or rule delta_ifd")
         if not self.lower <= self.upper:  # not a number compares with nothing
             raise ValueError(f"lower ({self.lower}) is above upper ({self.upper}): no response could be kept")
         return self

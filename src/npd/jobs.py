@@ -12,21 +12,21 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections import Counter
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from npd.config import Config, load_config
+from npd.config import Config, config_tree, differing_keys, load_config
 from npd.errors import RunError, UserError
 from npd.observe.display import Display
 from npd.observe.events import Events
 from npd.placement import Placement
-from npd.store import Store
+from npd.store import REFERENCE, Store
 
 POLL = 0.1  # seconds between looks at the directory
 LAST_WORDS = 40  # lines shown of a job that died
+ELSEWHERE = ("student.model:", "teacher.model:")  # keys that another machine may need to have its own way
 USER_ERROR, RUN_ERROR = 2, 3  # exit statuses of a job that can say what went wrong; it would go wrong again
 
 
@@ -53,8 +53,8 @@ class Jobs:
         self.store, self.config, self.placement = store, config, placement
         self.events, self.display = events, display
         self.jobs: list[Job] = []
-        self.deaths = 0
-        self._made = 0
+        self.deaths: Counter[int] = Counter()
+        self._made: dict[int, set[tuple[int, int]]] = {}
 
     def __enter__(self) -> Jobs:
         for rank in range(len(self.placement.jobs)):
@@ -107,17 +107,17 @@ class Jobs:
                 message = words[words.rfind("npd: ") + len("npd: ") :]
                 raise UserError(message) if code == USER_ERROR else RunError(message)
             how = f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "") if code < 0 else "failed"
-            made = self._parts_made()
-            self.deaths = 1 if made != self._made else self.deaths + 1
-            self._made = made
+            made = self._parts_made(rank)
+            self.deaths[rank] = 1 if made - self._made.get(rank, set()) else self.deaths[rank] + 1
+            self._made[rank] = made
             most = self.config.checkpoint.restarts
             story = f"The refresh {how} (process {job.process.pid}, log {job.log})" + (f":\n{words}" if words else ".")
-            if self.deaths > most:
+            if self.deaths[rank] > most:
                 raise RunError(
-                    f"{story}\nIt died {self.deaths} times without finishing a part (checkpoint.restarts {most}). What was "
-                    "finished is kept: mend what the log names and run the same command again."
+                    f"{story}\nIt died {self.deaths[rank]} times without finishing a part (checkpoint.restarts {most}). What "
+                    "was finished is kept: mend what the log names and run the same command again."
                 )
-            self.display.say(f"{story}\nIt is started again from the first missing part ({self.deaths} of {most}).")
+            self.display.say(f"{story}\nIt is started again from the first missing part ({self.deaths[rank]} of {most}).")
             with self.events.span("restart", rank=rank, code=code):
                 self.jobs[rank] = self._start(rank)
 
@@ -128,8 +128,11 @@ class Jobs:
             if self.jobs[rank].process.poll() == 0:
                 self.jobs[rank] = self._start(rank)
 
-    def _parts_made(self) -> int:
-        return sum(1 for _ in self.store.path.glob("generations/*/part-*.parquet"))
+    def _parts_made(self, rank: int) -> set[tuple[int, int]]:
+        """The parts that are there of those that this job has made lately."""
+        current = self.store.current
+        generations = (REFERENCE, current - 1, current, current + 1)
+        return {(g, part) for g in {*generations} for part in self.store.parts(g) if part % len(self.jobs) == rank}
 
 
 def _end_with_the_trainer(pipe: int) -> None:
@@ -146,22 +149,31 @@ def follow(
     world: int,
     display: Display,
     poll: float,
-    overrides: Mapping[str, Any] | None = None,
+    *,
+    config: Config | None = None,
     began: float | None = None,
 ) -> None:
     """Make the generations of a run from its directory alone, as their snapshots appear: of every `world` parts one.
 
-    Without a placement, as the run's configuration and `overrides` of it say for this machine.
+    Args:
+        placement: None: as the configuration says for this machine.
+        config: the run's, but with this machine's placement, paths of models and evaluation; None: the run's.
 
     Raises:
-        UserError: there is no run to follow, or something in it is damaged.
+        UserError: there is no run to follow, `config` differs in more, or something in the run is damaged.
     """
     from npd.run import follower
 
     file = run_dir / "config.yaml"
     if not file.exists() or not (run_dir / "prompts.arrow").exists():
         raise UserError(f"{run_dir} holds no run of `npd distill`; start one there first.")
-    config = load_config(file, {"run_dir": str(run_dir)} | dict(overrides or {}))
+    theirs = load_config(file, {"run_dir": str(run_dir)})
+    if (theirs.provenance or {}).get("command") != "distill":
+        raise UserError(f"{run_dir} holds no run of `npd distill`, and only those have generations to make.")
+    config = config or theirs
+    changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not c.startswith(ELSEWHERE)]
+    if changes:
+        raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")
     refresher = follower(config, placement, rank, world, display)
     refresher.events.write("load", began or time.time(), time.time())
     refresher.follow(poll)

@@ -48,17 +48,17 @@ def device() -> torch.device:
     return _placed or torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def fast_bfloat16() -> bool:
-    """Has the device bfloat16 arithmetic of its own? Older GPUs only emulate it."""
-    return device().type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+def fast_bfloat16(on: str | None = None) -> bool:
+    """Has a device (default `device()`) bfloat16 arithmetic of its own? Older GPUs only emulate it."""
+    return torch.device(on or device()).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def resolve_dtype(config: ModelConfig, *, trained: bool) -> torch.dtype:
+def resolve_dtype(config: ModelConfig, *, trained: bool, on: str | None = None) -> torch.dtype:
     """The type of a model's weights. `auto` takes bfloat16 only where the device is fast at it, so never on a CPU."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     frozen_base = isinstance(config, StudentConfig) and config.lora is not None
-    return torch.bfloat16 if fast_bfloat16() and (frozen_base or not trained) else torch.float32
+    return torch.bfloat16 if fast_bfloat16(on) and (frozen_base or not trained) else torch.float32
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
@@ -164,7 +164,7 @@ def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = N
     attention = "sdpa" if config.attention == "auto" else config.attention
     with _explained(config, "model"):
         loading: dict[str, Any] = source | {
-            "dtype": resolve_dtype(config, trained=trained),
+            "dtype": resolve_dtype(config, trained=trained, on=on),
             "attn_implementation": attention,
         }
         if "gguf_file" not in source:

@@ -74,6 +74,11 @@ def place(
     gpus = torch.cuda.device_count() if gpus is None else gpus
     cpus = cores() if cpus is None else cpus
     train = _devices("train", config.train, gpus) or [f"cuda:{i}" if gpus else "cpu" for i in range(processes)]
+    if processes > 1 and "cuda" in train[0] and train != [f"cuda:{i}" for i in range(processes)]:
+        raise UserError(
+            "With several training processes placement.train can't choose GPUs: accelerate gives them the first ones. Leave "
+            "it auto, and choose GPUs by CUDA_VISIBLE_DEVICES."
+        )
     if len(train) != processes:
         raise UserError(
             f"placement.train names {len(train)} devices ({', '.join(train)}), but {processes} training processes run. "

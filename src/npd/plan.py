@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 from npd import models
 from npd.observe.display import Display
 from npd.packing import pack
-from npd.placement import place
 from npd.prompts import count_sources
-from npd.run import Setup
+from npd.run import Setup, placement_of
+from npd.selection import ENOUGH
 from npd.trainer import resolve_precision
 
 GIB = 1 << 30
@@ -78,9 +78,10 @@ def show_plan(setup: Setup, display: Display) -> None:
         rows.append(["teacher", f"{teacher:,} parameters, {held / GIB:.2f} GiB"])
     if config.training.max_steps is None or config.training.max_steps >= config.checkpoint.every_steps:
         disk += student * weight * 3 * config.checkpoint.keep
+    disk += parts_disk / max(1, generations)  # kept samples of one generation, mapped from files of their own
+    disk += 4.0 * float(prompt_lengths.sum())
     rows.append(["disk", f"at most {disk / GIB:.2f} GiB"])
-    alone = schedule.model_copy(update={"lead": 0.0}) if sft else schedule
-    placed = place(config.placement, alone, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    placed = placement_of(config, turns=sft, processes=int(os.environ.get("WORLD_SIZE", "1")))
     threads = f", {placed.train_threads} CPU threads while a refresh runs" if placed.train_threads else ""
     rows.append(["trainer on", ", ".join(placed.train) + threads])
     if command == "distill":
@@ -99,4 +100,10 @@ def show_plan(setup: Setup, display: Display) -> None:
     display.table(f"npd {command}: the plan for {config.run_dir}", ["what", "how much"], rows)
     for line in setup.prompts.report():
         display.say(f"data.train: {line}")
+    each = min(samples, config.rollout.part_size * (1 if sft else config.rollout.samples_per_prompt))
+    if config.selection.rule == "adaptive" and each < ENOUGH:
+        display.say(
+            f"The adaptive rule needs {ENOUGH} responses in a part to follow them, and parts have {each}: its upper bound "
+            "will be the fixed one. Raise rollout.part_size."
+        )
     display.say("Nothing was run. The configuration, tokenizers and data are in order.")

@@ -191,6 +191,7 @@ class Refresher:
             with self._step("generate", generation, part, len(table)) as advance:
                 seed = derive_seed(self.config.seed, "teacher", generation, part)
                 table = self.rollout(teacher, samples_per_prompt=1)(table, seed, advance)
+            table = table.drop_columns("behavior_logprobs")  # no snapshot of the student is behind them
         else:
             table = table.append_column("response_ids", table["completion_ids"]).append_column(
                 "finish_reason", pa.array(["stop"] * len(table), pa.string())
@@ -205,7 +206,7 @@ class Refresher:
     def _step(self, name: str, generation: int, part: int, total: int) -> Iterator[Callable[..., None]]:
         """One kind of work on a part: its span, its bar, its threads."""
         threads = self.placement.rollout_threads if name == "generate" else self.placement.teacher_threads
-        if generation <= 0:  # nothing is trained yet
+        if generation <= 0:  # the trainer has nothing else to train on
             threads = self.placement.first_threads
         before = torch.get_num_threads()
         whose = "references" if generation == REFERENCE else f"generation {generation}"
@@ -291,17 +292,31 @@ class Refresher:
     def follow(self, poll: float, ended: Callable[[], bool] = lambda: False) -> None:
         """Make each generation as soon as its snapshot is published, until every one is made or the run is finished.
 
-        The part that is wanted first is made first: after each, all that may be missing is looked at anew.
+        The part that is wanted first is made first: after each, all that may be missing is looked at anew, and the
+        selection too, which `npd refresh --reselect` may have changed.
         """
+        waits_since: float | None = None
         while not self.store.finished and not ended():
             wanted = range(self.store.current, self.config.schedule.generations)
             there = sorted(version for version in self.store.policies() if version in wanted)
-            if any(self._advance(g) for g in ([REFERENCE] if self.config.schedule.references else []) + there):
+            candidates = ([REFERENCE] if self.config.schedule.references else []) + there
+            if any(self._to_do(g) for g in candidates):
+                if waits_since is not None:
+                    self.events.write("wait", waits_since, time.time())
+                    waits_since = None
+                self.config = self.config.model_copy(update={"selection": self.store.selection()})
+                any(self._advance(g) for g in candidates)
                 continue
             if all(self.store.manifest(g) is not None for g in wanted):
                 return
-            with self.events.span("wait"):
-                time.sleep(poll)
+            waits_since = waits_since or time.time()
+            time.sleep(poll)
+
+    def _to_do(self, generation: int) -> bool:
+        if self.missing(generation):
+            return True
+        whole = not self.store.missing_parts(generation, len(self.parts(generation)))
+        return whole and self.rank == 0 and self.store.manifest(generation) is None
 
     def _advance(self, generation: int) -> bool:
         """Make the next part of a generation, or its manifest; False if there is nothing to do for it now."""

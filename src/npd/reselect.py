@@ -34,6 +34,11 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
             f"Generation {generation} of {store.path} is trained on since step {begun[0]}; other verdicts would not be those "
             "of that training. Copy the directory without metrics.jsonl, checkpoints and student, and select there."
         )
+    if store.parts(generation + 1):
+        raise UserError(
+            f"Generation {generation + 1} of {store.path} is being made with the old selection; finish it with `npd refresh` "
+            "first."
+        )
     manifest = store.manifest(generation)
     assert manifest is not None, "only a finished generation is judged anew"
     parts = range(len(manifest["parts"]))

@@ -28,7 +28,7 @@ from npd.jobs import POLL, Jobs
 from npd.loop import Loop, Trained
 from npd.observe.display import Advance, Display
 from npd.observe.events import Events, read_events, seconds_by_role
-from npd.placement import Placement, place
+from npd.placement import EXTERNAL, Placement, place
 from npd.prompts import Prompts, load_prompts
 from npd.refresher import Generation, Refresher, show_generation, usable_references
 from npd.reselect import reselect as reselection
@@ -90,6 +90,14 @@ def as_config(config: AnyConfig) -> Config:
     return config if isinstance(config, Config) else load_config(config)
 
 
+def placement_of(config: Config, *, turns: bool = False, processes: int = 1) -> Placement:
+    """Where a run's parts stand; with `turns` nothing runs beside the trainer, whatever schedule.lead says."""
+    if not turns:
+        return place(config.placement, config.schedule, processes=processes)
+    here = config.placement.model_copy(update={"rollout": "auto"} if config.placement.rollout == EXTERNAL else {})
+    return place(here, config.schedule.model_copy(update={"lead": 0.0}), processes=processes)
+
+
 def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, Any]:
     """Tokenizer, what the models share, and both models' configurations (None without a teacher).
 
@@ -120,7 +128,7 @@ def prepare(config: Config, command: str) -> Setup:
     if needs_teacher and config.teacher is None:
         raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    placed = place(config.placement, config.schedule, processes=processes)
+    placed = placement_of(config, turns=command != "distill", processes=processes)
     models.place_on(placed.train[0] if processes == 1 else None)
     tokenizer, vocabulary, student_config, teacher_config = load_tokenizers(config)
     given = command == "sft" and config.data.references == "given"
@@ -171,7 +179,7 @@ def prepare(config: Config, command: str) -> Setup:
 class Run:
     """One process's part in a run: what the loop decides, done with models. Holds the run's lock while entered."""
 
-    def __init__(self, config: Config, command: str, display: Display | None = None) -> None:
+    def __init__(self, config: Config, command: str, display: Display | None = None, *, turns: bool = False) -> None:
         self.config, self.command, self.sft = config, command, command == "sft"
         self.setup = prepare(config, command)
         self.store = Store(config.run_dir)
@@ -179,8 +187,8 @@ class Run:
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.wait = self.accelerator.wait_for_everyone
         self.display = display if display is not None and self.main else Display(quiet=not self.main or display is None)
-        schedule = config.schedule.model_copy(update={"lead": 0.0}) if self.sft else config.schedule
-        self.placement = place(config.placement, schedule, processes=self.world)
+        self.placement = placement_of(config, turns=turns or self.sft, processes=self.world)
+        self.threads = torch.get_num_threads()
         self.resources = ExitStack()
         self.writer: threading.Thread | None = None
 
@@ -220,6 +228,7 @@ class Run:
         if self.writer is not None:  # something else went wrong meanwhile
             self.writer.join()
         self.resources.close()
+        torch.set_num_threads(self.threads)
 
     def train(self) -> DistillResult:
         """Generations and passes, from the newest checkpoint if there is one, to student/."""
@@ -263,7 +272,6 @@ class Run:
             generations=1 if self.sft else self.config.schedule.generations,
             lead=self.placement.lead,
         )
-        self.threads = torch.get_num_threads()
         self._write_failed: BaseException | None = None
         self.facts: dict[str, Any] = {}
         self.shown: set[int] = set()
@@ -309,8 +317,16 @@ class Run:
                     self.refresher(REFERENCE, REFERENCE)
                 self.refresher(generation, REFERENCE if self.sft else generation)
             self.shown.add(generation)
-        elif self.main and self.store.manifest(generation) is not None:  # others are looked at as they are taken
-            self.refresher.mend(generation)
+        elif self.main:
+            if self.store.manifest(generation) is not None:  # others are looked at as they are taken
+                with self.events.span("verify", generation=generation):
+                    self.refresher.mend(generation)
+            missing = self.store.missing_parts(generation, len(self.refresher.parts(generation)))
+            if missing and self.refresher.begun_by(generation, generation) not in self.store.policies():
+                raise UserError(
+                    f"Generation {generation} of {self.store.path} lacks {len(missing)} parts, and the snapshot that writes "
+                    "them is not there any more. Restore policy/, or delete the run directory and start over."
+                )
         self.samples = Samples(self.store)
         references = [self._fetched(REFERENCE, p) for p in range(len(self.refresher.parts(REFERENCE)))] if mixed else []
         return (
@@ -389,20 +405,19 @@ class Run:
         self.trainer.save_checkpoint()
 
     def pass_done(self) -> None:
-        generation = self.trainer.position.generation
-        if self.main and not self.placement.turns and self.store.manifest(generation) is None:
-            # All parts have landed. It says whether selection kept any, and none is left without when the run ends.
-            with self._waiting(generation):
-                while self.store.manifest(generation) is None:
-                    self.jobs.wake(0)
-                    self._pause()
+        if not len(self.loop.kept):
+            self._complete()  # which says what selection did
         self._show_finished()
         self._evaluate()
 
     def generation_done(self, reason: str, passes: float) -> None:
         at = self.trainer.position
+        if len(at.parts) == self.loop.part_count:
+            self._complete()
         self._show_finished()
-        line = {"generation": at.generation, "generation_ended": reason, "passes": passes}
+        line: dict[str, Any] = {"generation": at.generation, "generation_ended": reason, "passes": passes}
+        if at.near_policy_kl is not None and self.trainer.near_policy_is_proxy:
+            line["near_policy_kl_is_proxy"] = True
         if self.main:
             self.store.append_metrics({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
         if self.main and self.placement.jobs and len(at.parts) < self.loop.part_count and reason == "kl_budget":
@@ -412,6 +427,24 @@ class Run:
             )
 
     # -- how it is done
+
+    def _complete(self) -> None:
+        """See that a generation whose parts have all landed has its manifest; usually the refresh has written it."""
+        generation = self.trainer.position.generation
+        while self.main and not self.placement.turns and self.store.manifest(generation) is None:
+            for part in self.store.missing_parts(generation, self.loop.part_count):  # lost since
+                self.jobs.wake(part)
+                self._pause()
+                break
+            else:
+                try:
+                    self.refresher.finish(generation)
+                    self.shown.add(generation)
+                except (UserError, FileNotFoundError):
+                    self.refresher.mend(generation)
+        manifest = self.store.manifest(generation) if self.main and not self.placement.turns else None
+        if manifest is not None:
+            check_some_kept(manifest["selection"], self.config.selection)
 
     def _decided_by_main(self, decide: Callable[[], T]) -> T:
         """The main process's answer, on every process."""
@@ -463,6 +496,8 @@ class Run:
     def _waiting(self, generation: int) -> Iterator[Callable[[], None]]:
         """Around waiting; call the result now and then to show how many parts have landed."""
         whose = "the references" if generation == REFERENCE else f"generation {generation}"
+        if not self.placement.turns and not self.placement.jobs:
+            whose += " (npd refresh --follow)"
         count, shown = len(self.refresher.parts(generation)), 0
         with (
             self.events.span("wait", generation=generation),
@@ -547,6 +582,7 @@ class Run:
         passes = at.generation * self.config.schedule.passes + at.passes
         due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
         if self.evaluator and due and self.main and not self._evaluated(at.step):
+            self._join_writer()  # generation changes the model's generation_config, which a snapshot has too
             with self.events.span("evaluate", step=at.step), self._teacher_at_hand():
                 figures = self.evaluator(self.trainer.base)
             self.trainer.log({"step": at.step, "eval": True, **figures})
@@ -596,14 +632,18 @@ class Run:
             return [e["end"] - e["start"] for e in mine if e["generation"] > 0]
 
         waited, trained = seconds("wait"), seconds("train")
-        if self.placement.turns or sum(waited) < 0.05 * by_role["trainer"]["wall"] or schedule.lead >= schedule.passes:
+        wall = by_role.get("trainer", {}).get("wall", 0.0)
+        if self.placement.turns or schedule.kl_budget is not None or schedule.lead >= schedule.passes:
+            return ""
+        if not trained or sum(waited) < 0.05 * wall:
             return ""
         later = len({e["generation"] for e in events if e["name"] == "train"} - {0})
         a_pass = sum(trained) / max(1.0, later * schedule.passes)
         lead = min(schedule.passes, math.ceil(schedule.lead + sum(waited) / later / a_pass))
+        what = "shortened that" if lead == schedule.passes else "had them ready"
         return (
-            f"The trainer waited {sum(waited):.0f} s for later generations: schedule.lead {lead} would have had them ready, "
-            "at the price of older responses."
+            f"The trainer waited {sum(waited):.0f} s for later generations: schedule.lead {lead} would have {what}, at the "
+            "price of older responses."
         )
 
     def _result(self) -> DistillResult:
@@ -667,7 +707,7 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
     Raises:
         UserError: all generations are there already, or there is no such snapshot.
     """
-    with Run(as_config(config), "distill", display) as run:
+    with Run(as_config(config), "distill", display, turns=True) as run:
         store = run.store
         if not store.policies():
             began = time.time()
@@ -708,7 +748,9 @@ def follower(config: Config, placement: Placement | None, rank: int, world: int,
     """What makes the generations of a run from its directory alone, on devices of this machine."""
     store = Store(config.run_dir)
     tokenizer, vocabulary, _, _ = load_tokenizers(config)
-    placement = placement or place(config.placement, config.schedule.model_copy(update={"lead": 0.0}))
+    if placement is None:  # the trainer's device is another machine's
+        anywhere = config.placement.model_copy(update={"train": "auto"})
+        placement = placement_of(config.model_copy(update={"placement": anywhere}), turns=True)
     models.place_on(placement.rollout)
     return Refresher(
         config,

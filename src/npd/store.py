@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from npd.config import Config, config_tree, differing_keys
+from npd.config import Config, SelectionConfig, config_tree, differing_keys
 from npd.errors import RunError, UserError
 from npd.prompts import Prompts
 
@@ -222,6 +222,12 @@ class Store:
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
 
+    def selection(self) -> SelectionConfig:
+        """The selection that config.yaml has now."""
+        file = self.path / "config.yaml"
+        tree = self._read(file, lambda: yaml.safe_load(file.read_text(encoding="utf-8"))["selection"])
+        return SelectionConfig.model_validate(tree)
+
     def sweep(self) -> None:
         """Delete what processes that were killed while writing have left."""
         for leftover in list(self.path.rglob(".*.tmp")):
@@ -251,10 +257,7 @@ class Store:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                raise UserError(
-                    f"{self.path} is in use by process {file.read().strip()}. Wait for it or stop it; `npd refresh --follow "
-                    f"{self.path}` can help it."
-                ) from None
+                raise UserError(f"{self.path} is in use by process {file.read().strip()}. Wait for it or stop it.") from None
             except OSError:  # a filesystem without locks
                 pass
             file.truncate(0)
