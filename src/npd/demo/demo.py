@@ -86,7 +86,7 @@ def run_demo(out: Path, seed: int, display: Display) -> list[Arm]:
     prompts = max(1, round(npd.tokens / npd.steps / (first["response_tokens"] / first["rows"])))
     strict = config(
         "on-policy",
-        schedule={"prompts": prompts, "passes": 1, "generations": 100_000, "lead": 0.0},
+        schedule={"prompts": prompts, "passes": 1, "generations": 100_000},
         selection={"rule": "none"},
         training={"max_tokens": npd.tokens, "batch_tokens": 1 << 20},
     )
@@ -106,6 +106,7 @@ def _config(out: Path, name: str, seed: int, sections: dict[str, dict[str, Any]]
         "teacher": {"model": TEACHER},
         "data": {"train": str(out / "prompts.jsonl"), "eval": str(out / "held-out.jsonl"), "max_prompt_tokens": 32},
         "rollout": {"max_new_tokens": 72, "batch_size": 256, "part_size": 2048},
+        "schedule": {"lead": 0.0},  # two cores gain nothing from splitting (benchmarks/overlap.py)
         "packing": {"length": 256},
         "training": {
             "batch_tokens": 8192,
