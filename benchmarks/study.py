@@ -133,7 +133,7 @@ def record(file: Path, entry: dict[str, Any]) -> None:
 
 
 def interval(values: list[float], scale: float = 1.0, digits: int = 3) -> str:
-    """Mean and the half-width of its 95% interval over seeds."""
+    """Mean and the half-width of its 95% interval over seeds, by Student's t."""
     mean = scale * statistics.fmean(values)
     if len(values) < 2:
         return f"{mean:.{digits}f}"
@@ -143,43 +143,38 @@ def interval(values: list[float], scale: float = 1.0, digits: int = 3) -> str:
 
 def table(out: Path) -> None:
     for regime in WARM_UP:
-        entries = [json.loads(f.read_text()) for f in sorted(out.glob(f"{regime}-*/figures/*.json"))]
+        # (arm, filter) -> seed's directory -> figures
+        entries: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+        for file in sorted(out.glob(f"{regime}-*/figures/*.json")):
+            entry = json.loads(file.read_text())
+            entries.setdefault((entry["arm"], entry["filter"]), {})[file.parent.parent.name] = entry
         if not entries:
             continue
-        starts = [e for e in entries if e["arm"] == "start"]
-        accuracy = {h.parent.parent.name: json.loads(h.read_text()) for h in out.glob(f"{regime}-*/figures/start.json")}
-        print(f"\n{len(starts)} seeds; the warm-up's students: {interval([e['accuracy'] for e in starts], 100, 1)} %\n")
-        heads = [
-            "schedule",
-            "filter",
-            "accuracy %",
-            "gain",
-            "KL to teacher",
-            "near-policy KL",
-            "its highest",
-            "updates",
-            "kept",
-        ]
+        starts = [e["accuracy"] for e in entries["start", "none"].values()]
+        shown = ", ".join(f"{100 * a:.1f}" for a in starts)
+        print(f"\nThe warm-up's students: {shown} %\n")
+        heads = ["schedule", "filter", "seeds", "accuracy %", "against 1 update, none", "KL to teacher", "near-policy KL"]
+        heads += ["highest", "updates", "kept", "steps"]
         print(f"| {' | '.join(heads)} |")
         print("|---" * len(heads) + "|")
+        base = entries["1 update", "none"]
         for arm in [*SCHEDULES, *LEADS, *MIXES]:
             for name in FILTERS:
-                mine = [
-                    (json.loads(f.read_text()), f.parent.parent.name) for f in sorted(out.glob(f"{regime}-*/figures/*.json"))
-                ]
-                mine = [(e, home) for e, home in mine if e["arm"] == arm and e["filter"] == name]
+                mine = entries.get((arm, name), {})
                 if not mine:
                     continue
-                es = [e for e, _ in mine]
-                gains = [e["accuracy"] - accuracy[home]["accuracy"] for e, home in mine]
+                es = list(mine.values())
+                paired = [e["accuracy"] - base[home]["accuracy"] for home, e in mine.items() if home in base]
                 cells = [
-                    interval([e["accuracy"] for e in es], 100, 1),
-                    interval(gains, 100, 1),
-                    interval([e["kl_to_teacher"] for e in es]),
-                    interval([e["near_policy_kl"] for e in es]),
-                    f"{statistics.fmean([e['near_policy_kl_max'] for e in es]):.3f}",
+                    str(len(es)),
+                    f"{100 * statistics.fmean([e['accuracy'] for e in es]):.1f}",
+                    "" if es[0] in base.values() else interval(paired, 100, 1),
+                    f"{statistics.fmean([e['kl_to_teacher'] for e in es]):.3f}",
+                    f"{statistics.fmean([e['near_policy_kl'] for e in es]):.3f}",
+                    f"{statistics.fmean([e['near_policy_kl_max'] for e in es]):.2f}",
                     f"{statistics.fmean([e['updates'] for e in es]):.1f}",
                     f"{100 * statistics.fmean([e['kept'] for e in es]):.0f}%",
+                    f"{statistics.fmean([e['steps'] for e in es]):.0f}",
                 ]
                 print(f"| {arm} | {name} | {' | '.join(cells)} |")
 
