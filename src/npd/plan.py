@@ -82,21 +82,21 @@ def show_plan(setup: Setup, display: Display) -> None:
     disk += 4.0 * float(prompt_lengths.sum())
     rows.append(["disk", f"at most {disk / GIB:.2f} GiB"])
     placed = placement_of(config, turns=sft, processes=int(os.environ.get("WORLD_SIZE", "1")))
-    threads = f", {placed.train_threads} CPU threads while a refresh runs" if placed.train_threads else ""
+    threads = f", CPU threads {placed.train_threads} while a refresh runs" if placed.train_threads else ""
     rows.append(["trainer on", ", ".join(placed.train) + threads])
     if command == "distill":
         for i, job in enumerate(placed.jobs):
-            cpu = f", {placed.rollout_threads} CPU threads" + (
-                f" ({placed.teacher_threads} scoring)" if placed.teacher_threads != placed.rollout_threads else ""
+            cpu = (
+                f"CPU threads {placed.rollout_threads}, scoring {placed.teacher_threads}, generation 0 {placed.first_threads}"
             )
-            rows.append([f"refresh {i} on", f"{job.rollout}, teacher on {job.teacher}{cpu}"])
+            rows.append([f"refresh {i} on", f"{job.rollout}, teacher on {job.teacher}; {cpu}"])
         if placed.turns:
             why = f" ({placed.why}; schedule.lead is not taken)" if placed.why else " (schedule.lead 0)"
             rows.append(["refresh", f"takes turns with the trainer{why}"])
         elif not placed.jobs:
             rows.append(["refresh", "made elsewhere, by `npd refresh --follow`"])
         else:
-            rows.append(["next snapshot", f"{placed.lead:g} passes before the end of a generation"])
+            rows.append(["next snapshot", f"passes before the end of a generation: {placed.lead:g}"])
     display.table(f"npd {command}: the plan for {config.run_dir}", ["what", "how much"], rows)
     for line in setup.prompts.report():
         display.say(f"data.train: {line}")
