@@ -188,7 +188,7 @@ class Loop:
         self.part_count, self.responses, self.references = self.work.begin(self.at.generation)
         self.kept = np.empty(0, np.int64)
         resumed, self.at.parts = self.at.parts, []
-        self._replay = [(part, *self._take(part)) for part in resumed]
+        self._replay = [self._take(part) for part in resumed]
         while self.at.passes < self.config.schedule.passes:
             reason = self._pass()
             if reason:
@@ -251,7 +251,7 @@ class Loop:
         """A generation's parts as they land; first those that a resumed run had taken."""
         for n in range(self.part_count):
             if n < len(self._replay):
-                _, indices, responses = self._replay[n]
+                indices, responses = self._replay[n]
             else:
                 indices, responses = self._take(self.work.next_part(self.at.parts))
             yield Pool(indices, responses, n == self.part_count - 1)

@@ -289,14 +289,14 @@ class Refresher:
 
     # -- following a run
 
-    def follow(self, poll: float, ended: Callable[[], bool] = lambda: False) -> None:
+    def follow(self, poll: float) -> None:
         """Make each generation as soon as its snapshot is published, until every one is made or the run is finished.
 
         The part that is wanted first is made first: after each, all that may be missing is looked at anew, and the
         selection too, which `npd refresh --reselect` may have changed.
         """
         waits_since: float | None = None
-        while not self.store.finished and not ended():
+        while not self.store.finished:
             wanted = range(self.store.current, self.config.schedule.generations)
             there = sorted(version for version in self.store.policies() if version in wanted)
             candidates = ([REFERENCE] if self.config.schedule.references else []) + there

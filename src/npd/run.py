@@ -241,9 +241,7 @@ class Run:
             self.store.current = self._resumed_generation()
             self.resources.enter_context(self.jobs)  # they load their models while this process loads its own
         with self.events.span("load"):
-            student = models.load_model(
-                self.config.student, trained=True, on=None if self.world > 1 else self.placement.train[0]
-            )
+            student = models.load_model(self.config.student, trained=True)
             self.trainer = Trainer(
                 self.config,
                 self.store,
@@ -621,7 +619,6 @@ class Run:
         if manifest is not None:
             self.shown.add(generation)
             show_generation(generation, manifest, self.display)
-            check_some_kept(manifest["selection"], self.config.selection)
 
     def _advice(self, by_role: dict[str, dict[str, float]]) -> str:
         """A longer lead, where the trainer waited for generations that one would have had ready."""
