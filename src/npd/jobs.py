@@ -76,7 +76,11 @@ class Jobs:
 
     def _start(self, rank: int) -> Job:
         where, world = self.placement.jobs[rank], len(self.placement.jobs)
-        placed = replace(self.placement, rollout=where.rollout, teacher=where.teacher, jobs=[])
+        # vLLM takes the first GPUs that it sees.
+        visible = where.gpus if self.config.rollout.engine == "vllm" else []
+        names = {device: f"cuda:{i}" for i, device in enumerate(visible)}
+        rollout, teacher = (names.get(device, device) for device in (where.rollout, where.teacher))
+        placed = replace(self.placement, rollout=rollout, teacher=teacher, jobs=[])
         log = self.store.path / "logs" / f"refresh-{rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(placed.rollout_threads or 1, placed.teacher_threads or 1, placed.first_threads or 1)
@@ -87,7 +91,7 @@ class Jobs:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)} | visible_gpus(visible),
                 start_new_session=True,  # Ctrl-C is for the trainer, which ends its jobs
             )
             return Job(process, log, file.tell())
@@ -133,6 +137,15 @@ class Jobs:
         current = self.store.current
         generations = (REFERENCE, current - 1, current, current + 1)
         return {(g, part) for g in {*generations} for part in self.store.parts(g) if part % len(self.jobs) == rank}
+
+
+def visible_gpus(devices: list[str]) -> dict[str, str]:
+    """The environment of a process that sees these devices of this process's, in this order; {} for none."""
+    if not devices:
+        return {}
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = mine.split(",") if mine else [str(i) for i in range(1 + max(int(d.removeprefix("cuda:")) for d in devices))]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[int(device.removeprefix("cuda:"))] for device in devices)}
 
 
 def _end_with_the_trainer(pipe: int) -> None:
