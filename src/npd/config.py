@@ -163,6 +163,14 @@ class RolloutConfig(Section):
     """Mean absolute difference in nats per token above which that check warns. Other kernels and bfloat16 make some 0.01;
     weights of another snapshot make far more."""
 
+    @model_validator(mode="after")
+    def _within_the_engine(self) -> RolloutConfig:
+        if self.engine == "vllm" and self.temperature > 2:
+            raise ValueError(f"vLLM samples at temperatures up to 2, but temperature is {self.temperature:g}")
+        if self.engine != "vllm" and self.vllm:
+            raise ValueError(f"vllm has options ({', '.join(self.vllm)}), but engine is {self.engine}")
+        return self
+
 
 class ScoringConfig(Section):
     top_k: int = Field(default=10, ge=1)
