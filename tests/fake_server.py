@@ -169,7 +169,7 @@ class FakeServer:
     def _written(self, ids: list[int], options: dict[str, Any]) -> Answer:
         """Greedy, whatever the temperature."""
         written: list[int] = []
-        limit = options.get("max_tokens", options.get("max_new_tokens"))
+        limit: int = options.get("max_tokens") or options["max_new_tokens"]
         while len(written) < limit and written[-1:] != [2]:
             with torch.no_grad():
                 written.append(int(self.model(torch.tensor([ids + written])).logits[0, -1, :20].argmax()))

@@ -1,4 +1,4 @@
-"""A served teacher: what it says equals what the same weights say here, and what goes wrong with servers is survived or said."""
+"""A served teacher says what the same weights say here; what goes wrong with servers is survived, or said."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_parsing_finds_the_best_in_any_answer(data):
     start = data.draw(st.integers(1, len(ids) - 1))
     rows = [data.draw(st.permutations([-0.5 * (i + 1) for i in range(size)])) for _ in ids]
     order = [data.draw(st.permutations(range(size))) for _ in ids]
-    best = [sorted(range(size), key=lambda i, row=row: -row[i])[:k] for row in rows]
+    best = [sorted(range(size), key=row.__getitem__, reverse=True)[:k] for row in rows]
     entries: list[Any] = [None]
     tops: list[Any] = [None]
     for t in range(1, len(ids)):
@@ -409,8 +409,11 @@ def test_a_resumed_run_may_find_its_server_elsewhere(make_tree, server):
 
 @given(st.lists(st.sampled_from("abc"), min_size=1, max_size=20))
 def test_routed_rows_keep_their_order(sources):
-    def stage(key: str):
-        return lambda table: table.append_column("by", pa.array([f"{key}{i}" for i in table["n"].to_pylist()]))
+    def stage(key: str) -> Any:
+        def append(table: pa.Table) -> pa.Table:
+            return table.append_column("by", pa.array([f"{key}{i}" for i in table["n"].to_pylist()]))
+
+        return append
 
     table = pa.table({"source": sources, "n": range(len(sources))})
     routed = Routed(lambda source: "x" if source == "a" else "y", stage)(table)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from npd.store import REFERENCE, Store
 
 POLL = 0.1  # seconds between looks at the directory
 LAST_WORDS = 40  # lines shown of a job that died
-ELSEWHERE = ("student.model:", "teacher.model:")  # keys that another machine may need to have its own way
+ELSEWHERE = re.compile(r"(student|teacher|teachers\.[^.]+)\.(model|tokenizer):")  # another machine may have its own way
 USER_ERROR, RUN_ERROR = 2, 3  # exit statuses of a job that can say what went wrong; it would go wrong again
 
 
@@ -184,7 +185,7 @@ def follow(
     if (theirs.provenance or {}).get("command") != "distill":
         raise UserError(f"{run_dir} holds no run of `npd distill`, and only those have generations to make.")
     config = config or theirs
-    changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not c.startswith(ELSEWHERE)]
+    changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not ELSEWHERE.match(c)]
     if changes:
         raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")
     refresher = follower(config, placement, rank, world, display)

@@ -42,6 +42,7 @@ class Loaded:
         self.config, self.store, self.vocabulary, self.pad_id = config, store, vocabulary, pad_id
         self.longest_prompt, self.display, self.placement = longest_prompt, display, placement
         self._student: tuple[int, PreTrainedModel | None] = (REFERENCE, None)
+        self._whole = REFERENCE  # the version whose checksums were compared last
         self._vllm: VllmRollout | None = None
         self._teachers: dict[str | None, PreTrainedModel | Server] = {}
 
@@ -104,7 +105,9 @@ class Loaded:
                 f"A part must be made again, but the snapshot {path} that writes it is no longer kept (checkpoint.keep "
                 f"{self.config.checkpoint.keep}). Delete the run directory and start over, keeping more."
             )
-        self.store.check_model(path)
+        if self._whole != policy_version:
+            self.store.check_model(path)
+            self._whole = policy_version
         return path
 
     def release(self) -> None:

@@ -73,10 +73,12 @@ def place(
     gpus: int | None = None,
     cpus: int | None = None,
     engine_gpus: int = 1,
+    engine_first: bool = False,
 ) -> Placement:
     """Devices and threads on a machine with `gpus` GPUs and `cpus` cores (default: this one) and `processes` trainers.
 
-    Each rollout takes `engine_gpus` GPUs, in the order in which they are named.
+    Each rollout takes `engine_gpus` GPUs, in the order in which they are named. With `engine_first` an engine inside the
+    trainer's process, where turns are taken, can only have the first GPU.
 
     Raises:
         UserError: a device that does not exist, or lists that do not fit each other.
@@ -100,6 +102,8 @@ def place(
     rollout = [] if external else _devices("rollout", config.rollout, gpus)
     if not rollout and not external:
         free = [f"cuda:{i}" for i in range(gpus) if f"cuda:{i}" not in train]
+        if engine_first and schedule.lead == 0:
+            free = []
         rollout = free[: len(free) // engine_gpus * engine_gpus] or [train[0]]
         if engine_gpus > 1 and len(rollout) < engine_gpus:
             raise UserError(

@@ -23,7 +23,7 @@ from npd.config import Config
 from npd.errors import UserError
 from npd.evaluation import Evaluator
 from npd.jobs import POLL, Jobs
-from npd.loaded import Loaded
+from npd.loaded import Loaded, warn_of_engine
 from npd.loop import Loop, Trained
 from npd.observe.display import Advance, Display
 from npd.observe.events import Events, read_events, seconds_by_role
@@ -520,6 +520,8 @@ class Run:
         if manifest is not None:
             self.shown.add(generation)
             show_generation(generation, manifest, self.display)
+            if "engine" in manifest:
+                warn_of_engine(manifest["engine"], self.config.rollout.check_bound, self.display)
 
     def _advice(self, by_role: dict[str, dict[str, float]]) -> str:
         """A longer lead, where the trainer waited for generations that one would have had ready."""

@@ -47,11 +47,13 @@ def as_config(config: AnyConfig) -> Config:
 
 def placement_of(config: Config, *, turns: bool = False, processes: int = 1) -> Placement:
     """Where a run's parts stand; with `turns` nothing runs beside the trainer, whatever schedule.lead says."""
-    size = devices_per_engine(config.rollout.vllm) if config.rollout.engine == "vllm" else 1
+    vllm = config.rollout.engine == "vllm"
+    size = devices_per_engine(config.rollout.vllm) if vllm else 1
     if not turns:
-        return place(config.placement, config.schedule, processes=processes, engine_gpus=size)
+        return place(config.placement, config.schedule, processes=processes, engine_gpus=size, engine_first=vllm)
     here = config.placement.model_copy(update={"rollout": "auto"} if config.placement.rollout == EXTERNAL else {})
-    return place(here, config.schedule.model_copy(update={"lead": 0.0}), processes=processes, engine_gpus=size)
+    in_turns = config.schedule.model_copy(update={"lead": 0.0})
+    return place(here, in_turns, processes=processes, engine_gpus=size, engine_first=vllm)
 
 
 def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, dict[str | None, Any]]:
