@@ -391,7 +391,7 @@ def teacher_server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
 
 
 def test_a_run_with_a_served_teacher_is_stopped_and_resumed(vllm_tree, teacher_server, monkeypatch):
-    """vLLM writes, a vLLM server reads, weights change in the middle; stopped behind that, the run ends as one that was not."""
+    """vLLM writes, a vLLM server reads, weights change in the middle; stopped behind that, the run ends as ever."""
     path, url = teacher_server
     teacher = {"model": "big", "server": url}
     whole, cut = (vllm_tree(name, teacher=teacher, training={"learning_rate": 0.01}) for name in ("whole", "cut"))
