@@ -152,13 +152,14 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
                 f"The longest prompt ({longest} tokens) and {option} ({new}) together pass the context of "
                 f"{model.model} ({context} tokens). Lower data.max_prompt_tokens or {option}."
             )
-    for loaded, name in ((prompts if needs_teacher else None, "data.train"), (held_out, "data.eval")):
-        if loaded is not None and config.has_teacher:
-            check_sources(config, loaded, name)
+    compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
+    for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
+        if read is not None:
+            check_sources(config, read, name)
     notes = []
-    served = [teacher for teacher in config.all_teachers.values() if teacher.server is not None]
-    for teacher in served if needs_teacher or command == "eval" else ():
-        notes += check_server(teacher, tokenizer, config.scoring.top_k, longest + new, vocabulary)
+    for teacher in config.all_teachers.values() if needs_teacher or compared is not None else ():
+        if teacher.server is not None:
+            notes += check_server(teacher, tokenizer, config.scoring.top_k, longest + new, vocabulary)
     if command != "eval":
         Store(config.run_dir).check(config, command)
     return Setup(config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_configs, notes)
