@@ -60,13 +60,13 @@ def main() -> None:
         started = time.perf_counter()
         vllm = VllmRollout(
             snapshot,
+            model.config,
             vocabulary,
             max_new_tokens=options.new_tokens,
             temperature=1.0,
             context=prompts.longest + options.new_tokens,
             batch_size=options.batch_size,
             dtype=model.dtype,
-            model_vocabulary=model.config.get_text_config().vocab_size,
         )
         start_seconds = time.perf_counter() - started
         generate = TransformersRollout(

@@ -145,13 +145,13 @@ def both_engines(bench: Bench) -> str:
     dtype = resolve_dtype(config, trained=False)
     engine = VllmRollout(
         Path(bench.student),
+        model.config,
         bench.vocabulary,
         max_new_tokens=NEW_TOKENS,
         temperature=0.0,
         context=PROMPT_TOKENS + NEW_TOKENS,
         batch_size=32,
         dtype=dtype,
-        model_vocabulary=load_model_config(config).get_text_config().vocab_size,
         sleeps=True,
     )
     try:

@@ -174,6 +174,7 @@ class FakeServer:
             with torch.no_grad():
                 written.append(int(self.model(torch.tensor([ids + written])).logits[0, -1, :20].argmax()))
         if self.kind == "sglang":  # which leaves the stop token out
+            assert not options.get("ignore_eos"), "which would ignore stop_token_ids too"
             stopped = written[-1] in options["stop_token_ids"]
             reason = {"type": "stop", "matched": written[-1]} if stopped else {"type": "length", "length": limit}
             return {"output_ids": written[:-1] if stopped else written, "meta_info": {"finish_reason": reason}}

@@ -308,6 +308,29 @@ def test_keys_that_change_no_result_may_differ():
     assert differing_keys(old, free) == []
 
 
+def test_where_a_teacher_is_served_may_differ_and_what_the_engine_computes_may_not():
+    def tree(**sections):
+        return config_tree(load_config(merged(rollout={"engine": "vllm", **sections.pop("rollout", {})}, **sections)))
+
+    old = tree(teachers={"a.b": {"model": "m"}})
+    served = tree(
+        teachers={"a.b": {"model": "m", "server": "http://x", "concurrency": 3, "tokenizer": "t"}},
+        rollout={"vllm": {"gpu_memory_utilization": 0.3}, "check_samples": 1},
+    )
+    assert differing_keys(old, served) == []
+    other = tree(teachers={"a.b": {"model": "n"}}, rollout={"vllm": {"kv_cache_dtype": "fp8"}})
+    assert differing_keys(old, other) == ["rollout.vllm.kv_cache_dtype: None -> 'fp8'", "teachers.a.b.model: 'm' -> 'n'"]
+
+
+def test_a_run_of_a_version_without_the_empty_options_goes_on():
+    new = config_tree(load_config(BASE))
+    old = {key: value for key, value in new.items() if key != "teachers"}
+    old["rollout"] = {
+        key: value for key, value in new["rollout"].items() if key not in ("vllm", "check_samples", "check_bound")
+    }
+    assert differing_keys(old, new) == []
+
+
 def test_configuration_cannot_be_changed_in_place():
     config = load_config(BASE)
     with pytest.raises(Exception, match="frozen"):

@@ -181,7 +181,7 @@ def test_a_trainer_on_a_further_gpu_of_an_engine_takes_turns_with_it():
 
 
 def test_too_few_gpus_for_an_engine():
-    with pytest.raises(UserError, match="asks for 2 GPUs an engine, but only 1 of 2"):
+    with pytest.raises(UserError, match="asks for 2 GPUs an engine, but only 1 of 2 are there"):
         place(PlacementConfig(), ScheduleConfig(), gpus=2, cpus=16, engine_gpus=2)
     with pytest.raises(UserError, match="name a multiple"):
         place(PlacementConfig(rollout=["cuda:1", "cuda:2", "cuda:3"]), ScheduleConfig(), gpus=4, cpus=16, engine_gpus=2)

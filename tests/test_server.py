@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import npd
+import npd.scoring.served
 import npd.server
 import npd.setup
 from npd.config import ModelConfig, TeacherConfig, load_config
@@ -40,6 +41,9 @@ def server(request, teacher_dir):
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
     monkeypatch.setattr(npd.server, "LONGEST_PAUSE", 0.05)
+    yield
+    while [thread for thread in threading.enumerate() if thread.name.startswith("teacher-")]:  # left behind by an error
+        time.sleep(0.01)
 
 
 def teacher_config(server: FakeServer, **options: Any) -> TeacherConfig:
@@ -132,6 +136,7 @@ def test_requests_are_in_flight_together_but_no_more_than_asked_for(server):
 
 
 def test_references_are_written_by_the_server(server, teacher_dir):
+    """In the model's own distribution, whatever the server's defaults, and no further than the first stop token."""
     prompts, _ = pairs(5, seed=8)
     table = pa.table({"prompt_ids": prompts})
     rollout = ServedRollout(Server(teacher_config(server)), VOCABULARY, max_new_tokens=10, temperature=1.0, top_p=1.0)
@@ -142,6 +147,9 @@ def test_references_are_written_by_the_server(server, teacher_dir):
         assert row["response_ids"][: len(ids)] == ids
         assert row["finish_reason"] == ("stop" if row["response_ids"][-1] == 2 else "length")
     assert {row["finish_reason"] for row in rows} == {"stop", "length"}  # or the test would prove half
+    asked = server.bodies[-1].get("sampling_params", server.bodies[-1])
+    neutral = {"temperature": 1.0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
+    assert asked | neutral | {"frequency_penalty": 0.0} == asked
 
 
 # -- what goes wrong and passes
@@ -305,6 +313,52 @@ def test_a_server_that_does_not_tokenize_is_mentioned(teacher_dir, student_dir):
         assert checked(teacher_config(mute, tokenizer=str(teacher_dir)), student_dir) == []
 
 
+@pytest.mark.parametrize("key", ["s3cret\r", " s3cret \n"])
+def test_white_space_around_a_key_is_no_part_of_it(teacher_dir, student_dir, monkeypatch, key):
+    monkeypatch.setenv("NPD_TEACHER_API_KEY", key)
+    with serving(teacher_dir, key="s3cret") as locked:
+        assert checked(teacher_config(locked), student_dir) == []
+
+
+@pytest.mark.parametrize("key", ["s3\ncret", "sécret"])
+def test_a_key_that_is_none_is_not_shown(teacher_dir, student_dir, monkeypatch, key):
+    monkeypatch.setenv("NPD_TEACHER_API_KEY", key)
+    with serving(teacher_dir, key="s3cret") as locked, pytest.raises(UserError, match="NPD_TEACHER_API_KEY") as error:
+        checked(teacher_config(locked), student_dir)
+    assert "cret" not in str(error.value)
+
+
+def test_a_hanging_request_keeps_no_error_back(server):
+    """Neither an error of another request, nor `stop`."""
+    server.faults = [slow(4.0), status(400, "no such thing")]
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no such thing"):
+        ServedPrefill(Server(teacher_config(server)), VOCABULARY)(*pairs(2, seed=2), 2)
+    assert time.monotonic() - began < 3.0
+    server.faults = [slow(4.0)] * 2
+    stopped = Server(teacher_config(server))
+    threading.Timer(0.3, stopped.stop).start()
+    with pytest.raises(RunError, match="Stopped"):
+        ServedPrefill(stopped, VOCABULARY)(*pairs(2, seed=2), 2)
+    assert time.monotonic() - began < 6.0
+
+
+def test_a_server_that_does_not_know_how_is_not_asked_again(server):
+    server.faults = [status(501, "not implemented")]
+    with pytest.raises(UserError, match="not implemented"):
+        ServedPrefill(Server(teacher_config(server)), VOCABULARY)(*pairs(1, seed=2), 2)
+
+
+def test_checks_at_the_start_do_not_wait_for_long(server, student_dir, monkeypatch):
+    monkeypatch.setattr(npd.scoring.served, "CHECK_SECONDS", 0.2)
+    server.faults = [status(503, "model is loading")] * 100
+    try:
+        with pytest.raises(UserError, match="model is loading"):
+            checked(teacher_config(server, retry_seconds=600), student_dir)
+    finally:
+        server.faults = []
+
+
 def test_the_key_comes_from_the_environment_and_stays_there(make_tree, teacher_dir, monkeypatch, student_dir):
     with serving(teacher_dir, key="s3cret") as locked:
         with pytest.raises(UserError, match="NPD_TEACHER_API_KEY"):
@@ -397,11 +451,16 @@ def test_sequence_level_distillation_from_a_server(make_tree, server):
 
 
 def test_a_resumed_run_may_find_its_server_elsewhere(make_tree, server):
-    tree = make_tree(teacher={"model": "big", "server": server.url}, training={"batch_tokens": 128})
+    tree = make_tree(teacher={"model": "big", "server": server.url})
     npd.refresh(tree)
     with serving(server.model.name_or_path, kind=server.kind) as other:
-        result = npd.distill({**tree, "teacher": {"model": "big", "server": other.url, "concurrency": 2}})
-    assert result.steps > 0
+        elsewhere = {**tree, "teacher": {"model": "big", "server": other.url, "concurrency": 2}}
+        before = len(server.bodies)
+        npd.distill(elsewhere)
+        assert len(other.bodies) > 20
+        assert len(server.bodies) == before
+    finished = npd.distill(elsewhere)  # which needs no teacher, and it is gone
+    assert finished.steps > 0
 
 
 # -- several teachers
@@ -452,6 +511,11 @@ def test_a_run_with_teachers_for_every_source_needs_no_other(make_tree, teacher_
     both = npd.distill(make_tree("one", data={"eval": str(data_file)}))
     tree["teacher"] = None
     assert npd.distill(tree).after == pytest.approx(both.after, rel=1e-4)
+
+
+def test_a_teacher_for_no_source_is_mentioned(make_tree, teacher_dir):
+    tree = make_tree(teachers={"maths": {"model": str(teacher_dir)}})
+    assert any("'maths'" in note for note in npd.setup.prepare(load_config(tree), "distill").notes)
 
 
 def test_unknown_keys_of_teachers_are_named(make_tree):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import math
 import os
 import random
 import subprocess
@@ -28,8 +29,8 @@ import npd
 import npd.setup
 from npd.config import LoraConfig, ModelConfig, StudentConfig, load_config
 from npd.demo.tokenizer import build_tokenizer
-from npd.errors import UserError
-from npd.models import Vocabulary, add_lora, load_model
+from npd.errors import RunError, UserError
+from npd.models import Vocabulary, add_lora, load_model, load_model_config
 from npd.models import save_model as save_snapshot
 from npd.observe.display import Display
 from npd.observe.events import read_events
@@ -37,6 +38,7 @@ from npd.rollout import TransformersRollout
 from npd.rollout.vllm import VllmRollout, check_options
 from npd.run import Run
 from npd.scoring import Prefill
+from npd.server import Server
 from npd.store import Store
 
 pytestmark = pytest.mark.skipif(
@@ -59,13 +61,14 @@ def snapshots(tmp_path_factory) -> tuple[Path, Path]:
 def engine(snapshots) -> Iterator[VllmRollout]:
     engine = VllmRollout(
         snapshots[0],
+        load_model_config(ModelConfig(model=str(snapshots[0]))),
         VOCABULARY,
         max_new_tokens=12,
         temperature=1.0,
         context=32,
         batch_size=8,
         dtype=torch.float32,
-        model_vocabulary=SHARED,
+        options={"max_num_batched_tokens": 64},  # so that not all prompts are read at once
     )
     yield engine
     engine.close()
@@ -165,9 +168,9 @@ def test_a_sample_depends_on_its_seed_alone(at):
     assert [row["response_ids"] for row in other] != [row["response_ids"] for row in together[0]]
 
 
-def test_parts_come_in_order_and_the_next_is_begun_before_one_is_done(at):
+def test_the_next_part_is_begun_before_one_is_done(at):
     asked: list[int] = []
-    told: list[int] = []
+    told: list[list[tuple[int, int]]] = []
 
     def feed() -> Iterator[tuple[int, pa.Table, int]]:
         for n in range(4):
@@ -180,9 +183,30 @@ def test_parts_come_in_order_and_the_next_is_begun_before_one_is_done(at):
     for n, table in rollout.stream(feed()):
         done.append(n)
         assert len(table) == len(PROMPTS)
-        assert len(asked) >= min(n + 2, 4)
-    assert done == [0, 1, 2, 3]
-    assert sum(told) == 4 * len(PROMPTS)
+        assert len(asked) >= min(len(done) + 1, 4)
+    assert sorted(done) == [0, 1, 2, 3]
+    assert any(len(parts) > 1 for parts in told)
+    assert all(0 <= finished <= len(PROMPTS) for parts in told for _, finished in parts)
+
+
+def test_a_part_does_not_wait_for_a_straggler_of_another(at, snapshots):
+    """The one whose response is long is handed over last."""
+    greedy = at(temperature=0.0)
+    rows = greedy(table_of(PROMPTS)).to_pylist()
+    longest = max(rows, key=lambda row: len(row["response_ids"]))["prompt_ids"]
+    shortest = min(rows, key=lambda row: len(row["response_ids"]))["prompt_ids"]
+    parts = [(n, table_of([longest if n == 0 else shortest]), n) for n in range(3)]
+    assert [n for n, _ in greedy.stream(parts)] == [1, 2, 0]
+
+
+def test_prompts_that_do_not_fit_one_step(at, snapshots):
+    """More prompt tokens at once than the engine reads in a step."""
+    rng = np.random.default_rng(1)
+    table = table_of([rng.integers(3, SHARED, 20).tolist() for _ in range(12)])
+    rows = at(samples_per_prompt=2)(table, 4).to_pylist()
+    assert len(rows) == 24
+    for row, expected in zip(rows, recomputed(snapshots[0], rows), strict=True):
+        np.testing.assert_allclose(row["behavior_logprobs"], expected, atol=1e-4)
 
 
 def test_a_stream_that_is_left_frees_the_engine(at):
@@ -206,10 +230,26 @@ def test_every_stop_token_stops(at):
 
 def test_ids_beyond_the_shared_vocabulary_are_never_written(at, snapshots):
     """And log-probabilities stay those over the whole vocabulary."""
-    rollout = at(samples_per_prompt=20, temperature=2.0, allowed_token_ids=list(range(15)))
+    free = at(samples_per_prompt=20, temperature=2.0)(table_of(PROMPTS), 3).to_pylist()
+    assert max(max(row["response_ids"]) for row in free) == 19  # or the test would prove nothing
+    rollout = at(samples_per_prompt=20, temperature=2.0, logit_bias=dict.fromkeys(range(15, SHARED), -math.inf))
     rows = rollout(table_of(PROMPTS), 3).to_pylist()
     assert max(max(row["response_ids"]) for row in rows) == 14
     for row, expected in zip(rows, recomputed(snapshots[0], rows), strict=True):
+        np.testing.assert_allclose(row["behavior_logprobs"], expected, atol=1e-4)
+
+
+def test_a_padded_vocabulary_is_left_out_by_itself(tmp_path):
+    path = save_model(tmp_path / "padded", seed=6, hidden=64, vocabulary=30)
+    config = load_model_config(ModelConfig(model=str(path)))
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 3.0 / 2, "context": 32, "batch_size": 8}
+    engine = VllmRollout(path, config, VOCABULARY, samples_per_prompt=10, dtype=torch.float32, **options)
+    try:
+        rows = engine(table_of(PROMPTS), 3).to_pylist()
+    finally:
+        engine.close()
+    assert max(max(row["response_ids"]) for row in rows) < SHARED
+    for row, expected in zip(rows, recomputed(path, rows), strict=True):
         np.testing.assert_allclose(row["behavior_logprobs"], expected, atol=1e-4)
 
 
@@ -229,13 +269,13 @@ def test_adapters_are_taken_alone(tmp_path):
         paths.append(tmp_path / f"v{version}")
     engine = VllmRollout(
         base,
+        load_model_config(config),
         VOCABULARY,
         max_new_tokens=12,
         temperature=0.0,
         context=32,
         batch_size=8,
         dtype=torch.float32,
-        model_vocabulary=SHARED,
         lora_rank=4,
     )
     answers = []
@@ -259,9 +299,14 @@ class Recorded:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
+        self.answers = True
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *args, **kwargs: self.calls.append((name, *args, *kwargs.values()))
+        def called(*args: Any, **kwargs: Any) -> bool:
+            self.calls.append((name, *args, *kwargs.values()))
+            return self.answers
+
+        return called
 
 
 @pytest.mark.parametrize("adapters", [False, True])
@@ -288,6 +333,9 @@ def test_on_a_shared_gpu_the_engine_sleeps_and_wakes(engine, snapshots, monkeypa
     there.sleeps = False
     there.rest()
     assert there.llm.calls[-1] != ("sleep", 2)
+    there.llm.answers = False  # what was cached of the weights before is still there
+    with pytest.raises(RunError, match="cached"):
+        there.take(snapshots[1])
 
 
 # -- runs
@@ -347,7 +395,7 @@ def test_wrong_weights_raise_the_alarm(vllm_tree, monkeypatch):
 
     def stale(self: VllmRollout, path: Path) -> None:
         if path.name == "v000000":
-            real(self, path)
+            real(self, path)  # and no other
 
     monkeypatch.setattr(VllmRollout, "take", stale)
     tree = vllm_tree(training={"learning_rate": 0.01})
@@ -435,6 +483,28 @@ def test_a_run_beside_the_trainer(vllm_tree, teacher_server):
         rows = columns(tree["run_dir"], generation)
         for row, expected in zip(rows, recomputed(Store(tree["run_dir"]).policy(generation), rows), strict=True):
             np.testing.assert_allclose(row["behavior_logprobs"], expected, atol=1e-3)
+
+
+def test_an_error_in_scoring_ends_the_engine_at_once(vllm_tree, teacher_server, monkeypatch):
+    """Not when two more parts have been written."""
+    asked: list[Any] = []
+    real = Server.read
+
+    def fail(self: Server, *args: Any) -> Any:
+        if args[2] > 0 and len(asked) == 6:
+            raise UserError("the teacher says no")
+        asked.append(args)
+        return real(self, *args)
+
+    tree = vllm_tree(
+        teacher={"model": "big", "server": teacher_server[1], "concurrency": 1}, rollout={"part_size": 1, "batch_size": 1}
+    )
+    setup = npd.setup.prepare(load_config(tree), "distill")
+    assert setup.notes == []
+    monkeypatch.setattr(Server, "read", fail)
+    with pytest.raises(UserError, match="the teacher says no"):
+        npd.refresh(tree)
+    assert 0 < len(Store(tree["run_dir"]).parts(0)) < 12
 
 
 def test_a_cap_of_the_real_server_is_said_before_it_begins(vllm_tree, teacher_server):

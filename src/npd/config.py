@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -384,13 +383,23 @@ class Config(Section):
 
 
 # Keys that may differ when a run is continued: they do not change what is computed.
-FREE_KEYS = (
-    *("run_dir", "checkpoint", "placement", "evaluation", "tracking", "provenance", "training.micro_batch_rows"),
-    *("rollout.vllm", "rollout.check_samples", "rollout.check_bound"),
+FREE_KEYS: tuple[tuple[str, ...], ...] = (
+    *((key,) for key in ("run_dir", "checkpoint", "placement", "evaluation", "tracking", "provenance")),
+    ("training", "micro_batch_rows"),
+    ("rollout", "check_samples"),
+    ("rollout", "check_bound"),
     *(
-        f"{teacher}.{key}"
-        for teacher in ("teacher", "teachers.*")
-        for key in ("server", "api", "api_key_env", "concurrency", "timeout", "retry_seconds")
+        ("rollout", "vllm", key)
+        for key in (
+            *("gpu_memory_utilization", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "block_size"),
+            *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce"),
+            *("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"),
+        )
+    ),
+    *(
+        (*teacher, key)
+        for teacher in (("teacher",), ("teachers", "*"))
+        for key in ("server", "tokenizer", "api", "api_key_env", "concurrency", "timeout", "retry_seconds")
     ),
 )
 
@@ -437,18 +446,22 @@ def config_tree(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"provenance"})
 
 
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:
     """Lines "key: old -> new" for options that differ and matter to what is computed."""
     lines = []
     for key in sorted(old.keys() | new.keys()):
-        name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
-        if a == b or any(fnmatchcase(name, free) for free in FREE_KEYS):
-            continue
+        here, a, b = (*path, key), old.get(key), new.get(key)
+        if a == b or (key not in old and b == {}) or any(_matches(here, free) for free in FREE_KEYS):
+            continue  # an older version did not have what is empty now
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differing_keys(a, b, f"{name}.")
+            lines += differing_keys(a, b, here)
         else:
-            lines.append(f"{name}: {a!r} -> {b!r}")
+            lines.append(f"{'.'.join(here)}: {a!r} -> {b!r}")
     return lines
+
+
+def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    return len(path) == len(pattern) and all(b in ("*", a) for a, b in zip(path, pattern, strict=True))
 
 
 def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from npd.store import REFERENCE, Store
 
 POLL = 0.1  # seconds between looks at the directory
 LAST_WORDS = 40  # lines shown of a job that died
-ELSEWHERE = re.compile(r"(student|teacher|teachers\.[^.]+)\.(model|tokenizer):")  # another machine may have its own way
+ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way
 USER_ERROR, RUN_ERROR = 2, 3  # exit statuses of a job that can say what went wrong; it would go wrong again
 
 

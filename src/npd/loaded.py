@@ -130,14 +130,20 @@ class Loaded:
         if self.config.rollout.engine == "transformers":
             return self._rollout(self.student(policy_version))
         path = self._snapshot(policy_version)
+        self.student(policy_version)  # here: loading is no work for a thread beside the engine
         if self._vllm is None:
             # What shares the engine's device is loaded first: the engine takes a share of what is left.
-            self.student(policy_version)
             for key in self.config.all_teachers:
                 self.teacher(key)
             self._vllm = self._start_vllm(path)
         self._vllm.take(path)
         return self._vllm
+
+    def stop(self) -> None:
+        """End what teachers are asked in another thread."""
+        for teacher in self._teachers.values():
+            if isinstance(teacher, Server):
+                teacher.stop()
 
     def _start_vllm(self, path: Path) -> VllmRollout:
         from npd.rollout.vllm import VllmRollout
@@ -147,6 +153,7 @@ class Loaded:
             path = self.store.policy(0)  # where adapters have changed nothing yet
         return VllmRollout(
             path,
+            load_model_config(snapshot_config(student, path)),
             self.vocabulary,
             max_new_tokens=options.max_new_tokens,
             temperature=options.temperature,
@@ -155,7 +162,6 @@ class Loaded:
             context=self.longest_prompt + options.max_new_tokens,
             batch_size=options.batch_size,
             dtype=resolve_dtype(snapshot_config(student, path), trained=False, on=self.placement.rollout),
-            model_vocabulary=load_model_config(snapshot_config(student, path)).get_text_config().vocab_size,
             lora_rank=student.lora.r if student.lora is not None else None,
             trust_remote_code=student.trust_remote_code,
             options=options.vllm,

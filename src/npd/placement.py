@@ -103,11 +103,11 @@ def place(
     if not rollout and not external:
         free = [f"cuda:{i}" for i in range(gpus) if f"cuda:{i}" not in train]
         if engine_first and schedule.lead == 0:
-            free = []
+            free = [f"cuda:{i}" for i in range(min(gpus, engine_gpus))]
         rollout = free[: len(free) // engine_gpus * engine_gpus] or [train[0]]
         if engine_gpus > 1 and len(rollout) < engine_gpus:
             raise UserError(
-                f"rollout.vllm asks for {engine_gpus} GPUs an engine, but only {len(free)} of {gpus} do not train. Lower "
+                f"rollout.vllm asks for {engine_gpus} GPUs an engine, but only {len(free)} of {gpus} are there for it. Lower "
                 "tensor_parallel_size, or generate elsewhere (placement.rollout external)."
             )
     if len(rollout) % engine_gpus:

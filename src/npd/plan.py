@@ -86,7 +86,7 @@ def show_plan(setup: Setup, display: Display) -> None:
     disk += parts_disk / max(1, generations)  # kept samples of one generation, mapped from files of their own
     disk += 4.0 * float(prompt_lengths.sum())
     rows.append(["disk", f"at most {disk / GIB:.2f} GiB"])
-    placed = placement_of(config, turns=sft, processes=int(os.environ.get("WORLD_SIZE", "1")))
+    placed = placement_of(config, turns=sft, writes=not sft, processes=int(os.environ.get("WORLD_SIZE", "1")))
     threads = f", CPU threads {placed.train_threads} while a refresh runs" if placed.train_threads else ""
     rows.append(["trainer on", ", ".join(placed.train) + threads])
     if command == "distill":

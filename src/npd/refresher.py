@@ -10,22 +10,22 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from npd.config import Config
 from npd.errors import UserError
 from npd.loaded import Loaded, engine_difference, warn_of_engine
 from npd.models import Vocabulary
 from npd.observe.display import Advance, Display
-from npd.observe.events import Events
+from npd.observe.events import Events, read_events
 from npd.placement import Placement
 from npd.prompts import Prompts
 from npd.rollout import TransformersRollout
@@ -33,6 +33,13 @@ from npd.schedule import derive_seed, generation_size, parts_of_generation, prom
 from npd.scoring import Routed, ScoreStudent, ScoreTeacher
 from npd.selection import Select, Summary, check_some_kept
 from npd.store import REFERENCE, Store
+
+if TYPE_CHECKING:
+    from npd.rollout.vllm import VllmRollout
+
+Answers = Iterator[tuple[int, pa.Table]]
+
+CHECKED_TOKENS = 64  # of each response by which an engine is compared with transformers
 
 SUMMARY = ["verdict", "source", "delta_ifd", "finish_reason", "response_ids", "student_nll_free"]
 
@@ -76,7 +83,7 @@ class Refresher:
         self.display, self.events, self.placement = display, events, placement
         self.sft, self.rank, self.world, self.wait = sft, rank, world, wait
         self.models = Loaded(config, store, vocabulary, tokenizer.pad_token_id, prompts.longest, display, placement)
-        self._checks: dict[int, dict[str, float]] = {}
+        self._checked: set[int] = set()  # generations whose engine was compared with transformers
 
     # -- what a generation is
 
@@ -170,90 +177,111 @@ class Refresher:
         """
         if self.is_reference(generation):
             for part in parts:
-                with self._part(generation, part):
+                with self.events.span("part", generation=generation, part=part):
                     self._store(generation, part, self._reference_part(generation, part))
             return
         version = self.begun_by(generation, policy_version)
-        with self._scoring(generation) as finish:
-            for part, table in self._answered(generation, parts, version):
-                finish(part, identify(table, generation, part, version), version)
-
-    @contextmanager
-    def _part(self, generation: int, part: int) -> Iterator[None]:
-        with self.events.span("part", generation=generation, part=part):
-            yield
+        with self._scoring(generation, version) as (finish, check):
+            for part, table in self._answered(generation, parts, version, check):
+                finish(part, table)
 
     def _store(self, generation: int, part: int, table: pa.Table) -> None:
         with self.events.span("store", generation=generation, part=part):
             self.store.write_part(generation, part, table)
 
-    def _answered(self, generation: int, parts: Iterator[int], version: int) -> Iterator[tuple[int, pa.Table]]:
-        """The student's answers, part by part."""
+    def _answered(self, generation: int, parts: Iterator[int], version: int, check: Callable[[], None]) -> Answers:
+        """The student's answers, part by part; `check` is called now and then meanwhile."""
         first = next(parts, None)
         if first is None:
             return
         with self.events.span("load"):
             engine = self.models.engine(version)
-        order = deque([first])  # of parts that are asked for and not answered
+        waiting: list[int] = []  # parts that are asked for and not answered
 
-        def asked() -> Iterator[tuple[int, pa.Table, int]]:
+        def seed(part: int) -> int:
+            return derive_seed(self.config.seed, "rollout", version, generation, part)
+
+        def asked() -> Answers:
             for part in itertools.chain([first], parts):
-                if part != first:
-                    order.append(part)
-                yield part, self._table(generation, part), derive_seed(self.config.seed, "rollout", version, generation, part)
+                waiting.append(part)
+                yield part, self._table(generation, part)
 
         if isinstance(engine, TransformersRollout):
-            for part, table, seed in asked():
+            for part, table in asked():
                 with self._generating(generation, part) as advance:
-                    table = engine(table, seed, advance)
+                    table = engine(table, seed(part), advance)
                 yield part, table
             return
-        with closing(engine.stream(asked())) as stream:
-            while order:
-                with self._generating(generation, order[0]) as engine.progress:
-                    answered = next(stream)
-                order.popleft()
+        if generation not in self._checked:
+            self._check_engine(generation, engine, version, self._table(generation, first))
+        with closing(engine.stream((part, table, seed(part)) for part, table in asked())) as stream:
+            while True:
+                oldest = min(waiting, default=first)
+                with self._generating(generation, oldest) as advance:
+                    shown = 0
+
+                    def progress(finished: list[tuple[int, int]]) -> None:
+                        nonlocal shown
+                        check()
+                        now = dict(finished).get(oldest, shown)  # noqa: B023
+                        advance(now - shown)
+                        shown = now
+
+                    engine.progress = progress
+                    answered = next(stream, None)
+                if answered is None:
+                    return
+                waiting.remove(answered[0])
                 yield answered
+                if not waiting:
+                    return
 
     def _generating(self, generation: int, part: int) -> AbstractContextManager[Advance]:
         rows = self.parts(generation)[part]
         return self._step("generate", generation, part, (rows.stop - rows.start) * self.config.rollout.samples_per_prompt)
 
+    def _finish_part(self, generation: int, part: int, table: pa.Table, version: int) -> None:
+        """Score, select and store what was answered."""
+        table = identify(table, generation, part, version)
+        with self.events.span("part", generation=generation, part=part):
+            with self.events.span("load"):
+                student = self.models.student(version)
+                for source in table["source"].unique().to_pylist():
+                    self.models.teacher(self.config.teacher_of(source))
+            with self._step("score", generation, part, 3 * count_tokens(table["response_ids"])) as advance:
+                table = ScoreStudent(self.models.prefill(student))(self._score_teacher()(table, advance), advance)
+            self._store(generation, part, Select(self.config.selection)(table))
+
     @contextmanager
-    def _scoring(self, generation: int) -> Iterator[Callable[[int, pa.Table, int], None]]:
-        """What scores, selects and stores an answered part: at once, or beside the engine where it has its own device."""
-
-        def finish(part: int, table: pa.Table, version: int) -> None:
-            with self._part(generation, part):
-                with self.events.span("load"):
-                    student = self.models.student(version)
-                    for source in table["source"].unique().to_pylist():
-                        self.models.teacher(self.config.teacher_of(source))
-                if self.config.rollout.engine != "transformers" and generation not in self._checks:
-                    self._check_engine(generation, part, table, student)
-                with self._step("score", generation, part, 3 * count_tokens(table["response_ids"])) as advance:
-                    table = ScoreStudent(self.models.prefill(student))(self._score_teacher()(table, advance), advance)
-                self._store(generation, part, Select(self.config.selection)(table))
-
+    def _scoring(self, generation: int, version: int) -> Iterator[tuple[Callable[[int, pa.Table], None], Callable[[], None]]]:
+        """What finishes an answered part - at once, or beside the engine -, and what raises if that went wrong."""
         if not self._scores_beside:
-            yield finish
+            yield partial(self._finish_part, generation, version=version), lambda: None
             return
-        with ThreadPoolExecutor(1, thread_name_prefix="score") as pool:
-            waiting: deque[Future[None]] = deque()
+        pool = ThreadPoolExecutor(1, thread_name_prefix="score")
+        waiting: deque[Future[None]] = deque()
 
-            def submit(part: int, table: pa.Table, version: int) -> None:
-                while len(waiting) > 1:  # answers wait in memory: no more of them than are read soon
-                    with self.events.span("score", generation=generation):
-                        waiting.popleft().result()
-                waiting.append(pool.submit(finish, part, table, version))
+        def check() -> None:
+            while waiting and waiting[0].done():
+                waiting.popleft().result()
 
-            try:
-                yield submit
+        def submit(part: int, table: pa.Table) -> None:
+            waiting.append(pool.submit(self._finish_part, generation, part, table, version))
+            check()
+            while len(waiting) > 2:  # answers wait in memory: no more of them than are read soon
                 with self.events.span("score", generation=generation):
-                    for future in waiting:
-                        future.result()
-            finally:
-                pool.shutdown(cancel_futures=True)
+                    waiting.popleft().result()
+
+        try:
+            yield submit, check
+            with self.events.span("score", generation=generation):
+                for future in waiting:
+                    future.result()
+        except BaseException:
+            self.models.stop()
+            raise
+        finally:
+            pool.shutdown(cancel_futures=True)
 
     @property
     def _scores_beside(self) -> bool:
@@ -266,17 +294,18 @@ class Refresher:
         top_k = self.config.scoring.top_k
         return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self.models.reader(key), top_k))
 
-    def _check_engine(self, generation: int, part: int, table: pa.Table, student: PreTrainedModel) -> None:
-        """Compare log-probabilities of the engine with those of the snapshot in transformers, on a few responses."""
+    def _check_engine(self, generation: int, engine: VllmRollout, version: int, table: pa.Table) -> None:
+        """Before it answers: are the engine's log-probabilities those of the snapshot in transformers?"""
+        self._checked.add(generation)
         count = self.config.rollout.check_samples
         if not count:
             return
-        with self.events.span("check", generation=generation, part=part):
-            check = engine_difference(table.slice(0, count), self.models.prefill(student))
-        self._checks[generation] = check
+        with self.events.span("check", generation=generation):
+            answers = engine(table.slice(0, count), self.config.seed, min(CHECKED_TOKENS, self.config.rollout.max_new_tokens))
+            found = engine_difference(answers, self.models.prefill(self.models.student(version)))
         now = time.time()
-        self.events.write("engine", now, now, generation=generation, part=part, **check)
-        warn_of_engine(check, self.config.rollout.check_bound, self.display)
+        self.events.write("engine", now, now, generation=generation, **found)
+        warn_of_engine(found, self.config.rollout.check_bound, self.display)
 
     def _reference_part(self, generation: int, part: int) -> pa.Table:
         table = self._table(generation, part)
@@ -333,10 +362,17 @@ class Refresher:
             }
             if self.config.teachers:
                 facts["teachers"] = self._rows_by_teacher(facts["selection"])
-            if generation in self._checks:
-                facts["engine"] = {"name": self.config.rollout.engine, **self._checks[generation]}
+            if self.config.rollout.engine != "transformers":
+                facts |= self._engine_facts(generation)
             self.store.finish_generation(generation, count, facts)
         show_generation(generation, facts, self.display)
+
+    def _engine_facts(self, generation: int) -> dict[str, Any]:
+        """The worst of what the checks of this generation's engines found."""
+        found = [e for e in read_events(self.events.path, "engine") if e["generation"] == generation]
+        worst = max(found, key=lambda event: event["mean_abs_difference"], default=None)
+        names = ("samples", "tokens", "mean_difference", "mean_abs_difference")
+        return {"engine": {name: worst[name] for name in names}} if worst else {}
 
     def _rows_by_teacher(self, selection: dict[str, Any]) -> dict[str, int]:
         rows: Counter[str] = Counter()

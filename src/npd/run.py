@@ -31,9 +31,10 @@ from npd.placement import Placement
 from npd.prompts import Prompts
 from npd.refresher import Generation, Refresher, show_generation
 from npd.reselect import reselect as reselection
+from npd.rollout.vllm import check_options
 from npd.samples import Samples, clear_cache
 from npd.selection import check_some_kept
-from npd.setup import AnyConfig, as_config, load_tokenizers, placement_of, prepare
+from npd.setup import AnyConfig, as_config, check_engine_place, load_tokenizers, placement_of, prepare
 from npd.store import REFERENCE, Store
 from npd.trainer import Trainer, make_accelerator
 
@@ -80,7 +81,7 @@ class Run:
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
         self.wait = self.accelerator.wait_for_everyone
         self.display = display if display is not None and self.main else Display(quiet=not self.main or display is None)
-        self.placement = placement_of(config, turns=turns or self.sft, processes=self.world)
+        self.placement = placement_of(config, turns=turns or self.sft, processes=self.world, writes=not self.sft)
         self.threads = torch.get_num_threads()
         self.resources = ExitStack()
         self.writer: threading.Thread | None = None
@@ -651,6 +652,9 @@ def follower(config: Config, placement: Placement | None, rank: int, world: int,
     if placement is None:  # the trainer's device is another machine's
         anywhere = config.placement.model_copy(update={"train": "auto"})
         placement = placement_of(config.model_copy(update={"placement": anywhere}), turns=True)
+        if config.rollout.engine == "vllm":
+            check_options(config.rollout.vllm)
+            check_engine_place(config, placement, 1, trains=False)
     models.place_on(placement.rollout)
     return Refresher(
         config,
@@ -683,7 +687,7 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
     setup, display = prepare(config, "eval"), display or Display(quiet=True)
     for note in setup.notes:
         display.say(note)
-    placed = placement_of(config, turns=True)
+    placed = placement_of(config, turns=True, writes=False)
     loaded = Loaded(config, Store(config.run_dir), setup.vocabulary, setup.tokenizer.pad_token_id, 0, display, placed)
     evaluator = Evaluator(
         config,

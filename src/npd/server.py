@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import random
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple, TypeVar
 
 import urllib3
@@ -23,7 +23,7 @@ from npd.errors import NpdError, RunError, UserError
 
 LONGEST_PAUSE = 30.0  # seconds between tries
 SHOWN = 300  # characters of a server's words
-AGAIN = (408, 429)  # besides all of 5xx
+AGAIN = (408, 429)  # besides all of 5xx but 501
 
 T = TypeVar("T")
 
@@ -38,7 +38,7 @@ class TokenLogprobs(NamedTuple):
 
 
 class _TryAgain(Exception):
-    def __init__(self, why: str, after: float | None = None) -> None:
+    def __init__(self, why: str, after: float = 0.0) -> None:
         super().__init__(why)
         self.after = after
 
@@ -54,7 +54,7 @@ class Server:
         assert config.server is not None
         self.config, self.say = config, say
         self.url = config.server.rstrip("/").removesuffix("/v1")
-        self._stop = threading.Event()  # set to end all that is waited for
+        self._stop = threading.Event()  # set to end all that is waited for now
         self._away_since: float | None = None
         self._lock = threading.Lock()
         self._kind: str | None = None if config.api == "auto" else config.api
@@ -74,29 +74,29 @@ class Server:
             RunError: it does not answer for too long.
         """
         patience = self.config.retry_seconds if patience is None else patience
-        began, tries = time.monotonic(), 0
+        began, tries, stop = time.monotonic(), 0, self._stop
         while True:
             try:
                 answer = self._once(path, body)
             except _TryAgain as error:
                 tries += 1
-                pause = (
-                    random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 2.0 ** (tries - 1)) if error.after is None else error.after
-                )
-                if self._stop.is_set() or time.monotonic() + pause - began > patience:
+                pause = max(error.after, random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 2.0 ** (tries - 1)))
+                if stop.is_set() or time.monotonic() + pause - began > patience:
                     asked = f" (asked {tries} times in {time.monotonic() - began:.0f} s)" if tries > 1 else ""
                     raise RunError(
                         f"The server {self.url} can't be used: {error}{asked}. Nothing that was finished is lost: see to the "
                         "server and run the same command again."
                     ) from None
                 self._is_away(str(error), patience)
-                self._stop.wait(pause)
+                stop.wait(pause)
             else:
                 self._is_back()
                 return answer
 
     def _once(self, path: str, body: dict[str, Any] | None) -> Any:
-        key = os.environ.get(self.config.api_key_env, "")
+        key = os.environ.get(self.config.api_key_env, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise UserError(f"The environment variable {self.config.api_key_env} holds characters that no API key has.")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         try:
             if body is None:
@@ -114,7 +114,7 @@ class Server:
             raise _TryAgain(f"it did not answer {path} within teacher.timeout {self.config.timeout:g} s") from None
         except HTTPError as error:
             raise _TryAgain(f"the connection broke ({_last_words(error)})") from None
-        if response.status in AGAIN or response.status >= 500:
+        if response.status in AGAIN or (response.status >= 500 and response.status != 501):
             after = response.headers.get("Retry-After")
             raise _TryAgain(f"it answered {path} with {response.status}: {_words(data)}", _seconds(after))
         if response.status != 200:
@@ -148,18 +148,48 @@ class Server:
                 self.say(f"The server {self.url} is back after {time.monotonic() - since:.0f} s.")
 
     def each(self, ask: Callable[[int], T], count: int) -> list[T]:
-        """ask(i) for 0 .. count - 1, `teacher.concurrency` of them at once; the first error ends all."""
-        pool = ThreadPoolExecutor(self.config.concurrency, thread_name_prefix="teacher")
+        """ask(i) for 0 .. count - 1, `teacher.concurrency` of them at once; the first error ends all.
+
+        Raises:
+            RunError: `stop` was called meanwhile, besides whatever `ask` raises.
+        """
+        self._stop = stop = threading.Event()
+        todo, lock = iter(range(count)), threading.Lock()
+        done = queue.SimpleQueue[tuple[int, Any, BaseException | None]]()
+
+        def work() -> None:
+            while not stop.is_set():
+                with lock:
+                    i = next(todo, None)
+                if i is None:
+                    return
+                try:
+                    done.put((i, ask(i), None))
+                except BaseException as error:
+                    done.put((i, None, error))
+
+        # Daemons: a request that hangs keeps nobody from ending.
+        for n in range(min(count, self.config.concurrency)):
+            threading.Thread(target=work, name=f"teacher-{n}", daemon=True).start()
+        answers: dict[int, T] = {}
         try:
-            futures = [pool.submit(ask, i) for i in range(count)]
-            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
-            for future in done:
-                future.result()
-            return [future.result() for future in futures]
+            while len(answers) < count:
+                if stop.is_set():
+                    raise RunError("Stopped.")
+                try:
+                    i, answer, error = done.get(timeout=0.2)
+                except queue.Empty:
+                    continue
+                if error is not None:
+                    raise error
+                answers[i] = answer
         finally:
-            self._stop.set()  # whoever waits to ask again
-            pool.shutdown(cancel_futures=True)
-            self._stop.clear()
+            stop.set()
+        return [answers[i] for i in range(count)]
+
+    def stop(self) -> None:
+        """End what another thread asks now."""
+        self._stop.set()
 
     # -- what can be asked
 
@@ -182,11 +212,9 @@ class Server:
     def tokenize(self, text: str) -> list[int] | None:
         """A text's ids, special tokens added as the model's tokenizer does; None where the server has no answer."""
         try:
-            answer = self.ask("/tokenize", {"model": self.config.model, "prompt": text})
+            answer = self.ask("/tokenize", {"model": self.config.model, "prompt": text}, patience=0)
             return [int(token) for token in answer["tokens"]]
-        except UserError:
-            return None
-        except (TypeError, KeyError, ValueError):
+        except (NpdError, TypeError, KeyError, ValueError):
             return None
 
     def read(self, ids: Sequence[int], start: int, top_k: int) -> list[TokenLogprobs]:
@@ -239,27 +267,23 @@ class Server:
             UserError, RunError: as `ask`, or the answer is not what was asked for.
         """
         body: dict[str, Any]
+        # Neutral values of all that would else be the server's or the model's own default.
         sampling: dict[str, Any] = {
             "temperature": temperature,
             "top_p": top_p,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
             "stop_token_ids": list(stop_ids),
-            "ignore_eos": True,
         }
-        if self.kind == "sglang":
-            path, body = "/generate", {
-                "input_ids": list(ids),
-                "sampling_params": sampling | {"max_new_tokens": max_new_tokens, "sampling_seed": seed},
-            }  # fmt: skip
+        if self.kind == "sglang":  # where ignore_eos would ignore stop_token_ids as well
+            sampling |= {"top_k": -1, "max_new_tokens": max_new_tokens, "sampling_seed": seed}
+            path, body = "/generate", {"input_ids": list(ids), "sampling_params": sampling}
         else:
-            path, body = "/v1/completions", {
-                "model": self.config.model,
-                "prompt": list(ids),
-                "max_tokens": max_new_tokens,
-                "seed": seed,
-                "top_k": 0,  # the server's own default may be another
-                "return_token_ids": True,
-                **sampling,
-            }  # fmt: skip
+            path = "/v1/completions"
+            body = sampling | {"top_k": 0, "max_tokens": max_new_tokens, "seed": seed, "ignore_eos": True}
+            body |= {"model": self.config.model, "prompt": list(ids), "return_token_ids": True}
         answer = self.ask(path, body)
         try:
             if self.kind == "sglang":
@@ -273,7 +297,7 @@ class Server:
             raise self._strange(path, answer) from None
         if not written:
             raise self._strange(path, answer)
-        return written
+        return written[: next((i + 1 for i, token in enumerate(written) if token in stop_ids), len(written))]
 
     def _strange(self, path: str, answer: Any) -> NpdError:
         return UserError(
@@ -324,10 +348,8 @@ def _last_words(error: Exception) -> str:
     return str(error).rpartition(": ")[2][:SHOWN]
 
 
-def _seconds(retry_after: str | None) -> float | None:
-    if retry_after is None:
-        return None
+def _seconds(retry_after: str | None) -> float:
     try:
-        return max(0.0, urllib3.Retry().parse_retry_after(retry_after))
+        return max(0.0, urllib3.Retry().parse_retry_after(retry_after or "0"))
     except HTTPError:
-        return None
+        return 0.0

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from npd import models
 from npd.config import Config, load_config
@@ -45,15 +47,17 @@ def as_config(config: AnyConfig) -> Config:
     return config if isinstance(config, Config) else load_config(config)
 
 
-def placement_of(config: Config, *, turns: bool = False, processes: int = 1) -> Placement:
-    """Where a run's parts stand; with `turns` nothing runs beside the trainer, whatever schedule.lead says."""
-    vllm = config.rollout.engine == "vllm"
-    size = devices_per_engine(config.rollout.vllm) if vllm else 1
+def placement_of(config: Config, *, turns: bool = False, processes: int = 1, writes: bool = True) -> Placement:
+    """Where a run's parts stand; with `turns` nothing runs beside the trainer, whatever schedule.lead says.
+
+    `writes`: the student writes responses, by the rollout's engine.
+    """
+    vllm = writes and config.rollout.engine == "vllm"
+    engine: dict[str, Any] = {"engine_gpus": devices_per_engine(config.rollout.vllm) if vllm else 1, "engine_first": vllm}
     if not turns:
-        return place(config.placement, config.schedule, processes=processes, engine_gpus=size, engine_first=vllm)
+        return place(config.placement, config.schedule, processes=processes, **engine)
     here = config.placement.model_copy(update={"rollout": "auto"} if config.placement.rollout == EXTERNAL else {})
-    in_turns = config.schedule.model_copy(update={"lead": 0.0})
-    return place(here, in_turns, processes=processes, engine_gpus=size, engine_first=vllm)
+    return place(here, config.schedule.model_copy(update={"lead": 0.0}), processes=processes, **engine)
 
 
 def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, dict[str | None, Any]]:
@@ -72,16 +76,21 @@ def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, dict[s
             teacher_configs[key] = models.load_model_config(teacher)
             stop_ids += models.stop_ids_of(teacher)
     vocabulary = models.shared_vocabulary(tokenizer, student_config, *teacher_configs.values(), stop_ids=stop_ids)
+    if len(teacher_configs) < len(config.all_teachers):  # how far a served teacher's vocabulary is padded is not known
+        vocabulary = replace(vocabulary, size=min(vocabulary.size, 1 + max(tokenizer.get_vocab().values())))
     if config.scoring.top_k > vocabulary.size:
         raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
     return tokenizer, vocabulary, student_config, teacher_configs
 
 
-def check_sources(config: Config, prompts: Prompts, name: str) -> None:
+def check_sources(config: Config, prompts: Prompts, name: str) -> list[str]:
     """See that every source has a teacher.
 
+    Returns:
+        Teachers for sources that do not occur.
+
     Raises:
-        UserError: one has none, or a teacher is for a source that does not occur.
+        UserError: a source has none.
     """
     counts = count_sources(prompts.table)
     without = {source: n for source, n in sorted(counts.items()) if config.teacher_of(source) not in config.all_teachers}
@@ -91,6 +100,8 @@ def check_sources(config: Config, prompts: Prompts, name: str) -> None:
             f"{name} has prompts whose source has no teacher: {shown}{', ...' if len(without) > 5 else ''}. teachers has "
             f"{', '.join(config.teachers)}; add the source there, or set teacher for all others."
         )
+    idle = [source for source in config.teachers if source not in counts]
+    return [f"No prompt of {name} has the source {source!r}, which teachers has a teacher for." for source in idle]
 
 
 def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
@@ -103,10 +114,11 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
     if needs_teacher and not config.has_teacher:
         raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
-    placed = placement_of(config, turns=turns or command != "distill", processes=processes)
-    if config.rollout.engine == "vllm" and command == "distill":
+    writes = command == "distill"
+    placed = placement_of(config, turns=turns or not writes, processes=processes, writes=writes)
+    if config.rollout.engine == "vllm" and writes:
         check_options(config.rollout.vllm)
-        check_engine_place(config, placed, processes)
+        check_engine_place(config, placed, processes, trains=not turns)
     models.place_on(placed.train[0] if processes == 1 else None)
     tokenizer, vocabulary, student_config, teacher_configs = load_tokenizers(config)
     given = command == "sft" and config.data.references == "given"
@@ -152,12 +164,13 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
                 f"The longest prompt ({longest} tokens) and {option} ({new}) together pass the context of "
                 f"{model.model} ({context} tokens). Lower data.max_prompt_tokens or {option}."
             )
+    notes = []
     compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
     for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
         if read is not None:
-            check_sources(config, read, name)
-    notes = []
-    for teacher in config.all_teachers.values() if needs_teacher or compared is not None else ():
+            notes += check_sources(config, read, name)
+    reads = (needs_teacher or compared is not None) and not (command != "eval" and Store(config.run_dir).finished)
+    for teacher in config.all_teachers.values() if reads else ():
         if teacher.server is not None:
             notes += check_server(teacher, tokenizer, config.scoring.top_k, longest + new, vocabulary)
     if command != "eval":
@@ -165,19 +178,24 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
     return Setup(config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_configs, notes)
 
 
-def check_engine_place(config: Config, placed: Placement, processes: int) -> None:
+def check_engine_place(config: Config, placed: Placement, processes: int, *, trains: bool) -> None:
     """See that vLLM can stand where the placement puts it.
 
+    Args:
+        trains: does this process train as well?
+
     Raises:
-        UserError: it would share its process with several trainers, or with one on another GPU than the first.
+        UserError: it would share its process with several trainers, or with one on another GPU than the first, or stand on
+            the CPU of a machine with GPUs, where vLLM takes a GPU all the same.
     """
-    if not placed.turns:
-        return
+    where = [placed.rollout] if placed.turns else [job.rollout for job in placed.jobs]
+    if "cpu" in where and torch.cuda.is_available():
+        raise UserError("placement.rollout is cpu, but vLLM takes a GPU where there is one; name a GPU, or leave it auto.")
     size = devices_per_engine(config.rollout.vllm)
-    if processes > 1 or size > 1 or placed.rollout not in ("cpu", "cuda:0"):
+    if placed.turns and (processes > 1 or (trains and size > 1) or placed.rollout not in ("cpu", "cuda:0")):
         raise UserError(
-            "Where training and generation take turns, rollout.engine vllm shares the one trainer's process and its first "
-            f"GPU; here it would be {processes} trainers, {size} GPUs an engine, the first on {placed.rollout}. Give the "
-            "rollout GPUs of its own (placement.rollout) and a schedule.lead above 0, choose the trainer's GPU by "
+            "Where training and generation take turns, and in `npd refresh`, rollout.engine vllm shares the process and its "
+            f"first GPU; here it would be {processes} trainers, {size} GPUs an engine, the first on {placed.rollout}. "
+            "Give the rollout GPUs of its own (placement.rollout) and a schedule.lead above 0, choose GPUs by "
             "CUDA_VISIBLE_DEVICES, or generate elsewhere (placement.rollout external)."
         )

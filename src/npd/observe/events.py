@@ -41,11 +41,14 @@ class Events:
             file.write(json.dumps(line) + "\n")
 
 
-def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Every whole line; one that a crash cut short is left out."""
+def read_events(path: Path, name: str | None = None) -> Iterator[dict[str, Any]]:
+    """Every whole line, or those of one name; one that a crash cut short is left out."""
+    start = "{" if name is None else f'{{"name": "{name}",'
     if path.exists():
         with path.open(encoding="utf-8") as file:
             for line in file:
+                if not line.startswith(start):
+                    continue
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError:

@@ -11,7 +11,6 @@ import importlib.util
 import math
 import os
 import random
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from transformers import PreTrainedConfig
 
 from npd.errors import RunError, UserError
 from npd.models import ADAPTER, Vocabulary
@@ -107,6 +107,7 @@ class VllmRollout:
 
     Args:
         path: the first snapshot. With `lora_rank` the engine keeps its weights, and takes only adapters from then on.
+        config: the student's own configuration.
         context: tokens of the longest prompt and response together.
         options: vLLM's own, from rollout.vllm.
         sleeps: give the GPU to others between generations.
@@ -115,6 +116,7 @@ class VllmRollout:
     def __init__(
         self,
         path: Path,
+        config: PreTrainedConfig,
         vocabulary: Vocabulary,
         *,
         max_new_tokens: int,
@@ -124,7 +126,6 @@ class VllmRollout:
         context: int,
         batch_size: int,
         dtype: torch.dtype,
-        model_vocabulary: int,
         lora_rank: int | None = None,
         trust_remote_code: bool = False,
         options: Mapping[str, Any] | None = None,
@@ -142,6 +143,9 @@ class VllmRollout:
         if on_gpu:
             free, total = torch.cuda.mem_get_info()
             defaults["gpu_memory_utilization"] = round(GPU_SHARE * free / total, 3)
+        else:
+            # vLLM can't go on with half a prompt where a request has a seed: generators on a CPU have no offset.
+            defaults |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(4096, context)}
         ours = {
             "model": str(path),
             "dtype": str(dtype).removeprefix("torch."),
@@ -158,7 +162,7 @@ class VllmRollout:
             ours |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _allowed_rank(lora_rank)}
         merged = defaults | dict(options or {}) | ours
         if not on_gpu:
-            merged.setdefault("kv_cache_memory_bytes", _cpu_cache_bytes(path, context, int(merged["max_num_seqs"]), dtype))
+            merged.setdefault("kv_cache_memory_bytes", _cpu_cache_bytes(config, context, int(merged["max_num_seqs"]), dtype))
         self.max_num_seqs = int(merged["max_num_seqs"])
         with _started_quietly() as vllm:
             try:
@@ -184,11 +188,12 @@ class VllmRollout:
             "detokenize": False,
             "output_kind": RequestOutputKind.FINAL_ONLY,
         }
-        if model_vocabulary > vocabulary.size:  # rows that only pad the student's vocabulary: the teacher has no such token
-            self.sampling["allowed_token_ids"] = list(range(vocabulary.size))
+        padding = range(vocabulary.size, config.get_text_config().vocab_size)
+        if padding:  # rows that only pad the student's vocabulary: the teacher has no such token
+            self.sampling["logit_bias"] = dict.fromkeys(padding, -math.inf)
         self.path: Path | None = path if lora_rank is None else None
-        self.progress: Callable[[int], None] | None = None
-        """Is called with the responses finished of the part that comes next."""
+        self.progress: Callable[[list[tuple[int, int]]], None] = lambda parts: None
+        """Is told, after each step, (part, responses finished) of those that are being answered."""
         self._serial = 0
         self._asleep = False
 
@@ -210,7 +215,8 @@ class VllmRollout:
             self._adapter = self._lora_request(path.name, number, str(folder)) if folder.is_dir() else None
         else:
             self.llm.collective_rpc("npd_take_weights", args=(str(path),))
-        self.llm.reset_prefix_cache()
+        if not self.llm.reset_prefix_cache():
+            raise RunError("vLLM did not drop what it had cached of the weights before; nothing that was finished is lost.")
         self.path = path
 
     def rest(self) -> None:
@@ -232,13 +238,18 @@ class VllmRollout:
 
     # -- answers
 
-    def __call__(self, table: pa.Table, seed: int = 0, progress: Callable[[int], None] | None = None) -> pa.Table:
-        self.progress = progress
-        return next(self.stream([(0, table, seed)]))[1]
+    def __call__(self, table: pa.Table, seed: int = 0, max_new_tokens: int | None = None) -> pa.Table:
+        """One table; with other than the usual length if `max_new_tokens` says so."""
+        usual = self.sampling
+        self.sampling = usual if max_new_tokens is None else usual | {"max_tokens": max_new_tokens}
+        try:
+            return next(self.stream([(0, table, seed)]))[1]
+        finally:
+            self.sampling = usual
 
     def stream(self, parts: Iterable[tuple[int, pa.Table, int]]) -> Generator[tuple[int, pa.Table]]:
-        """Answer (part, table, seed) in order; the next is asked for as soon as the engine has room for its prompts."""
-        feed, open_parts, running = iter(parts), deque[_Part](), dict[str, tuple[_Part, int]]()
+        """Answer (part, table, seed), each as soon as it is whole; the next is asked for when the engine has room for it."""
+        feed, open_parts, running = iter(parts), list[_Part](), dict[str, tuple[_Part, int]]()
         more = True
         try:
             while True:
@@ -249,18 +260,16 @@ class VllmRollout:
                         open_parts.append(self._begin(*item, running))
                 if not open_parts:
                     return
-                if not open_parts[0].left:
-                    part = open_parts.popleft()
-                    yield part.number, add_answers(part.table, part.responses, self.vocabulary.stop_ids, part.logprobs)
-                    if self.progress and open_parts:
-                        self.progress(len(open_parts[0].responses) - open_parts[0].left)
+                whole = next((part for part in open_parts if not part.left), None)
+                if whole is not None:
+                    open_parts.remove(whole)
+                    yield whole.number, add_answers(whole.table, whole.responses, self.vocabulary.stop_ids, whole.logprobs)
                     continue
                 for output in self.engine.step():
                     part, row = running.pop(output.request_id)
                     part.responses[row], part.logprobs[row] = _finished(output)
                     part.left -= 1
-                    if self.progress and part is open_parts[0]:
-                        self.progress(1)
+                self.progress([(part.number, len(part.responses) - part.left) for part in open_parts])
         finally:
             if running:  # whoever reads the stream has stopped
                 self.engine.abort_request(list(running))
@@ -298,12 +307,11 @@ def _allowed_rank(rank: int) -> int:
     raise UserError(f"student.lora.r is {rank}, but vLLM's adapters end at 512; use rollout.engine transformers.")
 
 
-def _cpu_cache_bytes(path: Path, context: int, sequences: int, dtype: torch.dtype) -> int:
+def _cpu_cache_bytes(model_config: PreTrainedConfig, context: int, sequences: int, dtype: torch.dtype) -> int:
     """A KV cache for as many sequences at once as were asked for, as far as there is memory for it."""
     import psutil
-    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    config = model_config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     blocks = -(-context // 128) * 128  # vLLM's blocks on a CPU
@@ -314,12 +322,15 @@ def _cpu_cache_bytes(path: Path, context: int, sequences: int, dtype: torch.dtyp
 @contextmanager
 def _started_quietly() -> Iterator[Any]:
     """vLLM for an engine in this process; what starting one changes for everybody else is put back."""
+    multiprocessing = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING")
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # in this process, so that a seed gives the same batches
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # it would report to its makers
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the trainer has its own use for the cores
     set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    precision = torch.get_float32_matmul_precision()
     import vllm
 
     try:
@@ -330,3 +341,9 @@ def _started_quietly() -> Iterator[Any]:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
+        torch.cuda.set_rng_state_all(on_gpus)
+        torch.set_float32_matmul_precision(precision)
+        if multiprocessing is None:
+            del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
+        else:
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = multiprocessing

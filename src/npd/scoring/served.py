@@ -13,6 +13,8 @@ from npd.models import PROBES, Vocabulary, check_compatible, load_tokenizer
 from npd.scoring.prefill import Reading
 from npd.server import Server, TokenLogprobs
 
+CHECK_SECONDS = 5.0  # that a server may be busy before anything has begun
+
 
 class ServedPrefill:
     """Reads responses behind their contexts on a server, `teacher.concurrency` of them at once."""
@@ -69,11 +71,17 @@ def check_server(
         UserError: nothing answers there, it does not serve the model, its tokenizer or context does not fit, or it gives
             fewer log-probabilities than scoring.top_k.
     """
-    server = Server(config)
     try:
-        cards = server.models(patience=0)
+        return _check(config, tokenizer, top_k, tokens, vocabulary)
     except RunError as error:
         raise UserError(f"{str(error).split(' Nothing that was')[0]} Start it, or correct teacher.server.") from None
+
+
+def _check(
+    config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, top_k: int, tokens: int, vocabulary: Vocabulary
+) -> list[str]:
+    server = Server(config.model_copy(update={"retry_seconds": min(config.retry_seconds, CHECK_SECONDS)}))
+    cards = server.models(patience=0)
     if config.model not in cards:
         raise UserError(
             f"The server {server.url} serves {', '.join(cards) or 'nothing'}, not {config.model!r}; correct teacher.model."
