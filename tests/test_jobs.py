@@ -266,7 +266,7 @@ def base(tmp_path_factory, teacher_dir, student_dir) -> Tree:
         "checkpoint": {"every_steps": 3, "keep": 3, "restarts": 3},
         "evaluation": {"kl_prompts": 2, "every_passes": 2},
         "placement": {"train_threads": 1, "rollout_threads": 1, "teacher_threads": 1},
-        "tracking": {"trackers": []},
+        "tracking": {"trackers": [], "report": False},
     }
 
 

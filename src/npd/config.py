@@ -263,6 +263,8 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     trackers: list[str] = ["tensorboard"]
     """Trackers by accelerate's names: tensorboard, wandb, trackio, ...; [] for none. metrics.jsonl is always written."""
+    report: bool = True
+    """Write report.html when the run ends, and now and then while it goes on. `npd report RUN_DIR` writes it at any time."""
 
 
 class Config(Section):

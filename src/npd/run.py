@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,8 @@ from npd.jobs import POLL, Jobs
 from npd.loop import Loop, Trained
 from npd.observe.display import Advance, Display
 from npd.observe.events import Events, read_events, seconds_by_role
+from npd.observe.live import RunView
+from npd.observe.reporter import observed
 from npd.placement import EXTERNAL, Placement, place
 from npd.prompts import Prompts, load_prompts
 from npd.refresher import Generation, Refresher, show_generation, usable_references
@@ -230,6 +232,12 @@ class Run:
         self.resources.close()
         torch.set_num_threads(self.threads)
 
+    def observed(self) -> AbstractContextManager[None]:
+        """Around the work: its start and end go on record, and so does what it failed with; the report is kept up to date."""
+        if not self.main:
+            return nullcontext()
+        return observed(self.events, self.display, report=self.config.tracking.report)
+
     def train(self) -> DistillResult:
         """Generations and passes, from the newest checkpoint if there is one, to student/."""
         if self.store.finished:
@@ -276,6 +284,8 @@ class Run:
         self.advance: Advance = lambda steps=1, note="": None
         if at.step == 0:  # a resumed trainer's weights are no longer those it started with
             self.publish(0)
+        view = RunView(self.store, self.config, at, self.loop.progress, lambda: self.loop.part_count, self.loop.generations)
+        self.resources.enter_context(self.display.live(view))
         self._evaluate()
         with self._overall_progress():
             self.loop.run()
@@ -686,13 +696,13 @@ def distill(config: AnyConfig, *, display: Display | None = None) -> DistillResu
         UserError: what the user gave is wrong.
         RunError: the run failed (full disk, loss not finite, nothing selected).
     """
-    with Run(as_config(config), "distill", display) as run:
+    with Run(as_config(config), "distill", display) as run, run.observed():
         return run.train()
 
 
 def sft(config: AnyConfig, *, display: Display | None = None) -> DistillResult:
     """Fine-tune on reference responses, given or the teacher's; the same loop and loss with kd_weight 0."""
-    with Run(as_config(config), "sft", display) as run:
+    with Run(as_config(config), "sft", display) as run, run.observed():
         return run.train()
 
 
@@ -704,7 +714,7 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
     Raises:
         UserError: all generations are there already, or there is no such snapshot.
     """
-    with Run(as_config(config), "distill", display, turns=True) as run:
+    with Run(as_config(config), "distill", display, turns=True) as run, run.observed():
         store = run.store
         if not store.policies():
             began = time.time()

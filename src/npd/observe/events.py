@@ -14,6 +14,8 @@ from typing import Any
 
 from npd.store import explained_full_disk
 
+MARKS = ("started", "ended", "failed")  # of a command's work on a run: not spans, but moments
+
 
 class Events:
     """Appends {name, start, end, role, process, thread, ...} to events.jsonl; times in seconds since the epoch.
@@ -74,7 +76,7 @@ def seconds_by_role(path: Path) -> dict[str, dict[str, float]]:
     """
     processes: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for event in read_events(path):
-        if event.get("thread", "MainThread") == "MainThread":
+        if event.get("thread", "MainThread") == "MainThread" and event["name"] not in MARKS:
             processes[event.get("role", "trainer"), event["process"]].append(event)
     roles: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for (role, _), spans in processes.items():

@@ -102,8 +102,8 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
-def gather(run_dir: str | Path, status: Status | None = None) -> RunFacts:
-    """Read all of a run that a report shows; `status` where the caller knows it better than the files.
+def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
+    """Read all of a run that a report shows; `going_on` where the caller knows better than the run's lock.
 
     Raises:
         UserError: this is no run's directory.
@@ -120,7 +120,7 @@ def gather(run_dir: str | Path, status: Status | None = None) -> RunFacts:
     for log in sorted((store.path / "logs").glob("*.log")):
         with suppress(OSError):
             facts.logs[log.name] = last_lines(log)
-    facts.status = status or judge(store, facts.events)
+    facts.status = judge(store, facts.events, in_use(store) if going_on is None else going_on)
     return facts
 
 
@@ -258,14 +258,13 @@ def last_lines(log: Path, count: int = LOG_LINES) -> list[str]:
 # -- how it stands
 
 
-def judge(store: Store, events: list[dict[str, Any]], now: float | None = None) -> Status:
-    """Whether a run is finished, going on, failed, or was stopped without a word."""
+def judge(store: Store, events: list[dict[str, Any]], held: bool | None) -> Status:
+    """Whether a run is finished, going on, failed, or was stopped without a word; `held`: does a process work on it?"""
     marks = [event for event in events if event.get("name") in ("started", "ended", "failed")]
     last = max((event["end"] for event in events), default=None)
     when = f" Its last sign is of {clock(last)}." if last is not None else ""
     newest = marks[-1]["name"] if marks else None
-    held = in_use(store)
-    if held or (held is None and last is not None and (now or time.time()) - last < ALIVE_SECONDS):
+    if held or (held is None and last is not None and time.time() - last < ALIVE_SECONDS):
         return Status("running", "The run goes on; this is how it stood when the report was written.")
     if newest == "failed":
         failure = marks[-1]

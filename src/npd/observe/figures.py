@@ -151,7 +151,7 @@ def over_steps(
     if not traces:
         return None
     shapes, tags = borders(runs)
-    y = axis(unit, **({"type": "log"} if log else {}))
+    y = axis(unit, **({"type": "log", "dtick": "D2"} if log else {}))
     layout = {"xaxis": axis("optimiser step"), "yaxis": y, "shapes": shapes, "annotations": tags}
     return Figure(id, title, ". ".join(said) + ".", traces, layout, note=note)
 

@@ -27,7 +27,7 @@ from npd.observe import figures as fig
 from npd.observe import pictures as pic
 from npd.observe import tables as tab
 from npd.observe.browse import MOST_SAMPLES, MOST_TOKENS, Browser, browse
-from npd.observe.facts import RunFacts, Status, clock, gather, how_it_ended
+from npd.observe.facts import RunFacts, clock, gather, how_it_ended
 from npd.observe.text import island, visible
 from npd.store import Store, write_text
 
@@ -77,13 +77,13 @@ class Page:
     browser: Browser = field(default_factory=Browser)
 
 
-def write_report(run_dir: str | Path, status: Status | None = None, out: Path | None = None) -> Path:
-    """Write RUN_DIR/report.html, or `out`; returns its path.
+def write_report(run_dir: str | Path, *, out: Path | None = None, going_on: bool | None = None) -> Path:
+    """Write RUN_DIR/report.html, or `out`; returns its path. `going_on` where the caller knows better than the run's lock.
 
     Raises:
         UserError: this is no run's directory.
     """
-    facts = gather(run_dir, status)
+    facts = gather(run_dir, going_on)
     samples, tokens = MOST_SAMPLES, MOST_TOKENS
     missing = list(facts.missing)
     while True:

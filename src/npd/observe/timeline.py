@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from npd.observe.events import MARKS
 from npd.store import write_text
 
-MARKS = ("started", "ended", "failed")
 Event = dict[str, Any]
 
 
