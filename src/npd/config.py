@@ -240,6 +240,8 @@ class EvaluationConfig(Section):
     """Sampling temperature for tasks; 0 is greedy."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Length of a response; null: as rollout.max_new_tokens."""
+    teacher: bool = False
+    """Ask the teacher the same tasks once, as the ceiling; a large one takes its time."""
     kl_prompts: int = Field(default=128, ge=0)
     """Prompts of data.eval on which the KL to the teacher is measured; 0 switches it off."""
 

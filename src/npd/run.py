@@ -30,6 +30,7 @@ from npd.observe.display import Advance, Display
 from npd.observe.events import Events, read_events, seconds_by_role
 from npd.observe.live import RunView
 from npd.observe.reporter import observed
+from npd.observe.trackers import selection_figures, start_trackers
 from npd.placement import EXTERNAL, Placement, place
 from npd.prompts import Prompts, load_prompts
 from npd.refresher import Generation, Refresher, show_generation, usable_references
@@ -264,7 +265,7 @@ class Run:
         self.evaluator = Evaluator(
             self.config, setup.tokenizer, setup.vocabulary, setup.held_out, setup.tasks, teacher, self.display
         )
-        self.accelerator.init_trackers("npd")
+        start_trackers(self.accelerator, self.config, self.store.path / "trackers")
         if self.trainer.resume():
             self.display.say(f"Going on from step {self.trainer.position.step}.")
         at = self.trainer.position
@@ -278,6 +279,7 @@ class Run:
             generations=1 if self.sft else self.config.schedule.generations,
             lead=self.placement.lead,
         )
+        self._selected: set[int] | None = None
         self._write_failed: BaseException | None = None
         self.facts: dict[str, Any] = {}
         self.shown: set[int] = set()
@@ -415,6 +417,7 @@ class Run:
     def pass_done(self) -> None:
         if not len(self.loop.kept):
             self._complete()  # which says what selection did
+        self._log_selection()
         self._show_finished()
         self._evaluate()
 
@@ -426,8 +429,7 @@ class Run:
         line: dict[str, Any] = {"generation": at.generation, "generation_ended": reason, "passes": passes}
         if at.near_policy_kl is not None and self.trainer.near_policy_is_proxy:
             line["near_policy_kl_is_proxy"] = True
-        if self.main:
-            self.store.append_metrics({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
+        self.trainer.log({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
         if self.main and self.placement.jobs and len(at.parts) < self.loop.part_count and reason == "kl_budget":
             self.display.say(
                 f"Generation {at.generation} passed schedule.kl_budget in its first pass, after {passes:.2f} passes: its "
@@ -435,6 +437,20 @@ class Run:
             )
 
     # -- how it is done
+
+    def _log_selection(self) -> None:
+        """A generation's selection as metrics, at the end of the first pass over it."""
+        at = self.trainer.position
+        if self.sft or not self.main or at.passes != 1:
+            return
+        self._complete()
+        manifest = self.store.manifest(at.generation)
+        if self._selected is None:  # a resumed run has logged some
+            lines = self.store.read_metrics()
+            self._selected = {line["selection/generation"] for line in lines if "selection/generation" in line}
+        if manifest is not None and at.generation not in self._selected:
+            self._selected.add(at.generation)
+            self.trainer.log({"step": at.step, "selection": True, **selection_figures(manifest)})
 
     def _complete(self) -> None:
         """See that a generation whose parts have all landed has its manifest; usually the refresh has written it."""
@@ -592,11 +608,23 @@ class Run:
         if self.evaluator and due and self.main and not self._evaluated(at.step):
             self._join_writer()  # generation changes the model's generation_config, which a snapshot has too
             with self.events.span("evaluate", step=at.step), self._teacher_at_hand():
+                self._evaluate_teacher()
                 figures = self.evaluator(self.trainer.base)
             self.trainer.log({"step": at.step, "eval": True, **figures})
             shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in figures.items() if shows(key)]
             self.display.say(f"step {at.step}: {', '.join(shown)}")
         self.wait()
+
+    def _evaluate_teacher(self) -> None:
+        """The teacher's own figures on the tasks, once a run, where evaluation.teacher asks for them."""
+        options = self.config.evaluation
+        if not (options.teacher and options.tasks and self.config.teacher):
+            return
+        if not any("teacher" in line for line in self.store.read_metrics()):
+            figures = self.evaluator.of_teacher()
+            self.trainer.log({"step": self.trainer.position.step, "teacher": True, **figures})
+            shown = [f"{key.removeprefix('teacher/')} {value:.4g}" for key, value in figures.items() if shows(key)]
+            self.display.say(f"teacher: {', '.join(shown)}")
 
     def _evaluated(self, step: int) -> bool:
         return any(line["step"] == step and "eval" in line for line in self.store.read_metrics())

@@ -121,6 +121,13 @@ class Evaluator:
         model.train(was_training)
         return figures
 
+    def of_teacher(self) -> dict[str, float]:
+        """The teacher's figures on every task, as teacher/TASK/accuracy, ...: the ceiling that the student aims at."""
+        assert self.teacher is not None, "only a run with a teacher asks for its figures"
+        model = self.teacher()
+        figures = {name: value for task in self.tasks for name, value in self._task(model, task).items()}
+        return {f"teacher/{name.removeprefix('eval/')}": value for name, value in figures.items()}
+
     def _rollout(self, model: PreTrainedModel, temperature: float, samples: int) -> TransformersRollout:
         return TransformersRollout(
             model,

@@ -83,7 +83,7 @@ def interval(figures: dict[str, Any], key: str) -> str:
         return "–"
     if f"{key}_low" in figures:
         return f"{100 * value:.1f}% [{100 * figures[f'{key}_low']:.1f}, {100 * figures[f'{key}_high']:.1f}]"
-    return percent(value) if "accuracy" in key or "pass@" in key or key.endswith("agreement") else f"{value:.4f}"
+    return percent(value) if "accuracy" in key or "pass@" in key or key.endswith("agreement") else number(value, 3)
 
 
 def evaluated(run: RunFacts) -> list[str]:
@@ -297,19 +297,17 @@ def evaluation_table(runs: Sequence[RunFacts]) -> Table | None:
         return None
     rows = []
     for key in keys:
-        row = [key.removeprefix("eval/")]
-        for run in runs:
-            row += [interval(run.evaluations[0], key), interval(run.evaluations[-1], key)] if run.evaluations else ["–", "–"]
-            row.append(interval(run.teacher, key.replace("eval/", "teacher/", 1)))
-        rows.append(row)
-    heads = ["before", "after", "teacher"]
-    columns = ["figure", *(f"{label(runs, i)}, {h}" if len(runs) > 1 else h for i in range(len(runs)) for h in heads)]
-    empty = {c for c in range(1, len(columns)) if all(row[c] == "–" for row in rows)}
-    kept_columns = [c for c in range(len(columns)) if c not in empty]
+        for i, run in enumerate(runs):
+            if run.evaluations:
+                ends = [interval(run.evaluations[0], key), interval(run.evaluations[-1], key)]
+                ceiling = interval(run.teacher, key.replace("eval/", "teacher/", 1))
+                rows.append([key.removeprefix("eval/"), label(runs, i), *ends, ceiling])
+    columns = ["figure", "run", "before", "after", "teacher"]
+    shown = [c for c in range(5) if (c != 1 or len(runs) > 1) and (c < 4 or any(row[c] != "–" for row in rows))]
     return Table(
         "Evaluation",
-        [columns[c] for c in kept_columns],
-        [[row[c] for c in kept_columns] for row in rows],
+        [columns[c] for c in shown],
+        [[row[c] for c in shown] for row in rows],
         "In brackets: 95% Wilson intervals.",
     )
 
@@ -322,7 +320,7 @@ def run_table(runs: Sequence[RunFacts]) -> Table:
         speeds = run.series("tokens_per_second")
         speeds = speeds[np.isfinite(speeds)]
         counts = verdict_counts(run)
-        n = counts.total()
+        n = 0 if set(counts) == {"reference"} else counts.total()
         low, high = wilson_interval(kept(counts) / n, n) if n else (0.0, 1.0)
         smooth = smooth_near_policy(run)
         smooth = smooth[np.isfinite(smooth)]
