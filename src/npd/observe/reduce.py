@@ -109,4 +109,5 @@ def spread(groups: npt.ArrayLike, most: int, seed: int = 0) -> npt.NDArray[np.in
 
 def few_digits(values: Any, digits: int = 5) -> list[float | None]:
     """Rounded to significant digits, and None for what is not finite: what JSON takes and a plot needs."""
-    return [float(f"{v:.{digits}g}") if np.isfinite(v) else None for v in np.asarray(values, np.float64)]
+    rounded = (float(f"{v:.{digits}g}") for v in np.asarray(values, np.float64))
+    return [v if np.isfinite(v) else None for v in rounded]

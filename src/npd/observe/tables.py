@@ -109,7 +109,7 @@ def kept(counts: Counter[str]) -> int:
 
 def wall_seconds(run: RunFacts) -> float:
     """The trainer's wall-clock over all its processes: time in which nothing worked on the run is not in it."""
-    return seconds_by_role(run.path / "events.jsonl").get("trainer", {}).get("wall", 0.0)
+    return seconds_by_role(run.events).get("trainer", {}).get("wall", 0.0)
 
 
 def trained_tokens(run: RunFacts) -> int:
@@ -145,7 +145,7 @@ def tiles(run: RunFacts) -> list[Tile]:
             out.append(Tile(name, head, detail))
     wall, tokens = wall_seconds(run), trained_tokens(run)
     if wall and tokens:
-        busy = seconds_by_role(run.path / "events.jsonl")["trainer"].get("train", 0.0)
+        busy = seconds_by_role(run.events)["trainer"].get("train", 0.0)
         inside = f"; {tokens / busy:,.0f} while training" if busy else ""
         out.append(Tile("Speed", f"{tokens / wall:,.0f} tokens/s", f"response tokens trained a second of wall-clock{inside}"))
     if wall:
@@ -169,7 +169,9 @@ def tiles(run: RunFacts) -> list[Tile]:
 def bars(run: RunFacts) -> list[Bar]:
     """Where time and responses went."""
     out = []
-    for role, seconds in seconds_by_role(run.path / "events.jsonl").items():
+    by_role = seconds_by_role(run.events)
+    for role in sorted(by_role, key=lambda name: (name != "trainer", name)):
+        seconds = by_role[role]
         wall = seconds.get("wall", 0.0)
         if not wall:
             continue

@@ -8,9 +8,10 @@ import re
 from typing import Any
 
 # What is not seen, or changes how its neighbours are seen: controls but tab and newline, bidirectional marks and overrides,
-# zero-width characters, line and paragraph separators, unpaired surrogates, the byte order mark.
+# the zero-width space (joiners are part of words and of emoji),
+# line and paragraph separators, unpaired surrogates, the byte order mark.
 _UNSEEN = re.compile(
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
 )
 
 
@@ -21,7 +22,7 @@ def visible(text: str) -> str:
 
 def plot_text(text: str) -> str:
     """Text for a label of plotly, which reads markup; long ones are cut."""
-    text = visible(" ".join(text.split(" ")))
+    text = visible(" ".join(text.split()))
     return html.escape(text if len(text) <= 60 else f"{text[:59]}…", quote=False)
 
 
