@@ -235,7 +235,7 @@ class Run:
 
     def observed(self) -> AbstractContextManager[None]:
         """Around the work: its start and end go on record, and so does what it failed with; the report is kept up to date."""
-        if not self.main:
+        if not self.main or self.store.finished:
             return nullcontext()
         return observed(self.events, self.display, report=self.config.tracking.report)
 

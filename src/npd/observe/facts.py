@@ -74,6 +74,7 @@ class RunFacts:
     """Last lines of each log."""
     missing: list[str] = field(default_factory=list)
     """What could not be read, and what that means; one sentence each."""
+    _arrays: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -89,13 +90,18 @@ class RunFacts:
 
     def series(self, name: str) -> np.ndarray:
         """[steps] of a metric; NaN where a step has none."""
-        return np.array([_number(line.get(name)) for line in self.steps], np.float64)
+        key = f"metric {name}"
+        if key not in self._arrays:
+            self._arrays[key] = np.array([_number(line.get(name)) for line in self.steps], np.float64)
+        return self._arrays[key]
 
     def column(self, name: str) -> np.ndarray:
         """[responses] of a column of `responses`."""
         if name not in self.responses.column_names:
             return np.empty(0)
-        return self.responses[name].to_numpy(zero_copy_only=False)
+        if name not in self._arrays:
+            self._arrays[name] = self.responses[name].to_numpy(zero_copy_only=False)
+        return self._arrays[name]
 
 
 def _number(value: Any) -> float:
