@@ -150,6 +150,13 @@ def test_every_stratum_is_shown(tmp_path):
     assert sum(s["n"] for s in browse(facts, most_tokens=50).samples) <= 50
 
 
+def test_text_has_a_budget(tmp_path, monkeypatch):
+    monkeypatch.setattr("npd.observe.browse.MOST_TEXT", 300)
+    samples = browse(gather(make_run(tmp_path / "run"))).samples
+    assert 1 <= len(samples) < 80
+    assert sum(len(s["prompt"]) + len("".join(s["pieces"])) for s in samples) <= 300
+
+
 def test_samples_say_what_the_parts_say(tmp_path):
     words = [*HOSTILE, "x" * 100_000]
     path = make_run(tmp_path / "run", words=words)

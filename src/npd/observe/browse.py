@@ -21,6 +21,7 @@ MOST_SAMPLES = 400
 MOST_TOKENS = 120_000  # response tokens shown with their figures, over all samples
 TOKENS_EACH = 4096  # of one response; what follows is shown as plain text
 MOST_CHARACTERS = 400_000  # of a prompt, or of the plain rest of a response
+MOST_TEXT = 8_000_000  # characters over all samples
 MOST_PARTS = 16  # part files whose token columns are read
 REPLACEMENT = "\ufffd"
 
@@ -192,11 +193,20 @@ def browse(facts: RunFacts, most_samples: int = MOST_SAMPLES, most_tokens: int =
         for i in sorted(i for i in chosen if generation[i] == g and part[i] == p):
             if row[i] < len(table):
                 browser.samples.append(_sample(table.slice(int(row[i]), 1).to_pylist()[0], g, decoder, numbers))
+    browser.samples = _within(browser.samples, MOST_TEXT)
     browser.vocabulary = [decoder.decode([i]) for i in numbers]
     for g, figures in measured.items():
         n = sum(count for *_, count in figures)
         browser.mass[g] = sum(m * c for m, _, c in figures) / n, sum(a * c for _, a, c in figures) / n, n
     return browser
+
+
+def _within(samples: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
+    """As many samples as have `most` characters in all, by chance; at least one."""
+    sizes = np.array([len(s["prompt"]) + sum(map(len, s["pieces"])) + len(s["rest"]) for s in samples], np.int64)
+    order = np.random.default_rng(0).permutation(len(samples))
+    fit = (np.cumsum(sizes[order]) <= most) | (np.arange(len(order)) == 0)
+    return [samples[i] for i in sorted(order[fit])]
 
 
 def top_k_figures(table: pa.Table) -> tuple[float, float, int] | None:

@@ -170,6 +170,8 @@ def curves(runs: Sequence[RunFacts]) -> list[Figure]:
             )
             for key in terms
         ]
+    elif np.nansum(np.abs(runs[0].series("kd"))) == 0:  # nothing but cross-entropy
+        figures = [over_steps(runs, "loss", "Loss", {"loss": terms["loss"]}, "nats a response token")]
     else:
         figures = [over_steps(runs, "loss", "Loss and its two terms", terms, "nats a response token")]
     figures.append(near_policy(runs))

@@ -153,9 +153,7 @@ class RunView:
             ("at", Text(f"{where}, step {at.step:,}")),
         ]
         if self.task is not None:
-            done = self.task.done / self.task.total if self.task.total else 0.0
-            name = self.task.name.rpartition(": ")[2]
-            rows.append(("now", _bar(min(1.0, done), f"{name}: {self.task.figures()}")))
+            rows.append(("now", Text(f"{self.task.name.rpartition(': ')[2]}: {self.task.figures()}")))
         landed = ", ".join(f"g{g} {there}/{self.parts() or '?'}" for g, there in self._landed.items())
         if landed:
             rows.append(("parts landed", Text(landed)))

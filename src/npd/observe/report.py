@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from npd.errors import UserError
@@ -133,7 +134,7 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
         Section(
             "selection",
             "Selection: Δ-IFD",
-            intro=[SELECTION] if facts.responses.num_rows else [],
+            intro=[SELECTION] if np.isfinite(facts.column("delta_ifd").astype(float)).any() else [],
             figures=_some(
                 pic.delta_histogram(facts), pic.ifd_scatter(facts), pic.boxes(facts, "generation"), pic.boxes(facts, "source")
             ),

@@ -17,7 +17,7 @@ from npd.observe.figures import VERDICTS, label, number, smooth_near_policy
 from npd.selection import KEPT
 from npd.store import REFERENCE
 
-MOST_ROWS = 40  # of a table; of more, the first and the last
+MOST_ROWS = 30  # of a table; of more, the first and the last
 
 WORK = {
     "train": "train",
