@@ -131,7 +131,11 @@ def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
 
 
 def _is_span(event: Any) -> bool:
-    return isinstance(event, dict) and all(isinstance(event.get(key), int | float) for key in ("start", "end"))
+    """Is this a line that Events wrote, and not what a crash or another program left?"""
+    if not isinstance(event, dict) or not isinstance(event.get("name"), str) or not isinstance(event.get("process", 0), int):
+        return False
+    start, end = _number(event.get("start")), _number(event.get("end"))
+    return math.isfinite(start) and math.isfinite(end) and start <= end
 
 
 def _read_config(store: Store, facts: RunFacts) -> None:

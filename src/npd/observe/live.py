@@ -155,7 +155,7 @@ class RunView:
         if self.task is not None:
             rows.append(("now", Text(f"{self.task.name.rpartition(': ')[2]}: {self.task.figures()}")))
         landed = ", ".join(f"g{g} {there}/{self.parts() or '?'}" for g, there in self._landed.items())
-        if landed:
+        if landed and self.parts():
             rows.append(("parts landed", Text(landed)))
         if self._kept is not None:
             g, kept, n = self._kept
