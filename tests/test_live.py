@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,21 @@ def test_messages_stand_above_the_view_and_tasks_in_it(tmp_path):
     said = plain(console)
     assert said.index("first [not markup]") < said.index("second")
     assert display.view is None
+
+
+def test_what_libraries_write_stands_above_the_view_in_whole_lines(tmp_path):
+    console = terminal()
+    display = Display(console)
+    with display.live(view_of(tmp_path, Position(), 0.1)):
+        for percent in (10, 55, 100):
+            sys.stderr.write(f"\rconverting {percent}%")
+            sys.stderr.flush()
+        sys.stderr.write("\na [warning]\nunfinished")
+    said = plain(console)
+    assert "converting 100%" in said
+    assert "converting 55%" not in said
+    assert "a [warning]" in said
+    assert "unfinished" in said
 
 
 def test_a_run_in_a_terminal_says_all_that_it_says_elsewhere(make_tree):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -13,6 +14,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Advance = Callable[..., None]
 
@@ -46,6 +48,23 @@ class View(Protocol):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult: ...
 
 
+class Whole(io.TextIOBase):
+    """What libraries write to standard error, above a live view: whole lines, and of a redrawn line its last state."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.rest = console, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self.console.print(Text(line.rstrip("\r").rpartition("\r")[2]), soft_wrap=True)
+        return len(text)
+
+    def end(self) -> None:
+        if self.rest.strip():
+            self.write("\n")
+
+
 class Display:
     """One console for a command."""
 
@@ -75,8 +94,10 @@ class Display:
             return
         self.view = view
         try:
-            with Live(view, console=self.console, refresh_per_second=FRAMES, transient=True, vertical_overflow="crop"):
+            live = Live(view, console=self.console, refresh_per_second=FRAMES, transient=True, redirect_stderr=False)
+            with live, redirect_stderr(Whole(self.console)) as others:
                 yield
+                others.end()
         finally:
             self.view = None
 

@@ -11,7 +11,6 @@ import base64
 import gzip
 import importlib.metadata
 import importlib.util
-import json
 import secrets
 import time
 from collections.abc import Sequence
@@ -305,7 +304,6 @@ def render(page: Page) -> str:
         data=packed(island(data)),
         plotly=plotly_packed() if figures else "",
         version=importlib.metadata.version("npd"),
-        json=json,
     )
 
 
