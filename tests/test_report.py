@@ -404,3 +404,9 @@ def test_tail_gives_whole_lines_newest_first(tmp_path):
     short = list(tail(path, 50))
     assert short == [f"line {i}" for i in range(99, 99 - len(short), -1)]
     assert len(short) == 5
+
+
+def test_refreshes_that_died_are_named(tmp_path):
+    path = make_run(tmp_path / "run", finished=False)
+    Events(path / "events.jsonl").write("restart", 1015.0, 1016.0, rank=1, code=-9)
+    assert "refresh-1 died (exit status -9) and was started again" in read(write_report(path))[0].said

@@ -19,7 +19,7 @@ from rich.text import Text
 Advance = Callable[..., None]
 
 PLAIN_SECONDS = 15.0  # between lines of a long task when the output is not a terminal
-FRAMES = 4  # a second, of the live view
+FRAMES = 2  # a second, of the live view; each takes some milliseconds from the training
 
 
 @dataclass

@@ -189,9 +189,9 @@ def failure(facts: RunFacts) -> tuple[list[str], list[tab.Table], list[tab.Bar],
             codes.append(Code(f"The message ({event.get('error', 'error')})", message, open=True))
         if event.get("traceback"):
             codes.append(Code("Traceback", str(event["traceback"])))
-    dead = [e for e in facts.events if e.get("name") == "restart"]
-    if dead:
-        said.append(f"Background refreshes were started again {len(dead)} times before.")
+    for death in [e for e in facts.events if e["name"] == "restart"][-5:]:
+        how = f"refresh-{death.get('rank', '?')} died (exit status {death.get('code', '?')})"
+        said.append(f"At {clock(death['start'])} {how} and was started again.")
     steps = store.checkpoints()
     resume = (
         f"It goes on from step {steps[-1]:,}, the newest checkpoint."

@@ -139,9 +139,7 @@ def tiles(run: RunFacts) -> list[Tile]:
         else:
             before, after = interval(first, key), interval(last, key)
             head = f"{before.split(' [')[0]} → {after.split(' [')[0]}"
-            detail = (
-                f"before {before}, after {after}{beside}" if "[" in after else f"nats a token; before {before}, after {after}"
-            )
+            detail = f"before {before}, after {after}{beside}" if "[" in after else f"nats a token, before and after{beside}"
             out.append(Tile(name, head, detail))
     wall, tokens = wall_seconds(run), trained_tokens(run)
     if wall and tokens:

@@ -110,7 +110,7 @@ function browser(place, { samples, vocabulary, responses }) {
 
   function choose(i) {
     selected = i;
-    rows.forEach((row, at) => row.setAttribute("aria-selected", String(at === i)));
+    rows.forEach((row, at) => at === i ? row.setAttribute("aria-current", "true") : row.removeAttribute("aria-current"));
     const s = samples[i], told = element("p", { className: "told", attributes: { role: "status" } });
     const facts = [
       ["Sample", s.id], ["Source", s.source || "(none)"], ["Verdict", `${s.verdict}; Δ = ${fixed(s.delta)}`],
