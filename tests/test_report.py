@@ -13,6 +13,7 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -26,10 +27,11 @@ from npd.cli import main
 from npd.errors import RunError, UserError
 from npd.evaluation.verify import wilson_interval
 from npd.observe import reporter
+from npd.observe.browse import Browser
 from npd.observe.display import Display
 from npd.observe.events import Events, read_events
 from npd.observe.facts import gather, ranges, tail
-from npd.observe.report import write_comparison, write_report
+from npd.observe.report import render, run_page, write_comparison, write_report
 from npd.store import Store
 
 
@@ -410,3 +412,27 @@ def test_refreshes_that_died_are_named(tmp_path):
     path = make_run(tmp_path / "run", finished=False)
     Events(path / "events.jsonl").write("restart", 1015.0, 1016.0, rank=1, code=-9)
     assert "refresh-1 died (exit status -9) and was started again" in read(write_report(path))[0].said
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_in_the_lines_there_is_a_page(tmp_path, seed):
+    path = make_run(tmp_path / "run", finished=False)
+    random = Random(seed)
+    strange = [None, "x", math.nan, math.inf, -1, 10**30, True, [], {}, 0, 1e308, HOSTILE[0], "\ud800"]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = []
+        for text in (path / name).read_text().splitlines():
+            line = json.loads(text)
+            for key in list(line):
+                if random.random() < 0.08:
+                    line[key] = random.choice(strange)
+                elif random.random() < 0.03:
+                    del line[key]
+            if random.random() < 0.1:
+                line |= {"eval": True, f"eval/{random.choice(HOSTILE)}/accuracy": random.choice(strange)}
+            lines += [json.dumps(line), *random.sample(['{"a', "null", "[]", "3", "{}"], int(random.random() < 0.1))]
+        (path / name).write_text("\n".join(lines))
+    facts = gather(path)
+    Text(render(run_page(facts, Browser())))
+    assert all(isinstance(step["step"], int) for step in facts.steps)
+    assert any("left out" in line for line in facts.missing)

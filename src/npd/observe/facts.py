@@ -120,7 +120,7 @@ def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
         raise UserError(f"{store.path} {what}; give the run_dir of `npd distill`, `npd sft` or `npd refresh`.")
     facts = RunFacts(store.path, Status("between", ""))
     _read_config(store, facts)
-    facts.events = [event for event in read_events(store.path / "events.jsonl") if _is_span(event)]
+    _read_events(store, facts)
     _read_metrics(store, facts)
     _read_generations(store, facts)
     for log in sorted((store.path / "logs").glob("*.log")):
@@ -130,12 +130,26 @@ def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
     return facts
 
 
-def _is_span(event: Any) -> bool:
-    """Is this a line that Events wrote, and not what a crash or another program left?"""
-    if not isinstance(event, dict) or not isinstance(event.get("name"), str) or not isinstance(event.get("process", 0), int):
-        return False
+def _read_events(store: Store, facts: RunFacts) -> None:
+    strange = 0
+    for event in read_events(store.path / "events.jsonl"):
+        span = _as_span(event)
+        strange += span is None
+        facts.events += [span] if span is not None else []
+    if strange:
+        facts.missing.append(f"{strange:,} lines of events.jsonl are no spans and left out.")
+
+
+def _as_span(event: Any) -> dict[str, Any] | None:
+    """A line of events.jsonl with all that Events writes; None if it has no name, or no times a clock can have."""
+    if not isinstance(event, dict) or not isinstance(event.get("name"), str):
+        return None
     start, end = _number(event.get("start")), _number(event.get("end"))
-    return math.isfinite(start) and math.isfinite(end) and start <= end
+    if not 0 <= start <= end < 1e11:
+        return None
+    process = event.get("process")
+    where = {"role": str(event.get("role", "trainer")), "thread": str(event.get("thread", "MainThread"))}
+    return event | where | {"process": process if isinstance(process, int) else 0}
 
 
 def _read_config(store: Store, facts: RunFacts) -> None:
@@ -152,10 +166,12 @@ def _read_config(store: Store, facts: RunFacts) -> None:
 
 
 def _read_metrics(store: Store, facts: RunFacts) -> None:
-    for line in store.read_metrics():
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            continue
-        if "loss" in line:
+    strange = 0
+    for text in store.read_metrics():
+        line = _as_figures(text)
+        if line is None:
+            strange += 1
+        elif "loss" in line:
             facts.steps.append(line)
         elif "eval" in line:
             facts.evaluations.append(line)
@@ -163,8 +179,19 @@ def _read_metrics(store: Store, facts: RunFacts) -> None:
             facts.teacher = line
         elif "generation_ended" in line:
             facts.ended.append(line)
+    if strange:
+        facts.missing.append(f"{strange:,} lines of metrics.jsonl have no step and are left out.")
     if not facts.steps:
         facts.missing.append("metrics.jsonl has no optimiser step yet: there are no training curves.")
+
+
+def _as_figures(line: Any) -> dict[str, Any] | None:
+    """A line of metrics.jsonl without what is no figure, text or flag; None if it has no step."""
+    if not isinstance(line, dict):
+        return None
+    kept = {k: v for k, v in line.items() if isinstance(v, str | bool) or abs(_number(v)) < 1e15}
+    step = kept.get("step")
+    return kept if isinstance(step, int) and not isinstance(step, bool) else None
 
 
 def generations_of(store: Store) -> list[int]:

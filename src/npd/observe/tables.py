@@ -113,7 +113,8 @@ def wall_seconds(run: RunFacts) -> float:
 
 
 def trained_tokens(run: RunFacts) -> int:
-    return int(run.steps[-1].get("tokens", 0)) if run.steps else 0
+    tokens = run.series("tokens")
+    return int(np.nanmax(tokens)) if np.isfinite(tokens).any() else 0
 
 
 def duration(seconds: float) -> str:
