@@ -116,7 +116,7 @@ function browser(place, { samples, vocabulary, responses }) {
       ["Sample", s.id], ["Source", s.source || "(none)"], ["Verdict", `${s.verdict}; Δ = ${fixed(s.delta)}`],
       ["IFD", `student ${fixed(s.ifd[0])}, teacher ${fixed(s.ifd[1])}`],
       ["Nats a token", `student ${fixed(s.nll[0])}, teacher ${fixed(s.nll[1])}`],
-      ["Length", `${s.n.toLocaleString("en")} tokens, ended by ${s.finish || "–"}` + (s.mass === undefined ? "" : `; the teacher's top-k hold ${fixed(s.mass, 4)}`)],
+      ["Length", `${s.n.toLocaleString("en")} token${s.n === 1 ? "" : "s"}, ended by ${s.finish || "–"}` + (s.mass === undefined ? "" : `; the teacher's top-k hold ${fixed(s.mass, 4)}`)],
     ];
     const text = element("div", { className: "text", tabIndex: 0, attributes: { role: "group", "aria-label": "Response; arrow keys go through its tokens" } });
     s.pieces.forEach((piece, t) => {
