@@ -254,7 +254,7 @@ def evaluation_curves(runs: Sequence[RunFacts]) -> list[Figure]:
                 "mode": "lines+markers",
                 "x": [line["step"] for line in lines],
                 "y": few_digits(y),
-                "name": named(runs, i, "student"),
+                "name": named(runs, i, "student" if len(runs) == 1 else ""),
                 "line": colour(runs, i, "@accent"),
             }
             if all(f"{key}_low" in line for line in lines):

@@ -60,9 +60,9 @@ function coloured(value) {
 
 function draw(place) {
   const { traces, layout, height } = figures[place.dataset.figure];
-  const axis = (given, more) => ({
+  const axis = (given) => ({
     automargin: true, gridcolor: coloured("@grid"), zerolinecolor: coloured("@line"), linecolor: coloured("@line"),
-    fixedrange: false, ...more, ...given, title: { standoff: 8, ...(given || {}).title },
+    exponentformat: "e", separatethousands: true, ...given, title: { standoff: 8, ...(given || {}).title },
   });
   const names = traces.filter((trace) => trace.showlegend !== false).map((trace) => trace.name || "");
   const several = names.length > 1;
