@@ -220,3 +220,12 @@ def test_a_failed_run_is_in_order(page, tmp_path):
     assert "stopped without a word" in page.find("#failure").text
     page.find("#failure .copy").click()
     page.wait("['Copied', 'Selected'].includes(document.querySelector('#failure .copy').textContent)")
+
+
+def test_a_run_that_has_just_begun_is_in_order(page, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("run_dir: x\n")
+    page.open(write_report(run_dir))
+    assert not page.all(".plot")
+    assert page.driver.get_log("browser") == []

@@ -14,9 +14,9 @@ from npd.observe.text import plot_text
 from npd.observe.timeline import coarser, innermost, lanes
 
 SYMBOLS = {"proximal": "circle", "degenerate": "triangle-down", "disconnect": "diamond", "undefined": "x"}
-MOST_POINTS = 2500  # of a scatter
+MOST_POINTS = 1500  # of a scatter
 MOST_BOXES = 60
-LANE_STRETCHES = 600  # a lane of the timeline is this many stretches long at most
+LANE_STRETCHES = 400  # a lane of the timeline is this many stretches long at most
 
 
 # -- Δ-IFD

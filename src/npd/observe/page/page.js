@@ -12,7 +12,8 @@ function element(tag, { attributes = {}, ...properties } = {}, ...children) {
 }
 
 async function unpacked(id) {
-  const bytes = Uint8Array.from(atob(node(id).textContent), (c) => c.charCodeAt(0));
+  const text = node(id).textContent;
+  const bytes = Uint8Array.fromBase64 ? Uint8Array.fromBase64(text) : Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
@@ -125,12 +126,13 @@ async function start() {
   });
   dark.addEventListener("change", () => theme === "auto" && applyTheme(true));
   copyButtons();
+  const library = node("island-plotly").textContent ? unpacked("island-plotly") : null;  // inflated meanwhile
   const data = JSON.parse(await unpacked("island-data"));
   figures = data.figures;
   if (node("browser")) browser(node("browser"), data);
-  if (node("island-plotly").textContent) {
+  if (library) {
     const { nonce } = document.querySelector("script[nonce]");
-    const script = element("script", { nonce, textContent: await unpacked("island-plotly") });
+    const script = element("script", { nonce, textContent: await library });
     document.head.append(script);
     await drawAll();
   }
