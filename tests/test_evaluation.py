@@ -19,11 +19,12 @@ from npd.evaluation import Evaluator, load_task
 from npd.observe.display import Display
 from npd.prompts import load_prompts
 from npd.rollout import TransformersRollout
+from npd.scoring import Prefill
 
 QUIET = Display(quiet=True)
 
 
-def make_evaluator(tree: dict, *, with_teacher: bool = True) -> tuple[Evaluator, Any]:
+def make_evaluator(tree: dict) -> tuple[Evaluator, Any]:
     """An evaluator on the tree's options, and its student."""
     config = load_config(tree)
     assert config.teacher is not None
@@ -32,9 +33,11 @@ def make_evaluator(tree: dict, *, with_teacher: bool = True) -> tuple[Evaluator,
     configs = [models.load_model_config(config.student), models.load_model_config(teacher_config)]
     vocabulary = models.shared_vocabulary(tokenizer, *configs)
     held_out = load_prompts(config.data.eval, tokenizer, max_prompt_tokens=64) if config.data.eval else None
-    teacher = (lambda: models.load_model(teacher_config)) if with_teacher else None
+    teacher = models.load_model(teacher_config)
     tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
-    evaluator = Evaluator(config, tokenizer, vocabulary, held_out, tasks, teacher, QUIET)
+    evaluator = Evaluator(
+        config, tokenizer, vocabulary, held_out, tasks, lambda key: Prefill(teacher, vocabulary, 0, 128), QUIET
+    )
     return evaluator, models.load_model(config.student)
 
 
@@ -199,8 +202,9 @@ def test_distance_equals_a_dense_computation_per_sample(make_tree, tmp_path, dat
 
     monkeypatch.setattr(TransformersRollout, "__call__", record)
     figures = evaluator(student)
-    assert evaluator.teacher is not None
-    teacher = evaluator.teacher()
+    reader = evaluator.reader(None)
+    assert isinstance(reader, Prefill)
+    teacher = reader.model
     kl, agreed, tokens = 0.0, 0, 0
     assert len(written) == 1
     assert len(written[0]) == 7

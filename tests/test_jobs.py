@@ -482,15 +482,15 @@ def test_killed_at_random_moments(make, states, tmp_path):
 def fail_parts(counter: Path, fails: Callable[[list[str], str], bool]) -> None:
     """Making a part raises wherever `fails(parts tried so far, this part)`; calls are counted over all processes."""
 
-    def student_part(real: Any, refresher: Refresher, generation: int, part: int, version: int) -> pa.Table:
+    def table(real: Any, refresher: Refresher, generation: int, part: int) -> pa.Table:
         tried = counter.read_text().split() if counter.exists() else []
         with counter.open("a") as file:
             file.write(f"{generation}/{part}\n")
         if fails(tried, f"{generation}/{part}"):
             raise ValueError("boom")
-        return real(refresher, generation, part, version)
+        return real(refresher, generation, part)
 
-    patch(Refresher, "_student_part", student_part)
+    patch(Refresher, "_table", table)
 
 
 def test_a_job_that_raises_is_started_again(make, states, tmp_path):

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import save_model as save_random_model
+from peft import PeftModel
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from tokenizers import models as token_models
@@ -37,6 +38,7 @@ from npd.demo.task import CHARACTERS
 from npd.demo.tokenizer import build_tokenizer
 from npd.errors import UserError
 from npd.models import (
+    ADAPTER,
     add_lora,
     check_compatible,
     check_model,
@@ -398,7 +400,10 @@ def test_saved_adapters_are_merged(tmp_path, modules, tied):
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert type(merged) is LlamaForCausalLM
     assert torch.allclose(logits(merged, some_ids()), expected, atol=1e-4)
-    assert not [file.name for file in (tmp_path / "merged").iterdir() if "adapter" in file.name]
+    assert not [file.name for file in (tmp_path / "merged").iterdir() if "adapter_" in file.name]
+    # Beside them the adapters as peft has them, for an engine that keeps the base.
+    apart: Any = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(path), str(tmp_path / "merged" / ADAPTER))
+    assert torch.allclose(logits(apart.eval(), some_ids()), expected, atol=1e-4)
     names = set(load_file(tmp_path / "merged" / "model.safetensors"))
     assert names == set(load_file(path / "model.safetensors"))
 

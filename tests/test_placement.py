@@ -6,6 +6,7 @@ import pytest
 
 from npd.config import PlacementConfig, ScheduleConfig
 from npd.errors import UserError
+from npd.jobs import visible_gpus
 from npd.placement import Job, Placement, cores, place
 
 
@@ -154,3 +155,57 @@ def test_generation_zero_has_all_cores():
     """The trainer waits for it."""
     placed = place(PlacementConfig(), ScheduleConfig(), gpus=0, cpus=8)
     assert (placed.train_threads, placed.rollout_threads, placed.first_threads) == (4, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "engines"),
+    [(3, [("cuda:1", "cuda:2")]), (8, [("cuda:1", "cuda:2"), ("cuda:3", "cuda:4"), ("cuda:5", "cuda:6")])],
+)
+def test_an_engine_may_take_several_gpus(gpus, engines):
+    p = place(PlacementConfig(), ScheduleConfig(), gpus=gpus, cpus=16, engine_gpus=2)
+    assert p.jobs == [Job(first, first, (second,)) for first, second in engines]
+    assert p.jobs[0].gpus == ["cuda:1", "cuda:2"]
+
+
+def test_gpus_named_for_engines_are_grouped_in_order():
+    config = PlacementConfig(rollout=["cuda:2", "cuda:0", "cuda:3", "cuda:4"], train="cuda:1", teacher="cuda:5")
+    p = place(config, ScheduleConfig(), gpus=6, cpus=16, engine_gpus=2)
+    assert p.jobs == [Job("cuda:2", "cuda:5", ("cuda:0",)), Job("cuda:3", "cuda:5", ("cuda:4",))]
+    assert p.jobs[0].gpus == ["cuda:2", "cuda:0", "cuda:5"]
+
+
+def test_a_trainer_on_a_further_gpu_of_an_engine_takes_turns_with_it():
+    p = place(PlacementConfig(rollout=["cuda:1", "cuda:0"]), ScheduleConfig(), gpus=2, cpus=16, engine_gpus=2)
+    assert p.turns
+    assert "share cuda:0" in p.why
+
+
+def test_too_few_gpus_for_an_engine():
+    with pytest.raises(UserError, match="asks for 2 GPUs an engine, but only 1 of 2"):
+        place(PlacementConfig(), ScheduleConfig(), gpus=2, cpus=16, engine_gpus=2)
+    with pytest.raises(UserError, match="name a multiple"):
+        place(PlacementConfig(rollout=["cuda:1", "cuda:2", "cuda:3"]), ScheduleConfig(), gpus=4, cpus=16, engine_gpus=2)
+
+
+def test_an_engine_in_the_trainers_process_has_the_first_gpu():
+    in_turns = place(PlacementConfig(), ScheduleConfig(lead=0.0), gpus=2, cpus=16, engine_first=True)
+    assert (in_turns.rollout, in_turns.shared_gpu) == ("cuda:0", True)
+    beside = place(PlacementConfig(), ScheduleConfig(), gpus=2, cpus=16, engine_first=True)
+    assert beside.jobs == [Job("cuda:1", "cuda:1")]
+
+
+@pytest.mark.parametrize(
+    ("mine", "devices", "theirs"),
+    [
+        (None, ["cuda:2", "cuda:0"], "2,0"),
+        ("", ["cuda:1"], "1"),
+        ("4,5,7", ["cuda:2", "cuda:0"], "7,4"),
+        ("GPU-a,GPU-b", ["cuda:1"], "GPU-b"),
+    ],
+)
+def test_a_job_sees_the_gpus_that_it_uses(monkeypatch, mine, devices, theirs):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if mine is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mine)
+    assert visible_gpus(devices) == {"CUDA_VISIBLE_DEVICES": theirs}
+    assert visible_gpus([]) == {}

@@ -29,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import npd
 import npd.run
+import npd.setup
 import npd.store
 import npd.trainer
 from npd.config import load_config
@@ -697,7 +698,7 @@ def test_dry_run_checks_tasks_and_the_run_directory(make_tree):
         ({"placement": {"train": "cuda:99"}}, "placement.train names cuda:99, but this machine has"),
     ):
         with pytest.raises(npd.UserError, match=message):
-            npd.run.prepare(load_config(make_tree(**options)), "distill")
+            npd.setup.prepare(load_config(make_tree(**options)), "distill")
 
 
 def test_a_run_dir_that_is_a_file_is_refused(make_tree):

@@ -7,6 +7,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import npd
+from npd.config import load_config
 from npd.errors import UserError
 from npd.observe.trackers import flat, selection_figures
 from npd.store import Store
@@ -112,6 +113,13 @@ def test_selection_figures_by_hand():
 
 def test_options_are_flat():
     assert flat({"a": {"b": 1, "c": [1, 2]}, "d": None, "e": True}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None", "e": True}
+
+
+@pytest.mark.parametrize("teacher", [None, {"server": "http://127.0.0.1:9", "model": "m"}])
+def test_only_a_teacher_that_is_loaded_here_can_be_asked(make_tree, teacher):
+    tree = make_tree(evaluation={"teacher": True}) | {"teacher": teacher}
+    with pytest.raises(UserError, match=r"only one that is loaded here can"):
+        load_config(tree)
 
 
 def test_a_tracker_that_cannot_start_says_so(make_tree, monkeypatch):

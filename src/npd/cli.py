@@ -143,12 +143,12 @@ def sft(config: Config, dry_run: bool) -> None:
 
 
 def _train(config: Config, command: str, dry_run: bool) -> None:
-    from npd import run
+    from npd import run, setup
     from npd.plan import show_plan
 
     display = Display()
     if dry_run:
-        show_plan(run.prepare(config, command), display)
+        show_plan(setup.prepare(config, command), display)
         return
     result = getattr(run, command)(config, display=display)
     show_result(result, display)
@@ -210,8 +210,8 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
     from npd import models
     from npd.store import Store
 
-    if config.teacher is None:
-        raise UserError("`npd init-student` cuts the student out of the teacher; set teacher.model.")
+    if config.teacher is None or config.teacher.server is not None:
+        raise UserError("`npd init-student` cuts the student out of a teacher that lies here; set teacher.model.")
     target = Path(config.student.model)
     if target.exists():
         raise UserError(f"student.model is {target}, which exists already; name a new directory, or delete that one.")

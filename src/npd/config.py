@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -50,6 +51,42 @@ class ModelConfig(Section):
 class StudentConfig(ModelConfig):
     lora: LoraConfig | None = None
     """Train low-rank adapters instead of all weights; null trains all. Snapshots and student/ hold merged weights."""
+
+
+class TeacherConfig(ModelConfig):
+    server: str | None = None
+    """URL of a running vLLM or SGLang server (http://host:8000) that serves the teacher; `model` is then its name there.
+    null: the teacher is loaded here. The key, if the server wants one, is read from the environment (api_key_env)."""
+    tokenizer: str | None = None
+    """Tokenizer of a served teacher (directory or Hub id), to be compared with the student's; null: the server is asked to
+    turn a few texts into ids instead."""
+    api: Literal["auto", "vllm", "sglang"] = "auto"
+    """What kind of server it is; auto asks it."""
+    api_key_env: str = "NPD_TEACHER_API_KEY"
+    """Environment variable that holds the server's API key; the key itself is never written anywhere."""
+    concurrency: int = Field(default=32, ge=1)
+    """Requests in flight at once."""
+    timeout: float = Field(default=120.0, gt=0)
+    """Seconds a request may take before it is given up and sent again."""
+    retry_seconds: float = Field(default=600.0, ge=0)
+    """How long a server may be away, overloaded or failing before the run stops."""
+
+    @model_validator(mode="after")
+    def _here_or_served(self) -> TeacherConfig:
+        served = ("tokenizer", "api", "api_key_env", "concurrency", "timeout", "retry_seconds")
+        local = ("revision", "dtype", "attention", "trust_remote_code")
+        given = self.model_fields_set
+        wrong = [name for name in (served if self.server is None else local) if name in given and not self._is_default(name)]
+        if wrong and self.server is None:
+            raise ValueError(f"{', '.join(wrong)} belong to a teacher that is served; set server, or leave them out")
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} are the server's own affair; leave them out beside server")
+        if self.server is not None and not re.match(r"https?://[^/]", self.server):
+            raise ValueError(f"server is a URL such as http://localhost:8000, but it is {self.server!r}")
+        return self
+
+    def _is_default(self, name: str) -> bool:
+        return getattr(self, name) == type(self).model_fields[name].default
 
 
 class DataConfig(Section):
@@ -103,8 +140,10 @@ class ScheduleConfig(Section):
 
 
 class RolloutConfig(Section):
-    engine: Literal["transformers"] = "transformers"
-    """What decodes."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What decodes: transformers, or vLLM (pip install 'npd[vllm]'), which is many times faster on a GPU."""
+    vllm: dict[str, Any] = {}
+    """Options of the vLLM engine by vLLM's own names, such as {gpu_memory_utilization: 0.6, tensor_parallel_size: 2}."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses per prompt and generation."""
     max_new_tokens: int = Field(default=1024, ge=1)
@@ -114,9 +153,23 @@ class RolloutConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; 1 switches it off. Below 1 the near-policy KL is a proxy."""
     batch_size: int = Field(default=64, ge=1)
-    """Sequences decoded at once."""
+    """Sequences decoded at once (vllm: max_num_seqs, unless rollout.vllm says otherwise)."""
     part_size: int = Field(default=1024, ge=1)
     """Prompts a part file holds: what a crash can lose, at most."""
+    check_samples: int = Field(default=8, ge=0)
+    """Responses of a generation's first part whose log-probabilities are computed again by transformers where another
+    engine wrote them; 0 checks none."""
+    check_bound: float = Field(default=0.05, gt=0)
+    """Mean absolute difference in nats per token above which that check warns. Other kernels and bfloat16 make some 0.01;
+    weights of another snapshot make far more."""
+
+    @model_validator(mode="after")
+    def _within_the_engine(self) -> RolloutConfig:
+        if self.engine == "vllm" and self.temperature > 2:
+            raise ValueError(f"vLLM samples at temperatures up to 2, but temperature is {self.temperature:g}")
+        if self.engine != "vllm" and self.vllm:
+            raise ValueError(f"vllm has options ({', '.join(self.vllm)}), but engine is {self.engine}")
+        return self
 
 
 class ScoringConfig(Section):
@@ -241,7 +294,7 @@ class EvaluationConfig(Section):
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Length of a response; null: as rollout.max_new_tokens."""
     teacher: bool = False
-    """Ask the teacher the same tasks once, as the ceiling; a large one takes its time."""
+    """Ask the teacher the same tasks once, as the ceiling; a large one takes its time. Not with a served teacher."""
     kl_prompts: int = Field(default=128, ge=0)
     """Prompts of data.eval on which the KL to the teacher is measured; 0 switches it off."""
 
@@ -276,8 +329,11 @@ class Config(Section):
     """The same seed gives the same run."""
     student: StudentConfig
     """The model that learns."""
-    teacher: ModelConfig | None = None
+    teacher: TeacherConfig | None = None
     """The model it learns from; `npd sft` on given references needs none."""
+    teachers: dict[str, TeacherConfig] = {}
+    """Teachers by the prompts' `source`, such as {math: {model: ...}, code: {server: ..., model: ...}}; `teacher` is for
+    every other source."""
     data: DataConfig
     """Prompts in."""
     schedule: ScheduleConfig = ScheduleConfig()
@@ -305,8 +361,27 @@ class Config(Section):
     provenance: dict[str, Any] | None = None
     """Written by npd into a run's config.yaml (command, package versions); ignored when read."""
 
+    @property
+    def has_teacher(self) -> bool:
+        return bool(self.all_teachers)
+
+    @property
+    def all_teachers(self) -> dict[str | None, TeacherConfig]:
+        """Every teacher by the source it is for; None is for all other sources."""
+        default: dict[str | None, TeacherConfig] = {} if self.teacher is None else {None: self.teacher}
+        return default | dict(self.teachers)
+
+    def teacher_of(self, source: str) -> str | None:
+        """The key in `all_teachers` of the teacher that reads prompts of a source."""
+        return source if source in self.teachers else None
+
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        if self.evaluation.teacher and (self.teacher is None or self.teacher.server is not None):
+            raise ValueError(
+                "evaluation.teacher asks the teacher to answer tasks, which only one that is loaded here can: set "
+                "teacher.model without a server, or evaluation.teacher: false"
+            )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.packing.length:
             raise ValueError(
@@ -318,7 +393,15 @@ class Config(Section):
 
 
 # Keys that may differ when a run is continued: they do not change what is computed.
-FREE_KEYS = ("run_dir", "checkpoint", "placement", "evaluation", "tracking", "provenance", "training.micro_batch_rows")
+FREE_KEYS = (
+    *("run_dir", "checkpoint", "placement", "evaluation", "tracking", "provenance", "training.micro_batch_rows"),
+    *("rollout.vllm", "rollout.check_samples", "rollout.check_bound"),
+    *(
+        f"{teacher}.{key}"
+        for teacher in ("teacher", "teachers.*")
+        for key in ("server", "api", "api_key_env", "concurrency", "timeout", "retry_seconds")
+    ),
+)
 
 
 def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -332,8 +415,8 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
 
 
 def section_of(field: FieldInfo, *, items: bool = False) -> type[Section] | None:
-    """The section that a field holds, if it holds one (`Section` or `Section | None`; with `items` a list of them too)."""
-    inner = get_args(field.annotation) if items or get_origin(field.annotation) is not list else ()
+    """The section that a field holds (`Section` or `Section | None`; with `items` also a list or dict of them)."""
+    inner = get_args(field.annotation) if items or get_origin(field.annotation) not in (list, dict) else ()
     for candidate in (field.annotation, *inner):
         if isinstance(candidate, type) and issubclass(candidate, Section):
             return candidate
@@ -368,7 +451,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str =
     lines = []
     for key in sorted(old.keys() | new.keys()):
         name, a, b = f"{prefix}{key}", old.get(key), new.get(key)
-        if name in FREE_KEYS or a == b:
+        if a == b or any(fnmatchcase(name, free) for free in FREE_KEYS):
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differing_keys(a, b, f"{name}.")
@@ -434,10 +517,13 @@ def _explain(error: ValidationError, where: str) -> str:
 
 def _nearest(location: list[str]) -> str | None:
     model: type[BaseModel] = Config
+    named = False
     for part in location[:-1]:
-        if part.isdigit():  # an item of a list
+        if part.isdigit() or named:  # an item of a list or of a dict
+            named = False
             continue
         field = model.model_fields.get(part)
+        named = field is not None and get_origin(field.annotation) is dict
         section = section_of(field, items=True) if field else None
         if section is None:
             return None

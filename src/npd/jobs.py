@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -26,7 +27,7 @@ from npd.store import REFERENCE, Store
 
 POLL = 0.1  # seconds between looks at the directory
 LAST_WORDS = 40  # lines shown of a job that died
-ELSEWHERE = ("student.model:", "teacher.model:")  # keys that another machine may need to have its own way
+ELSEWHERE = re.compile(r"(student|teacher|teachers\.[^.]+)\.(model|tokenizer):")  # another machine may have its own way
 USER_ERROR, RUN_ERROR = 2, 3  # exit statuses of a job that can say what went wrong; it would go wrong again
 
 
@@ -76,7 +77,11 @@ class Jobs:
 
     def _start(self, rank: int) -> Job:
         where, world = self.placement.jobs[rank], len(self.placement.jobs)
-        placed = replace(self.placement, rollout=where.rollout, teacher=where.teacher, jobs=[])
+        # vLLM takes the first GPUs that it sees.
+        visible = where.gpus if self.config.rollout.engine == "vllm" else []
+        names = {device: f"cuda:{i}" for i, device in enumerate(visible)}
+        rollout, teacher = (names.get(device, device) for device in (where.rollout, where.teacher))
+        placed = replace(self.placement, rollout=rollout, teacher=teacher, jobs=[])
         log = self.store.path / "logs" / f"refresh-{rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(placed.rollout_threads or 1, placed.teacher_threads or 1, placed.first_threads or 1)
@@ -87,7 +92,7 @@ class Jobs:
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+                env=os.environ | {"OMP_NUM_THREADS": str(threads)} | visible_gpus(visible),
                 start_new_session=True,  # Ctrl-C is for the trainer, which ends its jobs
             )
             return Job(process, log, file.tell())
@@ -135,6 +140,15 @@ class Jobs:
         return {(g, part) for g in {*generations} for part in self.store.parts(g) if part % len(self.jobs) == rank}
 
 
+def visible_gpus(devices: list[str]) -> dict[str, str]:
+    """The environment of a process that sees these devices of this process's, in this order; {} for none."""
+    if not devices:
+        return {}
+    mine = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = mine.split(",") if mine else [str(i) for i in range(1 + max(int(d.removeprefix("cuda:")) for d in devices))]
+    return {"CUDA_VISIBLE_DEVICES": ",".join(names[int(device.removeprefix("cuda:"))] for device in devices)}
+
+
 def _end_with_the_trainer(pipe: int) -> None:
     """End this process as soon as the other end of the pipe closes."""
     while os.read(pipe, 1):  # not sys.stdin.read: the interpreter can't shut down while a thread holds its lock
@@ -171,7 +185,7 @@ def follow(
     if (theirs.provenance or {}).get("command") != "distill":
         raise UserError(f"{run_dir} holds no run of `npd distill`, and only those have generations to make.")
     config = config or theirs
-    changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not c.startswith(ELSEWHERE)]
+    changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not ELSEWHERE.match(c)]
     if changes:
         raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")
     refresher = follower(config, placement, rank, world, display)

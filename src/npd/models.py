@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -21,6 +22,8 @@ from npd.errors import UserError
 
 # Numerical agreement asked of a packed row at load. Attention that leaks across samples differs by 0.3 and more.
 PACKED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.25, torch.float16: 0.05}
+
+ADAPTER = "adapter"  # what a snapshot keeps a student's adapters in, besides the merged weights
 
 PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -400,19 +403,32 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
     return wrapped
 
 
-def save_model(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, state: dict[str, Tensor] | None = None
-) -> None:
-    """Write a model and its tokenizer in Hugging Face format, with the weights of `state` if given (see `copy_state`)."""
+class State(NamedTuple):
+    """A model's weights at one moment, under the base model's names, and beside them what its adapters are."""
+
+    weights: dict[str, Tensor]
+    """Adapters merged; tied weights are one tensor."""
+    adapter: dict[str, Tensor] | None = None
+
+
+def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, state: State | None = None) -> None:
+    """Write a model and its tokenizer in Hugging Face format, with the weights of `state` if given (see `copy_state`).
+
+    Adapters are merged into the weights, and written by themselves to adapter/ as well, as peft has them.
+    """
     base = base_model(model)
     if state is None and base is not model:
-        state = _merged_state(model)
+        state = State(_merged_state(model), _adapter_state(model))
     with quiet_transformers():
-        base.save_pretrained(path, **({} if state is None else {"state_dict": state}))
+        base.save_pretrained(path, **({} if state is None else {"state_dict": state.weights}))
         tokenizer.save_pretrained(path)
+    if state is not None and state.adapter is not None:
+        options: Any = model.peft_config
+        options["default"].save_pretrained(path / ADAPTER)
+        save_file(state.adapter, path / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def copy_state(model: nn.Module) -> dict[str, Tensor]:
+def copy_state(model: nn.Module) -> State:
     """A copy in CPU memory of a model's weights as they are now, adapters merged into their base; tied ones stay one."""
     copies: dict[int, Tensor] = {}
 
@@ -423,7 +439,15 @@ def copy_state(model: nn.Module) -> dict[str, Tensor]:
         return copies[key]
 
     base = base_model(model)
-    return {name: copy(tensor) for name, tensor in (model.state_dict() if base is model else _merged_state(model)).items()}
+    weights = model.state_dict() if base is model else _merged_state(model)
+    adapter = None if base is model else {name: copy(tensor) for name, tensor in _adapter_state(model).items()}
+    return State({name: copy(tensor) for name, tensor in weights.items()}, adapter)
+
+
+def _adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    import peft
+
+    return {name: tensor.contiguous() for name, tensor in peft.get_peft_model_state_dict(model).items()}
 
 
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:

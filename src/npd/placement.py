@@ -20,6 +20,13 @@ class Job:
 
     rollout: str
     teacher: str
+    beside: tuple[str, ...] = ()
+    """Further devices of the rollout, where its engine takes several."""
+
+    @property
+    def gpus(self) -> list[str]:
+        """Every GPU that it uses, those of the rollout first."""
+        return [d for d in dict.fromkeys((self.rollout, *self.beside, self.teacher)) if d != "cpu"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +72,13 @@ def place(
     processes: int = 1,
     gpus: int | None = None,
     cpus: int | None = None,
+    engine_gpus: int = 1,
+    engine_first: bool = False,
 ) -> Placement:
     """Devices and threads on a machine with `gpus` GPUs and `cpus` cores (default: this one) and `processes` trainers.
+
+    Each rollout takes `engine_gpus` GPUs, in the order in which they are named. With `engine_first` an engine inside the
+    trainer's process, where turns are taken, can only have the first GPU.
 
     Raises:
         UserError: a device that does not exist, or lists that do not fit each other.
@@ -90,14 +102,28 @@ def place(
     rollout = [] if external else _devices("rollout", config.rollout, gpus)
     if not rollout and not external:
         free = [f"cuda:{i}" for i in range(gpus) if f"cuda:{i}" not in train]
-        rollout = free or [train[0]]
+        if engine_first and schedule.lead == 0:
+            free = []
+        rollout = free[: len(free) // engine_gpus * engine_gpus] or [train[0]]
+        if engine_gpus > 1 and len(rollout) < engine_gpus:
+            raise UserError(
+                f"rollout.vllm asks for {engine_gpus} GPUs an engine, but only {len(free)} of {gpus} do not train. Lower "
+                "tensor_parallel_size, or generate elsewhere (placement.rollout external)."
+            )
+    if len(rollout) % engine_gpus:
+        raise UserError(
+            f"placement.rollout names {len(rollout)} devices, and rollout.vllm takes {engine_gpus} for each engine; name a "
+            "multiple of that."
+        )
+    engines = [tuple(rollout[i : i + engine_gpus]) for i in range(0, len(rollout), engine_gpus)]
+    rollout = [engine[0] for engine in engines]
     teacher = _devices("teacher", config.teacher, gpus) or rollout or [train[0]]
     if rollout and len(teacher) not in (1, len(rollout)):
         raise UserError(
             f"placement.teacher names {len(teacher)} devices for {len(rollout)} of placement.rollout; name one, or as many."
         )
-    jobs = [Job(device, teacher[i % len(teacher)]) for i, device in enumerate(rollout)]
-    used = {device for job in jobs for device in (job.rollout, job.teacher)}
+    jobs = [Job(engine[0], teacher[i % len(teacher)], engine[1:]) for i, engine in enumerate(engines)]
+    used = {device for job in jobs for device in (job.rollout, *job.beside, job.teacher)}
     shared = sorted(device for device in used & set(train) if device != "cpu")
     why = ""
     if shared and schedule.lead:

@@ -11,8 +11,8 @@ from npd import models
 from npd.observe.display import Display
 from npd.packing import pack
 from npd.prompts import count_sources
-from npd.run import Setup, placement_of
 from npd.selection import ENOUGH
+from npd.setup import Setup, placement_of
 from npd.trainer import resolve_precision
 
 GIB = 1 << 30
@@ -55,6 +55,7 @@ def show_plan(setup: Setup, display: Display) -> None:
         ["longest prompt", f"{prompt_lengths.max():,} tokens"],
         ["generations", f"{schedule.generations if not sft else 1:,} of {samples:,} responses"],
         ["passes over each", str(schedule.passes)],
+        *([["answered by", config.rollout.engine]] if command == "distill" else []),
         ["response tokens per generation", f"at most {samples * response:,.0f}"],
         ["optimiser steps", f"about {steps:,} at most, {rows_per_step} rows of {config.packing.length:,} tokens each"],
         *(["ends earlier at", limit] for limit in limits),
@@ -72,10 +73,14 @@ def show_plan(setup: Setup, display: Display) -> None:
         inference = student * models.resolve_dtype(config.student, trained=False).itemsize
         rows.append(["student in rollout", f"{inference / GIB:.2f} GiB"])
         disk += student * weight * (2 + min(generations, config.checkpoint.keep))
-    if setup.teacher_config is not None and config.teacher is not None:
-        teacher = models.parameter_count(setup.teacher_config, trust_remote_code=config.teacher.trust_remote_code)
-        held = teacher * models.resolve_dtype(config.teacher, trained=False).itemsize
-        rows.append(["teacher", f"{teacher:,} parameters, {held / GIB:.2f} GiB"])
+    for key, model in config.all_teachers.items() if command == "distill" or config.data.references == "teacher" else ():
+        name = "teacher" if key is None else f"teachers.{key}"
+        if model.server is not None:
+            rows.append([name, f"{model.model} on {model.server}, {model.concurrency} requests at once"])
+            continue
+        count = models.parameter_count(setup.teacher_configs[key], trust_remote_code=model.trust_remote_code)
+        held = count * models.resolve_dtype(model, trained=False).itemsize
+        rows.append([name, f"{count:,} parameters, {held / GIB:.2f} GiB"])
     if config.training.max_steps is None or config.training.max_steps >= config.checkpoint.every_steps:
         disk += student * weight * 3 * config.checkpoint.keep
     disk += parts_disk / max(1, generations)  # kept samples of one generation, mapped from files of their own
@@ -89,7 +94,9 @@ def show_plan(setup: Setup, display: Display) -> None:
             cpu = (
                 f"CPU threads {placed.rollout_threads}, scoring {placed.teacher_threads}, generation 0 {placed.first_threads}"
             )
-            rows.append([f"refresh {i} on", f"{job.rollout}, teacher on {job.teacher}; {cpu}"])
+            local = any(teacher.server is None for teacher in config.all_teachers.values())
+            teacher = f", teacher on {job.teacher}" if local else ""
+            rows.append([f"refresh {i} on", f"{', '.join((job.rollout, *job.beside))}{teacher}; {cpu}"])
         if placed.turns:
             why = f" ({placed.why}; schedule.lead is not taken)" if placed.why else " (schedule.lead 0)"
             rows.append(["refresh", f"takes turns with the trainer{why}"])
@@ -98,6 +105,8 @@ def show_plan(setup: Setup, display: Display) -> None:
         else:
             rows.append(["next snapshot", f"passes before the end of a generation: {placed.lead:g}"])
     display.table(f"npd {command}: the plan for {config.run_dir}", ["what", "how much"], rows)
+    for note in setup.notes:
+        display.say(note)
     for line in setup.prompts.report():
         display.say(f"data.train: {line}")
     each = min(samples, config.rollout.part_size * (1 if sft else config.rollout.samples_per_prompt))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,14 +22,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npd.config import Config
 from npd.errors import UserError
-from npd.models import Vocabulary, load_model, snapshot_config
-from npd.observe.display import Display
+from npd.loaded import Loaded, engine_difference, warn_of_engine
+from npd.models import Vocabulary
+from npd.observe.display import Advance, Display
 from npd.observe.events import Events
 from npd.placement import Placement
 from npd.prompts import Prompts
 from npd.rollout import TransformersRollout
 from npd.schedule import derive_seed, generation_size, parts_of_generation, prompts_of_generation
-from npd.scoring import Prefill, ScoreStudent, ScoreTeacher
+from npd.scoring import Routed, ScoreStudent, ScoreTeacher
 from npd.selection import Select, Summary, check_some_kept
 from npd.store import REFERENCE, Store
 
@@ -44,7 +48,7 @@ class Generation:
 
 
 class Refresher:
-    """Makes generations. Holds the teacher, loaded once and only if something is missing.
+    """Makes generations. Its models are loaded once, and only if something is missing.
 
     Args:
         sft: generations are reference responses, without scores.
@@ -69,10 +73,10 @@ class Refresher:
         wait: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.store, self.prompts, self.vocabulary = config, store, prompts, vocabulary
-        self.pad_id: int = tokenizer.pad_token_id
         self.display, self.events, self.placement = display, events, placement
         self.sft, self.rank, self.world, self.wait = sft, rank, world, wait
-        self._student: tuple[int, PreTrainedModel | None] = (REFERENCE, None)
+        self.models = Loaded(config, store, vocabulary, tokenizer.pad_token_id, prompts.longest, display, placement)
+        self._checks: dict[int, dict[str, float]] = {}
 
     # -- what a generation is
 
@@ -125,9 +129,8 @@ class Refresher:
         if self.rank == 0:
             self.mend(generation)
         self.wait()  # every process sees the same parts before any of them begins to make what is missing
-        for part in self.missing(generation):
-            self.make_part(generation, part, policy_version)
-        self.release()
+        self.make_parts(generation, iter(self.missing(generation)), policy_version)
+        self.models.release()
         self.wait()
         if self.rank == 0 and self.store.manifest(generation) is None:
             self.finish(generation)
@@ -160,45 +163,134 @@ class Refresher:
         manifest = self.store.manifest(generation)
         return policy_version if manifest is None else int(manifest["policy_version"])
 
-    def make_part(self, generation: int, part: int, policy_version: int) -> None:
-        """Make one part, with the snapshot that began the generation or else with `policy_version`."""
-        with self.events.span("part", generation=generation, part=part):
-            if self.is_reference(generation):
-                table = self._reference_part(generation, part)
-            else:
-                table = self._student_part(generation, part, self.begun_by(generation, policy_version))
-            with self.events.span("store", generation=generation, part=part):
-                self.store.write_part(generation, part, table)
+    def make_parts(self, generation: int, parts: Iterator[int], policy_version: int) -> None:
+        """Make parts, with the snapshot that began the generation or else with `policy_version`.
 
-    def _student_part(self, generation: int, part: int, policy_version: int) -> pa.Table:
+        An engine that batches continuously asks for the next parts while it answers one.
+        """
+        if self.is_reference(generation):
+            for part in parts:
+                with self._part(generation, part):
+                    self._store(generation, part, self._reference_part(generation, part))
+            return
+        version = self.begun_by(generation, policy_version)
+        with self._scoring(generation) as finish:
+            for part, table in self._answered(generation, parts, version):
+                finish(part, identify(table, generation, part, version), version)
+
+    @contextmanager
+    def _part(self, generation: int, part: int) -> Iterator[None]:
+        with self.events.span("part", generation=generation, part=part):
+            yield
+
+    def _store(self, generation: int, part: int, table: pa.Table) -> None:
+        with self.events.span("store", generation=generation, part=part):
+            self.store.write_part(generation, part, table)
+
+    def _answered(self, generation: int, parts: Iterator[int], version: int) -> Iterator[tuple[int, pa.Table]]:
+        """The student's answers, part by part."""
+        first = next(parts, None)
+        if first is None:
+            return
         with self.events.span("load"):
-            student, teacher = self._student_of(policy_version), self.teacher
-        table = self._table(generation, part)
-        seed = derive_seed(self.config.seed, "rollout", policy_version, generation, part)
-        with self._step("generate", generation, part, len(table) * self.config.rollout.samples_per_prompt) as advance:
-            table = self.rollout(student)(table, seed, advance)
-        table = identify(table, generation, part, policy_version)
-        with self._step("score", generation, part, 3 * count_tokens(table["response_ids"])) as advance:
-            score_teacher = ScoreTeacher(self.prefill(teacher), self.config.scoring.top_k)
-            table = ScoreStudent(self.prefill(student))(score_teacher(table, advance), advance)
-        return Select(self.config.selection)(table)
+            engine = self.models.engine(version)
+        order = deque([first])  # of parts that are asked for and not answered
+
+        def asked() -> Iterator[tuple[int, pa.Table, int]]:
+            for part in itertools.chain([first], parts):
+                if part != first:
+                    order.append(part)
+                yield part, self._table(generation, part), derive_seed(self.config.seed, "rollout", version, generation, part)
+
+        if isinstance(engine, TransformersRollout):
+            for part, table, seed in asked():
+                with self._generating(generation, part) as advance:
+                    table = engine(table, seed, advance)
+                yield part, table
+            return
+        with closing(engine.stream(asked())) as stream:
+            while order:
+                with self._generating(generation, order[0]) as engine.progress:
+                    answered = next(stream)
+                order.popleft()
+                yield answered
+
+    def _generating(self, generation: int, part: int) -> AbstractContextManager[Advance]:
+        rows = self.parts(generation)[part]
+        return self._step("generate", generation, part, (rows.stop - rows.start) * self.config.rollout.samples_per_prompt)
+
+    @contextmanager
+    def _scoring(self, generation: int) -> Iterator[Callable[[int, pa.Table, int], None]]:
+        """What scores, selects and stores an answered part: at once, or beside the engine where it has its own device."""
+
+        def finish(part: int, table: pa.Table, version: int) -> None:
+            with self._part(generation, part):
+                with self.events.span("load"):
+                    student = self.models.student(version)
+                    for source in table["source"].unique().to_pylist():
+                        self.models.teacher(self.config.teacher_of(source))
+                if self.config.rollout.engine != "transformers" and generation not in self._checks:
+                    self._check_engine(generation, part, table, student)
+                with self._step("score", generation, part, 3 * count_tokens(table["response_ids"])) as advance:
+                    table = ScoreStudent(self.models.prefill(student))(self._score_teacher()(table, advance), advance)
+                self._store(generation, part, Select(self.config.selection)(table))
+
+        if not self._scores_beside:
+            yield finish
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="score") as pool:
+            waiting: deque[Future[None]] = deque()
+
+            def submit(part: int, table: pa.Table, version: int) -> None:
+                while len(waiting) > 1:  # answers wait in memory: no more of them than are read soon
+                    with self.events.span("score", generation=generation):
+                        waiting.popleft().result()
+                waiting.append(pool.submit(finish, part, table, version))
+
+            try:
+                yield submit
+                with self.events.span("score", generation=generation):
+                    for future in waiting:
+                        future.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    @property
+    def _scores_beside(self) -> bool:
+        """May scoring run while the engine generates? Where the teachers' work is done elsewhere."""
+        teachers = self.config.all_teachers.values()
+        elsewhere = self.placement.teacher != self.placement.rollout or all(t.server is not None for t in teachers)
+        return self.config.rollout.engine == "vllm" and elsewhere
+
+    def _score_teacher(self) -> Routed:
+        top_k = self.config.scoring.top_k
+        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self.models.reader(key), top_k))
+
+    def _check_engine(self, generation: int, part: int, table: pa.Table, student: PreTrainedModel) -> None:
+        """Compare log-probabilities of the engine with those of the snapshot in transformers, on a few responses."""
+        count = self.config.rollout.check_samples
+        if not count:
+            return
+        with self.events.span("check", generation=generation, part=part):
+            check = engine_difference(table.slice(0, count), self.models.prefill(student))
+        self._checks[generation] = check
+        now = time.time()
+        self.events.write("engine", now, now, generation=generation, part=part, **check)
+        warn_of_engine(check, self.config.rollout.check_bound, self.display)
 
     def _reference_part(self, generation: int, part: int) -> pa.Table:
         table = self._table(generation, part)
         if self.config.data.references == "teacher":
-            with self.events.span("load"):
-                teacher = self.teacher
             with self._step("generate", generation, part, len(table)) as advance:
                 seed = derive_seed(self.config.seed, "teacher", generation, part)
-                table = self.rollout(teacher, samples_per_prompt=1)(table, seed, advance)
-            table = table.drop_columns("behavior_logprobs")  # no snapshot of the student is behind them
+                table = Routed(self.config.teacher_of, self.models.writer)(table, seed, advance)
         else:
             table = table.append_column("response_ids", table["completion_ids"]).append_column(
                 "finish_reason", pa.array(["stop"] * len(table), pa.string())
             )
         if generation == REFERENCE:
             with self._step("score", generation, part, 2 * count_tokens(table["response_ids"])) as advance:
-                table = ScoreTeacher(self.prefill(self.teacher), self.config.scoring.top_k)(table, advance)
+                table = self._score_teacher()(table, advance)
         table = identify(table, generation, part, REFERENCE)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 
@@ -232,68 +324,40 @@ class Refresher:
                 summary.add(table)
                 tokens += count_tokens(table["response_ids"])
                 stops += int(pc.sum(pc.equal(table["finish_reason"], "length")).as_py())
-            facts = {
+            facts: dict[str, Any] = {
                 "policy_version": self.begun_by(generation, REFERENCE),
                 "selection": summary.result(),
                 "prompts": {"read": self.prompts.rows, "used": len(self.prompts), "left_out": self.prompts.report()},
                 "response_tokens": tokens,
                 "length_stops": stops,
             }
+            if self.config.teachers:
+                facts["teachers"] = self._rows_by_teacher(facts["selection"])
+            if generation in self._checks:
+                facts["engine"] = {"name": self.config.rollout.engine, **self._checks[generation]}
             self.store.finish_generation(generation, count, facts)
         show_generation(generation, facts, self.display)
 
-    # -- models
-
-    @cached_property
-    def teacher(self) -> PreTrainedModel:
-        assert self.config.teacher is not None
-        return load_model(self.config.teacher, on=self.placement.teacher)
-
-    def _student_of(self, policy_version: int) -> PreTrainedModel:
-        """The student as a snapshot has it; the one used last stays loaded."""
-        version, model = self._student
-        if model is None or version != policy_version:
-            self.release()
-            path = self.store.policy(policy_version)
-            if not path.is_dir():
-                raise UserError(
-                    f"A part must be made again, but the snapshot {path} that writes it is no longer kept (checkpoint.keep "
-                    f"{self.config.checkpoint.keep}). Delete the run directory and start over, keeping more."
-                )
-            self.store.check_model(path)
-            model = load_model(snapshot_config(self.config.student, path), on=self.placement.rollout)
-            self._student = policy_version, model
-        return model
-
-    def release(self) -> None:
-        """Let go of the student, and of the memory it took."""
-        self._student = REFERENCE, None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-    def rollout(self, model: PreTrainedModel, samples_per_prompt: int | None = None) -> TransformersRollout:
-        options = self.config.rollout
-        return TransformersRollout(
-            model,
-            self.vocabulary,
-            self.pad_id,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            batch_size=options.batch_size,
-            samples_per_prompt=samples_per_prompt or options.samples_per_prompt,
-        )
-
-    def prefill(self, model: PreTrainedModel) -> Prefill:
-        return Prefill(model, self.vocabulary, self.pad_id, self.config.scoring.batch_tokens)
+    def _rows_by_teacher(self, selection: dict[str, Any]) -> dict[str, int]:
+        rows: Counter[str] = Counter()
+        for source, counts in selection["sources"].items():
+            key = self.config.teacher_of(source)
+            rows["teacher" if key is None else f"teachers.{key}"] += counts["rows"]
+        return dict(sorted(rows.items()))
 
     # -- following a run
 
     def follow(self, poll: float) -> None:
+        """As `_follow`; lets go of everything when it ends."""
+        try:
+            self._follow(poll)
+        finally:
+            self.models.close()
+
+    def _follow(self, poll: float) -> None:
         """Make each generation as soon as its snapshot is published, until every one is made or the run is finished.
 
-        The part that is wanted first is made first: after each, all that may be missing is looked at anew, and the
-        selection too, which `npd refresh --reselect` may have changed.
+        The part that is wanted first is made first: after each, all that may be missing is looked at anew.
         """
         waits_since: float | None = None
         while not self.store.finished:
@@ -304,7 +368,6 @@ class Refresher:
                 if waits_since is not None:
                     self.events.write("wait", waits_since, time.time())
                     waits_since = None
-                self.config = self.config.model_copy(update={"selection": self.store.selection()})
                 any(self._advance(g) for g in candidates)
                 continue
             if all(self.store.manifest(g) is not None for g in wanted):
@@ -318,11 +381,25 @@ class Refresher:
         whole = not self.store.missing_parts(generation, len(self.parts(generation)))
         return whole and self.rank == 0 and self.store.manifest(generation) is None
 
+    def _wanted(self, generation: int) -> Iterator[int]:
+        """Missing parts, each asked for once, for as long as no other generation comes before this one.
+
+        The selection is read anew for each: `npd refresh --reselect` may have changed it. Without continuous batching there
+        is a single part: what is wanted first is then looked at anew.
+        """
+        asked: set[int] = set()
+        while missing := [part for part in self.missing(generation) if part not in asked]:
+            if asked and (self.config.rollout.engine == "transformers" or self.store.current > generation):
+                return
+            asked.add(missing[0])
+            self.config = self.config.model_copy(update={"selection": self.store.selection()})
+            yield missing[0]
+
     def _advance(self, generation: int) -> bool:
-        """Make the next part of a generation, or its manifest; False if there is nothing to do for it now."""
+        """Make the next parts of a generation, or its manifest; False if there is nothing to do for it now."""
         missing = self.missing(generation)
         if missing:
-            self.make_part(generation, missing[0], generation)
+            self.make_parts(generation, self._wanted(generation), generation)
             return True
         if self.rank or self.store.manifest(generation) is not None:
             return False

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,25 +17,26 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from transformers import PreTrainedModel
 
 from npd import models
-from npd.config import Config, load_config
+from npd.config import Config
 from npd.errors import UserError
-from npd.evaluation import Evaluator, Task, load_task
+from npd.evaluation import Evaluator
 from npd.jobs import POLL, Jobs
+from npd.loaded import Loaded, warn_of_engine
 from npd.loop import Loop, Trained
 from npd.observe.display import Advance, Display
 from npd.observe.events import Events, read_events, seconds_by_role
 from npd.observe.live import RunView
 from npd.observe.reporter import observed
 from npd.observe.trackers import selection_figures, start_trackers
-from npd.placement import EXTERNAL, Placement, place
-from npd.prompts import Prompts, load_prompts
-from npd.refresher import Generation, Refresher, show_generation, usable_references
+from npd.placement import Placement
+from npd.prompts import Prompts
+from npd.refresher import Generation, Refresher, show_generation
 from npd.reselect import reselect as reselection
 from npd.samples import Samples, clear_cache
 from npd.selection import check_some_kept
+from npd.setup import AnyConfig, as_config, load_tokenizers, placement_of, prepare
 from npd.store import REFERENCE, Store
 from npd.trainer import Trainer, make_accelerator
 
@@ -44,7 +44,6 @@ from npd.trainer import Trainer, make_accelerator
 MANY_PASSES = 100
 
 T = TypeVar("T")
-AnyConfig = Config | Mapping[str, Any] | str | Path
 
 
 @dataclass(frozen=True)
@@ -73,118 +72,12 @@ class DistillResult:
     """How each generation ended: why (passes, kl_budget, max_steps, max_tokens), after how many passes, at which KL."""
 
 
-@dataclass
-class Setup:
-    """What can be known and checked before any weights are loaded."""
-
-    config: Config
-    command: str
-    tokenizer: Any
-    vocabulary: models.Vocabulary
-    prompts: Prompts | None
-    """None where nothing is trained."""
-    held_out: Prompts | None
-    tasks: list[Task]
-    student_config: Any
-    teacher_config: Any
-
-
-def as_config(config: AnyConfig) -> Config:
-    return config if isinstance(config, Config) else load_config(config)
-
-
-def placement_of(config: Config, *, turns: bool = False, processes: int = 1) -> Placement:
-    """Where a run's parts stand; with `turns` nothing runs beside the trainer, whatever schedule.lead says."""
-    if not turns:
-        return place(config.placement, config.schedule, processes=processes)
-    here = config.placement.model_copy(update={"rollout": "auto"} if config.placement.rollout == EXTERNAL else {})
-    return place(here, config.schedule.model_copy(update={"lead": 0.0}), processes=processes)
-
-
-def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, Any]:
-    """Tokenizer, what the models share, and both models' configurations (None without a teacher).
-
-    Raises:
-        UserError: they cannot be loaded, or do not fit each other.
-    """
-    tokenizer = models.load_tokenizer(config.student)
-    model_configs = [models.load_model_config(config.student)]
-    stop_ids = models.stop_ids_of(config.student)
-    if config.teacher is not None:
-        names = (config.student.model, config.teacher.model)
-        models.check_compatible(tokenizer, models.load_tokenizer(config.teacher), names)
-        model_configs.append(models.load_model_config(config.teacher))
-        stop_ids += models.stop_ids_of(config.teacher)
-    vocabulary = models.shared_vocabulary(tokenizer, *model_configs, stop_ids=stop_ids)
-    if config.scoring.top_k > vocabulary.size:
-        raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
-    return tokenizer, vocabulary, model_configs[0], (model_configs[1] if len(model_configs) > 1 else None)
-
-
-def prepare(config: Config, command: str) -> Setup:
-    """Load configuration, tokenizers and data, and check all that can be checked without weights.
-
-    Raises:
-        UserError: whatever is wrong with what the user gave.
-    """
-    needs_teacher = command in ("distill", "refresh") or (command == "sft" and config.data.references == "teacher")
-    if needs_teacher and config.teacher is None:
-        raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    placed = placement_of(config, turns=command != "distill", processes=processes)
-    models.place_on(placed.train[0] if processes == 1 else None)
-    tokenizer, vocabulary, student_config, teacher_config = load_tokenizers(config)
-    given = command == "sft" and config.data.references == "given"
-    prompts = None
-    if command != "eval":
-        prompts = load_prompts(
-            config.data.train,
-            tokenizer,
-            split=config.data.split,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_completion_tokens=config.rollout.max_new_tokens if given else None,
-            need="completion" if given else None,
-        )
-        if command == "distill" and config.schedule.references and not len(usable_references(config, prompts)):
-            raise UserError(
-                "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
-                "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
-            )
-    held_out = None
-    if config.data.eval is not None:
-        held_out = load_prompts(
-            config.data.eval,
-            tokenizer,
-            split=config.data.split,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            need="answer" if any(task.name == "answer" for task in config.evaluation.tasks) else None,
-        )
-    tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
-    asked = [p.longest for p in (prompts, held_out) if p is not None]
-    longest = max([0, *asked, *(max(map(len, task.prompts["prompt_ids"].to_pylist())) for task in tasks)])
-    option, new = max(
-        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
-        ("evaluation.max_new_tokens", config.evaluation.max_new_tokens or 0),
-        key=lambda pair: pair[1],
-    )
-    for name, model_config in ((config.student, student_config), (config.teacher, teacher_config)):
-        context = models.context_length(model_config) if model_config is not None else None
-        if context is not None and longest + new > context:
-            raise UserError(
-                f"The longest prompt ({longest} tokens) and {option} ({new}) together pass the context of "
-                f"{name.model if name else ''} ({context} tokens). Lower data.max_prompt_tokens or {option}."
-            )
-    if command != "eval":
-        Store(config.run_dir).check(config, command)
-    return Setup(config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_config)
-
-
 class Run:
     """One process's part in a run: what the loop decides, done with models. Holds the run's lock while entered."""
 
     def __init__(self, config: Config, command: str, display: Display | None = None, *, turns: bool = False) -> None:
         self.config, self.command, self.sft = config, command, command == "sft"
-        self.setup = prepare(config, command)
+        self.setup = prepare(config, command, turns=turns)
         self.store = Store(config.run_dir)
         self.accelerator: Accelerator = make_accelerator(config, self.store)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
@@ -221,6 +114,8 @@ class Run:
                 world=self.world,
                 wait=self.wait,
             )
+            for note in self.setup.notes:
+                self.display.say(note)
             for data, name in ((prompts, "data.train"), (self.setup.held_out, "data.eval")):
                 for line in data.report() if data else ():
                     self.display.say(f"{name}: {line}")
@@ -230,6 +125,7 @@ class Run:
     def __exit__(self, *error: Any) -> None:
         if self.writer is not None:  # something else went wrong meanwhile
             self.writer.join()
+        self.refresher.models.close()
         self.resources.close()
         torch.set_num_threads(self.threads)
 
@@ -261,9 +157,14 @@ class Run:
                 kd_weight=0.0 if self.sft else self.config.loss.kd_weight,
             )
         setup = self.setup
-        teacher: Callable[[], PreTrainedModel] | None = (lambda: self.refresher.teacher) if self.config.teacher else None
         self.evaluator = Evaluator(
-            self.config, setup.tokenizer, setup.vocabulary, setup.held_out, setup.tasks, teacher, self.display
+            self.config,
+            setup.tokenizer,
+            setup.vocabulary,
+            setup.held_out,
+            setup.tasks,
+            self.refresher.models.reader,
+            self.display,
         )
         start_trackers(self.accelerator, self.config, self.store.path / "trackers")
         if self.trainer.resume():
@@ -300,6 +201,7 @@ class Run:
                 self.store.save_model(self.store.student, self.trainer.save_policy, facts)
                 self._tidy_finished()
         self.wait()
+        self.refresher.models.close()  # before accelerate ends what vLLM shares with it
         self.accelerator.end_training()
         return self._result()
 
@@ -536,7 +438,7 @@ class Run:
 
             yield show
 
-    def _write(self, version: int, state: dict[str, torch.Tensor], step: int) -> None:
+    def _write(self, version: int, state: models.State, step: int) -> None:
         """Write a snapshot beside the training."""
 
         def write() -> None:
@@ -588,16 +490,15 @@ class Run:
         with self.trainer.parked():
             with self._teacher_at_hand():
                 yield
-            self.refresher.release()
+            self.refresher.models.release()
 
     @contextmanager
     def _teacher_at_hand(self) -> Iterator[None]:
-        loaded = "teacher" in vars(self.refresher)
-        if loaded and self.placement.shared_gpu:
-            self.refresher.teacher.to(self.placement.teacher)  # type: ignore[arg-type]
+        if self.placement.shared_gpu:
+            self.refresher.models.move_teachers(self.placement.teacher)
         yield
-        if self.placement.shared_gpu and "teacher" in vars(self.refresher):
-            self.refresher.teacher.to("cpu")  # type: ignore[arg-type]
+        if self.placement.shared_gpu:
+            self.refresher.models.move_teachers("cpu")
             torch.cuda.empty_cache()
 
     def _evaluate(self, last: bool = False) -> None:
@@ -618,7 +519,7 @@ class Run:
     def _evaluate_teacher(self) -> None:
         """The teacher's own figures on the tasks, once a run, where evaluation.teacher asks for them."""
         options = self.config.evaluation
-        if not (options.teacher and options.tasks and self.config.teacher):
+        if not (options.teacher and options.tasks):
             return
         if not any("teacher" in line for line in self.store.read_metrics()):
             figures = self.evaluator.of_teacher()
@@ -657,6 +558,8 @@ class Run:
         if manifest is not None:
             self.shown.add(generation)
             show_generation(generation, manifest, self.display)
+            if "engine" in manifest:
+                warn_of_engine(manifest["engine"], self.config.rollout.check_bound, self.display)
 
     def _advice(self, by_role: dict[str, dict[str, float]]) -> str:
         """A longer lead, where the trainer waited for generations that one would have had ready."""
@@ -815,15 +718,19 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
         model = str(paths[0]) if paths else None
     if model is not None:
         config = config.model_copy(update={"student": models.snapshot_config(config.student, Path(model))})
-    setup = prepare(config, "eval")
+    setup, display = prepare(config, "eval"), display or Display(quiet=True)
+    for note in setup.notes:
+        display.say(note)
+    placed = placement_of(config, turns=True)
+    loaded = Loaded(config, Store(config.run_dir), setup.vocabulary, setup.tokenizer.pad_token_id, 0, display, placed)
     evaluator = Evaluator(
         config,
         setup.tokenizer,
         setup.vocabulary,
         setup.held_out,
         setup.tasks,
-        partial(models.load_model, config.teacher) if config.teacher else None,
-        display or Display(quiet=True),
+        loaded.reader,
+        display,
     )
     if not evaluator:
         raise UserError("There is nothing to evaluate: set evaluation.tasks, or data.eval together with a teacher.")

@@ -338,7 +338,7 @@ class Store:
 
     def _seal(self, path: Path, facts: dict[str, Any]) -> None:
         """Write npd.json: facts, and the checksums of all that lies beside it."""
-        checksums = {file.name: sha256(file) for file in sorted(path.iterdir()) if file.is_file()}
+        checksums = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
         (path / "npd.json").write_text(json.dumps(facts | {"sha256": checksums}, indent=1) + "\n")
 
     def check_model(

@@ -28,7 +28,7 @@ from npd.config import Config
 from npd.errors import RunError, UserError
 from npd.loop import Position, Trained
 from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
-from npd.models import add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
+from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events
 from npd.observe.trackers import figures_of
 from npd.packing import pack_tokens
@@ -116,11 +116,11 @@ class Trainer:
         """The student as transformers knows it, adapters inside."""
         return base_model(self.student)
 
-    def save_policy(self, path: Path, state: dict[str, Tensor] | None = None) -> None:
+    def save_policy(self, path: Path, state: State | None = None) -> None:
         """Write the student, or the weights that `copy_policy` gave."""
         save_model(self.student, self.tokenizer, path, state)
 
-    def copy_policy(self) -> dict[str, Tensor]:
+    def copy_policy(self) -> State:
         """The student's weights as they are now, for a thread that writes them while training goes on."""
         return copy_state(self.student)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +14,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from npd.config import Config, TaskConfig
 from npd.errors import UserError
 from npd.evaluation.verify import extract_answer, is_correct, pass_at_k, wilson_interval
-from npd.models import Vocabulary
+from npd.losses import sparse_soft_cross_entropy
+from npd.models import Vocabulary, head_weight
 from npd.observe.display import Display
 from npd.prompts import Prompts
 from npd.rollout import TransformersRollout
 from npd.schedule import derive_seed
-from npd.scoring import Prefill
+from npd.scoring import Prefill, Reader
 
 DEFAULT_SIZE = 128
+
+Lists = list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Evaluator:
     """Runs every task and the held-out comparison on a model.
 
     Args:
-        teacher: gives the teacher when it is needed; None where there is none.
+        reader: gives what reads with a teacher, by its key in `Config.all_teachers`, when it is needed.
     """
 
     def __init__(
@@ -96,18 +99,18 @@ class Evaluator:
         vocabulary: Vocabulary,
         held_out: Prompts | None,
         tasks: list[Task],
-        teacher: Callable[[], PreTrainedModel] | None,
+        reader: Callable[[str | None], Reader],
         display: Display,
     ) -> None:
         self.config, self.tokenizer, self.vocabulary, self.display = config, tokenizer, vocabulary, display
-        self.held_out, self.tasks, self.teacher = held_out, tasks, teacher
+        self.held_out, self.tasks, self.reader = held_out, tasks, reader
 
     def __bool__(self) -> bool:
         return bool(self.tasks) or self._measures_kl
 
     @property
     def _measures_kl(self) -> bool:
-        return self.held_out is not None and self.teacher is not None and self.config.evaluation.kl_prompts > 0
+        return self.held_out is not None and self.config.has_teacher and self.config.evaluation.kl_prompts > 0
 
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
         """Figures by metric name: eval/TASK/accuracy with its interval, eval/TASK/pass@k, eval/kl_to_teacher, ..."""
@@ -123,9 +126,9 @@ class Evaluator:
 
     def of_teacher(self) -> dict[str, float]:
         """The teacher's figures on every task, as teacher/TASK/accuracy, ...: the ceiling that the student aims at."""
-        assert self.teacher is not None, "only a run with a teacher asks for its figures"
-        model = self.teacher()
-        figures = {name: value for task in self.tasks for name, value in self._task(model, task).items()}
+        reader = self.reader(None)
+        assert isinstance(reader, Prefill), "evaluation.teacher goes only with a teacher that is loaded here"
+        figures = {name: value for task in self.tasks for name, value in self._task(reader.model, task).items()}
         return {f"teacher/{name.removeprefix('eval/')}": value for name, value in figures.items()}
 
     def _rollout(self, model: PreTrainedModel, temperature: float, samples: int) -> TransformersRollout:
@@ -157,31 +160,63 @@ class Evaluator:
             k *= 2
         return figures
 
-    @torch.no_grad()
     def _distance(self, model: PreTrainedModel) -> dict[str, float]:
         """KL(teacher || student), in nats per token, and how often both rank the same token first.
 
-        Measured on the student's own samples at temperature 1, over the token ids that both models have.
+        Measured on the student's own samples at temperature 1, over the token ids that both models have. A served teacher
+        gives its top-k alone: what is measured then is a lower bound of the KL, and called so.
         """
         assert self.held_out is not None
-        assert self.teacher is not None
         prompts = self.held_out.table.slice(0, self.config.evaluation.kl_prompts)
         with self.display.task("evaluate distance to the teacher", len(prompts), "responses") as advance:
             seed = derive_seed(self.config.seed, "held-out")
             answered = self._rollout(model, temperature=1.0, samples=1)(prompts, seed, advance)
         contexts, responses = answered["prompt_ids"].to_pylist(), answered["response_ids"].to_pylist()
-        pad_id: int = self.tokenizer.pad_token_id
-        student, teacher = (
-            Prefill(m, self.vocabulary, pad_id, self.config.scoring.batch_tokens) for m in (model, self.teacher())
-        )
-        size, kl, agreed, tokens = self.vocabulary.size, 0.0, 0, 0
+        keys = [self.config.teacher_of(source) for source in answered["source"].to_pylist()]
+        student = Prefill(model, self.vocabulary, self.tokenizer.pad_token_id, self.config.scoring.batch_tokens)
+        kl, agreed, tokens, exact = 0.0, 0, 0, True
+        for key in dict.fromkeys(keys):
+            mine = [i for i, k in enumerate(keys) if k == key]
+            reader = self.reader(key)
+            measure = self._exact if isinstance(reader, Prefill) else self._at_least
+            exact = exact and isinstance(reader, Prefill)
+            for a, b, c in measure(student, reader, [contexts[i] for i in mine], [responses[i] for i in mine]):
+                kl, agreed, tokens = kl + a, agreed + b, tokens + c
+        name = "eval/kl_to_teacher" if exact else "eval/kl_to_teacher_at_least"
+        return {name: kl / tokens, "eval/top1_agreement": agreed / tokens, "eval/kl_tokens": tokens}
+
+    @torch.no_grad()
+    def _exact(self, student: Prefill, teacher: Any, contexts: Lists, responses: Lists) -> Iterator[tuple[float, int, int]]:
+        """KL, agreements and tokens, chunk by chunk."""
         # Chunks follow from the vocabulary, which the two may pad differently; here they must agree.
-        chunk = min(student.chunk_tokens, teacher.chunk_tokens)
+        size, chunk = self.vocabulary.size, min(student.chunk_tokens, teacher.chunk_tokens)
         for packed in student.batches(contexts, responses):
             ours, theirs = (prefill.logits(prefill.hidden(packed), chunk) for prefill in (student, teacher))
             for (_, a_CV), (_, b_CV) in zip(ours, theirs, strict=True):
                 log_s, log_t = a_CV[:, :size].log_softmax(-1), b_CV[:, :size].log_softmax(-1)
-                kl += float((log_t.exp() * (log_t - log_s)).sum())
-                agreed += int((log_s.argmax(-1) == log_t.argmax(-1)).sum())
-                tokens += len(log_s)
-        return {"eval/kl_to_teacher": kl / tokens, "eval/top1_agreement": agreed / tokens, "eval/kl_tokens": tokens}
+                same = int((log_s.argmax(-1) == log_t.argmax(-1)).sum())
+                yield float((log_t.exp() * (log_t - log_s)).sum()), same, len(log_s)
+
+    @torch.no_grad()
+    def _at_least(
+        self, student: Prefill, teacher: Reader, contexts: Lists, responses: Lists
+    ) -> Iterator[tuple[float, int, int]]:
+        """As `_exact`, with all that is outside the teacher's top-k as one symbol: joining symbols only lowers a KL."""
+        readings = teacher(contexts, responses, self.config.scoring.top_k)
+        for packed in student.batches(contexts, responses):
+            hidden_TD = student.hidden(packed)
+            ids, logprobs = (
+                torch.from_numpy(np.concatenate([getattr(readings[i], name) for i in packed.samples])).to(hidden_TD.device)
+                for name in ("topk_ids", "topk_logprobs")
+            )
+            loss = sparse_soft_cross_entropy(
+                hidden_TD,
+                head_weight(student.model),
+                packed.labels.to(hidden_TD.device),
+                ids.long(),
+                logprobs,
+                kd_weight=1.0,
+                top_k_mass="tail",
+            )
+            first = torch.cat([z_CV[:, : self.vocabulary.size].argmax(-1) for _, z_CV in student.logits(hidden_TD)])
+            yield float(loss.kd), int((first == ids[:, 0]).sum()), len(ids)

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import StoppingCriteriaList
 
 from npd.models import Vocabulary
+from npd.rollout.answers import add_answers
 
 
 class TransformersRollout:
@@ -68,13 +69,7 @@ class TransformersRollout:
                     responses[j], logprobs[j] = ids, values
                 if progress:
                     progress(len(batch))
-        reasons = ["stop" if ids[-1] in self.vocabulary.stop_ids else "length" for ids in responses]
-        return (
-            table.take(pa.array(rows, pa.int64()))
-            .append_column("response_ids", pa.array(responses, pa.list_(pa.int32())))
-            .append_column("behavior_logprobs", pa.array(logprobs, pa.list_(pa.float32())))
-            .append_column("finish_reason", pa.array(reasons, pa.string()))
-        )
+        return add_answers(table, responses, self.vocabulary.stop_ids, logprobs)
 
     @contextmanager
     def _own_generation_config(self) -> Iterator[None]:

@@ -1,5 +1,7 @@
 """Likelihoods and teacher top-k: one file per kind of teacher."""
 
-from npd.scoring.prefill import Prefill, Reading, ScoreStudent, ScoreTeacher
+from npd.scoring.prefill import Prefill, Reader, Reading, ScoreStudent, ScoreTeacher
+from npd.scoring.routed import Routed
+from npd.scoring.served import ServedPrefill
 
-__all__ = ["Prefill", "Reading", "ScoreStudent", "ScoreTeacher"]
+__all__ = ["Prefill", "Reader", "Reading", "Routed", "ScoreStudent", "ScoreTeacher", "ServedPrefill"]

@@ -7,7 +7,7 @@ predicted by positions P - 1 .. P + R - 2. Nothing predicts the first token of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,20 @@ class Reading(NamedTuple):
     """[T, K] int32, best first; K is 0 if no top-k was asked for."""
     topk_logprobs: np.ndarray
     """[T, K] float32"""
+
+
+class Reader(Protocol):
+    """Reads responses behind their contexts."""
+
+    vocabulary: Vocabulary
+
+    def __call__(
+        self,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        top_k: int = 0,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Reading]: ...
 
 
 class Prefill:
@@ -122,7 +136,7 @@ def _mean_nll(readings: list[Reading]) -> pa.Array:
 class _Scorer:
     """Conditional and free reading of a table's responses by one model."""
 
-    def __init__(self, prefill: Prefill, top_k: int = 0) -> None:
+    def __init__(self, prefill: Reader, top_k: int = 0) -> None:
         self.prefill = prefill
         self.top_k = top_k
 

@@ -1,0 +1,183 @@
+"""What can be known and checked before any weights are loaded: models' configurations, tokenizers, data, servers, places."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from npd import models
+from npd.config import Config, load_config
+from npd.errors import UserError
+from npd.evaluation import Task, load_task
+from npd.placement import EXTERNAL, Placement, place
+from npd.prompts import Prompts, count_sources, load_prompts
+from npd.refresher import usable_references
+from npd.rollout.vllm import check_options, devices_per_engine
+from npd.scoring.served import check_server
+from npd.store import Store
+
+AnyConfig = Config | Mapping[str, Any] | str | Path
+
+
+@dataclass
+class Setup:
+    """What can be known and checked before any weights are loaded."""
+
+    config: Config
+    command: str
+    tokenizer: Any
+    vocabulary: models.Vocabulary
+    prompts: Prompts | None
+    """None where nothing is trained."""
+    held_out: Prompts | None
+    tasks: list[Task]
+    student_config: Any
+    teacher_configs: dict[str | None, Any]
+    """Of teachers that are loaded here, by their keys in `Config.all_teachers`."""
+    notes: list[str] = field(default_factory=list)
+    """What the user should know before it begins."""
+
+
+def as_config(config: AnyConfig) -> Config:
+    return config if isinstance(config, Config) else load_config(config)
+
+
+def placement_of(config: Config, *, turns: bool = False, processes: int = 1) -> Placement:
+    """Where a run's parts stand; with `turns` nothing runs beside the trainer, whatever schedule.lead says."""
+    vllm = config.rollout.engine == "vllm"
+    size = devices_per_engine(config.rollout.vllm) if vllm else 1
+    if not turns:
+        return place(config.placement, config.schedule, processes=processes, engine_gpus=size, engine_first=vllm)
+    here = config.placement.model_copy(update={"rollout": "auto"} if config.placement.rollout == EXTERNAL else {})
+    in_turns = config.schedule.model_copy(update={"lead": 0.0})
+    return place(here, in_turns, processes=processes, engine_gpus=size, engine_first=vllm)
+
+
+def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, dict[str | None, Any]]:
+    """Tokenizer, what the models share, the student's configuration and those of the teachers that are loaded here.
+
+    Raises:
+        UserError: they cannot be loaded, or do not fit each other.
+    """
+    tokenizer = models.load_tokenizer(config.student)
+    student_config = models.load_model_config(config.student)
+    stop_ids = models.stop_ids_of(config.student)
+    teacher_configs = {}
+    for key, teacher in config.all_teachers.items():
+        if teacher.server is None:
+            models.check_compatible(tokenizer, models.load_tokenizer(teacher), (config.student.model, teacher.model))
+            teacher_configs[key] = models.load_model_config(teacher)
+            stop_ids += models.stop_ids_of(teacher)
+    vocabulary = models.shared_vocabulary(tokenizer, student_config, *teacher_configs.values(), stop_ids=stop_ids)
+    if config.scoring.top_k > vocabulary.size:
+        raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
+    return tokenizer, vocabulary, student_config, teacher_configs
+
+
+def check_sources(config: Config, prompts: Prompts, name: str) -> None:
+    """See that every source has a teacher.
+
+    Raises:
+        UserError: one has none, or a teacher is for a source that does not occur.
+    """
+    counts = count_sources(prompts.table)
+    without = {source: n for source, n in sorted(counts.items()) if config.teacher_of(source) not in config.all_teachers}
+    if without:
+        shown = ", ".join(f"{source or '(none)'!r} ({n:,} prompts)" for source, n in list(without.items())[:5])
+        raise UserError(
+            f"{name} has prompts whose source has no teacher: {shown}{', ...' if len(without) > 5 else ''}. teachers has "
+            f"{', '.join(config.teachers)}; add the source there, or set teacher for all others."
+        )
+
+
+def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
+    """Load configuration, tokenizers and data, and check all that can be checked without weights, servers among it.
+
+    Raises:
+        UserError: whatever is wrong with what the user gave.
+    """
+    needs_teacher = command in ("distill", "refresh") or (command == "sft" and config.data.references == "teacher")
+    if needs_teacher and not config.has_teacher:
+        raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    placed = placement_of(config, turns=turns or command != "distill", processes=processes)
+    if config.rollout.engine == "vllm" and command == "distill":
+        check_options(config.rollout.vllm)
+        check_engine_place(config, placed, processes)
+    models.place_on(placed.train[0] if processes == 1 else None)
+    tokenizer, vocabulary, student_config, teacher_configs = load_tokenizers(config)
+    given = command == "sft" and config.data.references == "given"
+    prompts = None
+    if command != "eval":
+        prompts = load_prompts(
+            config.data.train,
+            tokenizer,
+            split=config.data.split,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_completion_tokens=config.rollout.max_new_tokens if given else None,
+            need="completion" if given else None,
+        )
+        if command == "distill" and config.schedule.references and not len(usable_references(config, prompts)):
+            raise UserError(
+                "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
+                "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
+            )
+    held_out = None
+    if config.data.eval is not None:
+        held_out = load_prompts(
+            config.data.eval,
+            tokenizer,
+            split=config.data.split,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            need="answer" if any(task.name == "answer" for task in config.evaluation.tasks) else None,
+        )
+    tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
+    asked = [p.longest for p in (prompts, held_out) if p is not None]
+    longest = max([0, *asked, *(max(map(len, task.prompts["prompt_ids"].to_pylist())) for task in tasks)])
+    option, new = max(
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+        ("evaluation.max_new_tokens", config.evaluation.max_new_tokens or 0),
+        key=lambda pair: pair[1],
+    )
+    for model, model_config in (
+        (config.student, student_config),
+        *((config.all_teachers[k], c) for k, c in teacher_configs.items()),
+    ):
+        context = models.context_length(model_config)
+        if context is not None and longest + new > context:
+            raise UserError(
+                f"The longest prompt ({longest} tokens) and {option} ({new}) together pass the context of "
+                f"{model.model} ({context} tokens). Lower data.max_prompt_tokens or {option}."
+            )
+    compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
+    for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
+        if read is not None:
+            check_sources(config, read, name)
+    notes = []
+    for teacher in config.all_teachers.values() if needs_teacher or compared is not None else ():
+        if teacher.server is not None:
+            notes += check_server(teacher, tokenizer, config.scoring.top_k, longest + new, vocabulary)
+    if command != "eval":
+        Store(config.run_dir).check(config, command)
+    return Setup(config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_configs, notes)
+
+
+def check_engine_place(config: Config, placed: Placement, processes: int) -> None:
+    """See that vLLM can stand where the placement puts it.
+
+    Raises:
+        UserError: it would share its process with several trainers, or with one on another GPU than the first.
+    """
+    if not placed.turns:
+        return
+    size = devices_per_engine(config.rollout.vllm)
+    if processes > 1 or size > 1 or placed.rollout not in ("cpu", "cuda:0"):
+        raise UserError(
+            "Where training and generation take turns, rollout.engine vllm shares the one trainer's process and its first "
+            f"GPU; here it would be {processes} trainers, {size} GPUs an engine, the first on {placed.rollout}. Give the "
+            "rollout GPUs of its own (placement.rollout) and a schedule.lead above 0, choose the trainer's GPU by "
+            "CUDA_VISIBLE_DEVICES, or generate elsewhere (placement.rollout external)."
+        )
