@@ -408,6 +408,14 @@ def test_tail_gives_whole_lines_newest_first(tmp_path):
     assert len(short) == 5
 
 
+def test_checks_of_the_engine_are_shown(tmp_path):
+    path = make_run(tmp_path / "run")
+    facts = {"samples": 4, "tokens": 250, "mean_difference": -0.00123, "mean_abs_difference": 0.0456}
+    Events(path / "events.jsonl", "refresh-0").write("engine", 1015.0, 1015.0, generation=1, part=2, **facts)
+    assert "1 2 4 250 -0.00123 0.0456" in read(write_report(path))[0].said
+    assert "Checks of the engine" not in read(write_report(make_run(tmp_path / "other")))[0].said
+
+
 def test_refreshes_that_died_are_named(tmp_path):
     path = make_run(tmp_path / "run", finished=False)
     Events(path / "events.jsonl").write("restart", 1015.0, 1016.0, rank=1, code=-9)

@@ -235,6 +235,7 @@ COLOURS = {
     "checkpoint": "@red",
     "save": "@red",
     "store": "@sky",
+    "check": "@yellow",
     "finish": "@sky",
 }
 

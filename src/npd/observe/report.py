@@ -139,7 +139,12 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
             ),
             tables=[t for t in [sources] if t],
         ),
-        Section("data", "Responses", figures=_some(pic.lengths(facts)), tables=[t for t in [generations] if t]),
+        Section(
+            "data",
+            "Responses",
+            figures=_some(pic.lengths(facts)),
+            tables=[t for t in [generations, tab.engine_table(facts)] if t],
+        ),
         Section("time", "Time", intro=[TIME] if facts.events else [], figures=_some(pic.timeline(facts))),
         Section("samples", "Samples", browser=bool(browser.samples)),
         Section("configuration", "Configuration and versions", codes=configuration(facts)),

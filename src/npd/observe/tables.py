@@ -31,6 +31,7 @@ WORK = {
     "save": "save",
     "store": "store",
     "verify": "verify",
+    "check": "check",
     "finish": "finish",
 }
 
@@ -311,6 +312,15 @@ def evaluation_table(runs: Sequence[RunFacts]) -> Table | None:
         [[row[c] for c in shown] for row in rows],
         "In brackets: 95% Wilson intervals.",
     )
+
+
+def engine_table(run: RunFacts) -> Table | None:
+    """How far the rollout engine's log-probabilities were from those of the same weights in transformers."""
+    keys = ("generation", "part", "samples", "tokens", "mean_difference", "mean_abs_difference")
+    checks = [e for e in run.events if e["name"] == "engine" and all(isinstance(e.get(k), int | float) for k in keys)]
+    rows = [[number(e[k]) for k in keys] for e in checks[-MOST_ROWS:]]
+    note = "Log-probabilities of the engine minus those of the snapshot in transformers, nats a token."
+    return Table("Checks of the engine", [key.replace("_", " ") for key in keys], rows, note) if rows else None
 
 
 def run_table(runs: Sequence[RunFacts]) -> Table:
