@@ -89,7 +89,7 @@ def make_tree(tmp_path, teacher_dir, student_dir, data_file) -> Callable[..., di
             "packing": {"length": 64},
             "training": {"batch_tokens": 128, "learning_rate": 1e-3},
             "checkpoint": {"every_steps": 3},
-            "tracking": {"trackers": []},
+            "tracking": {"trackers": [], "report": False},
         }
         for name, options in sections.items():
             tree[name] = {**tree.get(name, {}), **options}

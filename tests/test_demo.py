@@ -77,6 +77,10 @@ def test_the_demo_runs_every_arm_from_one_checkpoint(tmp_path, monkeypatch, caps
     assert "Greedy accuracy on 12 held-out problems" in printed
     for name in arms:
         assert name in printed
+    after = table["NPD"]["eval/answer/accuracy"]
+    before = table["warm-up"]["eval/answer/accuracy"]
+    assert f"{100 * before:.1f}% → {100 * after:.1f}%" in (arms["NPD"].run_dir / "report.html").read_text()
+    assert "What differs" in (tmp_path / "demo/compare.html").read_text()
 
 
 def test_the_demo_does_not_overwrite(tmp_path):

@@ -266,7 +266,7 @@ def base(tmp_path_factory, teacher_dir, student_dir) -> Tree:
         "checkpoint": {"every_steps": 3, "keep": 3, "restarts": 3},
         "evaluation": {"kl_prompts": 2, "every_passes": 2},
         "placement": {"train_threads": 1, "rollout_threads": 1, "teacher_threads": 1},
-        "tracking": {"trackers": []},
+        "tracking": {"trackers": [], "report": False},
     }
 
 
@@ -498,7 +498,7 @@ def test_a_job_that_raises_is_started_again(make, states, tmp_path):
     said = distilled(tree, tmp_path, lambda: fail_parts(tmp_path / "tried", lambda tried, _: len(tried) < 2))
     assert said.count("ValueError: boom") == 2
     assert said.count("Traceback (most recent call last)") == 2
-    assert "in student_part" in said  # its own traceback, not the trainer's
+    assert "in make_parts" in said  # its own traceback, not the trainer's
     assert "It is started again from the first missing part (1 of 3)" in said
     assert "It is started again from the first missing part (2 of 3)" in said
     assert restarts(tree["run_dir"]) == 2

@@ -86,7 +86,7 @@ def test_directory_is_laid_out_as_the_contract_says(whole):
     assert result.run_dir == run_dir
     assert result.student == run_dir / "student"
     top = {path.name for path in run_dir.iterdir()}
-    files = {"config.yaml", "prompts.arrow", "metrics.jsonl", "events.jsonl", ".lock"}
+    files = {"config.yaml", "prompts.arrow", "metrics.jsonl", "events.jsonl", "report.html", ".lock"}
     assert top == files | {"policy", "generations", "checkpoints", "student", "trackers"}
     assert {p.name for p in (run_dir / "policy").iterdir()} == {"v000000", "v000001", "LATEST"}
     assert (run_dir / "policy/LATEST").read_text().strip() == "v000001"
@@ -419,7 +419,7 @@ def small_tree(tmp_path_factory, teacher_dir, student_dir):
         "training": {"batch_tokens": 44, "learning_rate": 1e-2},
         "checkpoint": {"every_steps": 3, "keep": 1},
         "evaluation": {"kl_prompts": 2, "every_passes": 2},
-        "tracking": {"trackers": []},
+        "tracking": {"trackers": [], "report": False},
     }
 
 

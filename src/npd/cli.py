@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from npd.config import Config, leaves, load_config
 from npd.errors import NpdError, UserError
+from npd.observe.command import report
 from npd.observe.display import Display
 
 EPILOG = "Exit status: 0 done; 2 what you gave is wrong (the message says how to mend it); 1 anything else."
@@ -233,6 +234,10 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
     tokenizer = models.load_tokenizer(config.teacher)
     Store(target.parent).save_model(target, lambda path: models.save_model(student, tokenizer, path), {"layers": kept})
     click.echo(f"Kept layers {kept} of {total}: {student.num_parameters():,} of {before:,} parameters, in {target}.")
+
+
+report.epilog = EPILOG
+main.add_command(report)
 
 
 @main.command(epilog=EPILOG, short_help="Compare four ways to train, on a toy task, in minutes.")

@@ -292,6 +292,8 @@ class EvaluationConfig(Section):
     """Sampling temperature for tasks; 0 is greedy."""
     max_new_tokens: int | None = Field(default=None, ge=1)
     """Length of a response; null: as rollout.max_new_tokens."""
+    teacher: bool = False
+    """Ask the teacher the same tasks once, as the ceiling; a large one takes its time. Not with a served teacher."""
     kl_prompts: int = Field(default=128, ge=0)
     """Prompts of data.eval on which the KL to the teacher is measured; 0 switches it off."""
 
@@ -315,6 +317,8 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     trackers: list[str] = ["tensorboard"]
     """Trackers by accelerate's names: tensorboard, wandb, trackio, ...; [] for none. metrics.jsonl is always written."""
+    report: bool = True
+    """Write report.html when the run ends, and now and then while it goes on. `npd report RUN_DIR` writes it at any time."""
 
 
 class Config(Section):
@@ -372,6 +376,11 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        if self.evaluation.teacher and (self.teacher is None or self.teacher.server is not None):
+            raise ValueError(
+                "evaluation.teacher asks the teacher to answer tasks, which only one that is loaded here can: set "
+                "teacher.model without a server, or evaluation.teacher: false"
+            )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.packing.length:
             raise ValueError(

@@ -16,15 +16,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from transformers import PreTrainedTokenizerBase
 
 from npd.errors import UserError
+
+if TYPE_CHECKING:  # to read a run's files, nobody should wait for transformers
+    from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".csv")
 SHOWN = 5  # rows named for each reason to leave prompts out

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,9 @@ from npd.loaded import Loaded, warn_of_engine
 from npd.loop import Loop, Trained
 from npd.observe.display import Advance, Display
 from npd.observe.events import Events, read_events, seconds_by_role
+from npd.observe.live import RunView
+from npd.observe.reporter import observed
+from npd.observe.trackers import selection_figures, start_trackers
 from npd.placement import Placement
 from npd.prompts import Prompts
 from npd.refresher import Generation, Refresher, show_generation
@@ -127,6 +130,12 @@ class Run:
         self.resources.close()
         torch.set_num_threads(self.threads)
 
+    def observed(self) -> AbstractContextManager[None]:
+        """Around the work: its start and end go on record, and so does what it failed with; the report is kept up to date."""
+        if not self.main or self.store.finished:
+            return nullcontext()
+        return observed(self.events, self.display, report=self.config.tracking.report)
+
     def train(self) -> DistillResult:
         """Generations and passes, from the newest checkpoint if there is one, to student/."""
         if self.store.finished:
@@ -158,7 +167,7 @@ class Run:
             self.refresher.models.reader,
             self.display,
         )
-        self.accelerator.init_trackers("npd")
+        start_trackers(self.accelerator, self.config, self.store.path / "trackers")
         if self.trainer.resume():
             self.display.say(f"Going on from step {self.trainer.position.step}.")
         at = self.trainer.position
@@ -172,12 +181,15 @@ class Run:
             generations=1 if self.sft else self.config.schedule.generations,
             lead=self.placement.lead,
         )
+        self._selected: set[int] | None = None
         self._write_failed: BaseException | None = None
         self.facts: dict[str, Any] = {}
         self.shown: set[int] = set()
         self.advance: Advance = lambda steps=1, note="": None
         if at.step == 0:  # a resumed trainer's weights are no longer those it started with
             self.publish(0)
+        view = RunView(self.store, self.config, at, self.loop.progress, lambda: self.loop.part_count, self.loop.generations)
+        self.resources.enter_context(self.display.live(view))
         self._evaluate()
         with self._overall_progress():
             self.loop.run()
@@ -308,6 +320,7 @@ class Run:
     def pass_done(self) -> None:
         if not len(self.loop.kept):
             self._complete()  # which says what selection did
+        self._log_selection()
         self._show_finished()
         self._evaluate()
 
@@ -319,8 +332,7 @@ class Run:
         line: dict[str, Any] = {"generation": at.generation, "generation_ended": reason, "passes": passes}
         if at.near_policy_kl is not None and self.trainer.near_policy_is_proxy:
             line["near_policy_kl_is_proxy"] = True
-        if self.main:
-            self.store.append_metrics({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
+        self.trainer.log({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
         if self.main and self.placement.jobs and len(at.parts) < self.loop.part_count and reason == "kl_budget":
             self.display.say(
                 f"Generation {at.generation} passed schedule.kl_budget in its first pass, after {passes:.2f} passes: its "
@@ -328,6 +340,20 @@ class Run:
             )
 
     # -- how it is done
+
+    def _log_selection(self) -> None:
+        """A generation's selection as metrics, at the end of the first pass over it."""
+        at = self.trainer.position
+        if self.sft or not self.main or at.passes != 1:
+            return
+        self._complete()
+        manifest = self.store.manifest(at.generation)
+        if self._selected is None:  # a resumed run has logged some
+            lines = self.store.read_metrics()
+            self._selected = {line["selection/generation"] for line in lines if "selection/generation" in line}
+        if manifest is not None and at.generation not in self._selected:
+            self._selected.add(at.generation)
+            self.trainer.log({"step": at.step, "selection": True, **selection_figures(manifest)})
 
     def _complete(self) -> None:
         """See that a generation whose parts have all landed has its manifest; usually the refresh has written it."""
@@ -484,11 +510,23 @@ class Run:
         if self.evaluator and due and self.main and not self._evaluated(at.step):
             self._join_writer()  # generation changes the model's generation_config, which a snapshot has too
             with self.events.span("evaluate", step=at.step), self._teacher_at_hand():
+                self._evaluate_teacher()
                 figures = self.evaluator(self.trainer.base)
             self.trainer.log({"step": at.step, "eval": True, **figures})
             shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in figures.items() if shows(key)]
             self.display.say(f"step {at.step}: {', '.join(shown)}")
         self.wait()
+
+    def _evaluate_teacher(self) -> None:
+        """The teacher's own figures on the tasks, once a run, where evaluation.teacher asks for them."""
+        options = self.config.evaluation
+        if not (options.teacher and options.tasks):
+            return
+        if not any("teacher" in line for line in self.store.read_metrics()):
+            figures = self.evaluator.of_teacher()
+            self.trainer.log({"step": self.trainer.position.step, "teacher": True, **figures})
+            shown = [f"{key.removeprefix('teacher/')} {value:.4g}" for key, value in figures.items() if shows(key)]
+            self.display.say(f"teacher: {', '.join(shown)}")
 
     def _evaluated(self, step: int) -> bool:
         return any(line["step"] == step and "eval" in line for line in self.store.read_metrics())
@@ -590,13 +628,13 @@ def distill(config: AnyConfig, *, display: Display | None = None) -> DistillResu
         UserError: what the user gave is wrong.
         RunError: the run failed (full disk, loss not finite, nothing selected).
     """
-    with Run(as_config(config), "distill", display) as run:
+    with Run(as_config(config), "distill", display) as run, run.observed():
         return run.train()
 
 
 def sft(config: AnyConfig, *, display: Display | None = None) -> DistillResult:
     """Fine-tune on reference responses, given or the teacher's; the same loop and loss with kd_weight 0."""
-    with Run(as_config(config), "sft", display) as run:
+    with Run(as_config(config), "sft", display) as run, run.observed():
         return run.train()
 
 
@@ -608,7 +646,7 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
     Raises:
         UserError: all generations are there already, or there is no such snapshot.
     """
-    with Run(as_config(config), "distill", display, turns=True) as run:
+    with Run(as_config(config), "distill", display, turns=True) as run, run.observed():
         store = run.store
         if not store.policies():
             began = time.time()

@@ -30,6 +30,7 @@ from npd.loop import Position, Trained
 from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events
+from npd.observe.trackers import figures_of
 from npd.packing import pack_tokens
 from npd.samples import Samples
 from npd.schedule import derive_seed, learning_rate
@@ -291,8 +292,7 @@ class Trainer:
         """One line of metrics.jsonl, and the same figures to every tracker."""
         if self.accelerator.is_main_process:
             self.store.append_metrics(line)
-        figures = {key: value for key, value in line.items() if isinstance(value, int | float) and key != "step"}
-        self.accelerator.log(figures, step=line["step"])
+        self.accelerator.log(figures_of(line), step=line["step"])
 
 
 def make_accelerator(config: Config, store: Store) -> Accelerator:

@@ -17,6 +17,7 @@ from npd.config import Config, ModelConfig, load_config
 from npd.demo.task import make_problems
 from npd.errors import UserError
 from npd.observe.display import Display
+from npd.observe.report import write_comparison, write_report
 from npd.schedule import derive_seed
 from npd.store import Store, write_json, write_text, writing
 
@@ -95,6 +96,7 @@ def run_demo(out: Path, seed: int, display: Display) -> list[Arm]:
     arms = [start, sft, kd, npd, on_policy]
     _report(out, arms, config("npd"), display)
     display.say(f"\nRuns and students: {', '.join(str(arm.run_dir / 'student') for arm in arms)}.")
+    display.say(f"Reports: report.html in each of them, and {_pages(out, arms)} for all side by side.")
     display.say(f"The demo took {(time.monotonic() - began) / 60:.1f} minutes.")
     return arms
 
@@ -124,7 +126,9 @@ def _config(out: Path, name: str, seed: int, sections: dict[str, dict[str, Any]]
 
 def _run(name: str, command: str, config: Config, display: Display) -> Arm:
     """Train one arm. It evaluates nothing on the way, so its wall-clock is that of training alone."""
-    quiet = config.model_copy(update={"evaluation": config.evaluation.model_copy(update={"tasks": [], "kl_prompts": 0})})
+    evaluation = config.evaluation.model_copy(update={"tasks": [], "kl_prompts": 0})
+    tracking = config.tracking.model_copy(update={"report": False})  # written once students are evaluated
+    quiet = config.model_copy(update={"evaluation": evaluation, "tracking": tracking})
     began = time.monotonic()
     result = getattr(run, command)(quiet, display=display)
     seconds = time.monotonic() - began
@@ -155,6 +159,23 @@ def _report(out: Path, arms: list[Arm], config: Config, display: Display) -> Non
         "One seed of a toy task: it shows how the parts work together, not which method is best."
     )
     write_json(out / "demo.json", table)
+
+
+def _pages(out: Path, arms: list[Arm]) -> Path:
+    """Each arm's report, with the figures of the student it began with, its own and the teacher's; and the comparison."""
+    figures = {row["name"]: row for row in json.loads((out / "demo.json").read_text())}
+
+    def of(name: str, prefix: str = "eval/") -> dict[str, float]:
+        return {prefix + k.removeprefix("eval/"): v for k, v in figures[name].items() if k.startswith("eval/")}
+
+    for arm in arms:
+        store = Store(arm.run_dir)
+        if arm.name != arms[0].name:
+            store.append_metrics({"step": 0, "eval": True, **of(arms[0].name)})
+        store.append_metrics({"step": arm.steps, "eval": True, **of(arm.name)})
+        store.append_metrics({"step": arm.steps, "teacher": True, **of("teacher", "teacher/")})
+        write_report(arm.run_dir)
+    return write_comparison([arm.run_dir for arm in arms[1:]], out / "compare.html")
 
 
 def _write_data(out: Path, seed: int) -> None:

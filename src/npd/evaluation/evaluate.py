@@ -124,6 +124,13 @@ class Evaluator:
         model.train(was_training)
         return figures
 
+    def of_teacher(self) -> dict[str, float]:
+        """The teacher's figures on every task, as teacher/TASK/accuracy, ...: the ceiling that the student aims at."""
+        reader = self.reader(None)
+        assert isinstance(reader, Prefill), "evaluation.teacher goes only with a teacher that is loaded here"
+        figures = {name: value for task in self.tasks for name, value in self._task(reader.model, task).items()}
+        return {f"teacher/{name.removeprefix('eval/')}": value for name, value in figures.items()}
+
     def _rollout(self, model: PreTrainedModel, temperature: float, samples: int) -> TransformersRollout:
         return TransformersRollout(
             model,

@@ -1,19 +1,68 @@
-"""What a command shows while it works: bars on a terminal, a line a task elsewhere."""
+"""What a command shows while it works: a live view or bars on a terminal, a line a task elsewhere."""
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from typing import Protocol
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 Advance = Callable[..., None]
 
 PLAIN_SECONDS = 15.0  # between lines of a long task when the output is not a terminal
+FRAMES = 2  # a second, of the live view; each takes some milliseconds from the training
+
+
+@dataclass
+class Task:
+    """What is being done now."""
+
+    name: str
+    total: float
+    unit: str
+    done: float = 0.0
+    note: str = ""
+    began: float = field(default_factory=time.monotonic)
+
+    def figures(self) -> str:
+        rate = self.done / max(1e-9, time.monotonic() - self.began)
+        pace = f", {rate:,.0f}/s" if self.unit != "%" and self.done else ""
+        count = f"{self.done:,.0f}%" if self.unit == "%" else f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"
+        return f"{count}{pace}"
+
+
+class View(Protocol):
+    """What a terminal shows below the messages."""
+
+    task: Task | None
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult: ...
+
+
+class Whole(io.TextIOBase):
+    """What libraries write to standard error, above a live view: whole lines, and of a redrawn line its last state."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self.rest = console, ""
+
+    def write(self, text: str) -> int:
+        *lines, self.rest = (self.rest + text).split("\n")
+        for line in lines:
+            self.console.print(Text(line.rstrip("\r").rpartition("\r")[2]), soft_wrap=True)
+        return len(text)
+
+    def end(self) -> None:
+        if self.rest.strip():
+            self.write("\n")
 
 
 class Display:
@@ -23,6 +72,7 @@ class Display:
         self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=False)
         self.busy = False
         """Is a task being shown? Tasks inside it are not."""
+        self.view: View | None = None
 
     def say(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True)  # a path that is broken in two can't be copied
@@ -37,17 +87,47 @@ class Display:
         self.console.print(table)
 
     @contextmanager
+    def live(self, view: View) -> Iterator[None]:
+        """Show a view below everything that is said meanwhile, on a terminal; elsewhere nothing changes."""
+        if not self.console.is_terminal or self.console.quiet or self.view is not None:
+            yield
+            return
+        self.view = view
+        try:
+            live = Live(view, console=self.console, refresh_per_second=FRAMES, transient=True, redirect_stderr=False)
+            with live, redirect_stderr(Whole(self.console)) as others:
+                yield
+                others.end()
+        finally:
+            self.view = None
+
+    @contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Advance]:
         """A task of `total` steps; call the result as advance(steps=1, note="")."""
         if self.busy or self.console.quiet:
             yield lambda steps=1, note="": None
             return
         self.busy = True
+        show = self._in_view if self.view is not None else self._bar if self.console.is_terminal else self._lines
         try:
-            with self._bar(name, total, unit) if self.console.is_terminal else self._lines(name, total, unit) as advance:
+            with show(name, total, unit) as advance:
                 yield advance
         finally:
             self.busy = False
+
+    @contextmanager
+    def _in_view(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+        view, task = self.view, Task(name, total, unit)
+        assert view is not None, "a task is shown in the view that is there"
+
+        def advance(steps: float = 1, note: str = "") -> None:
+            task.done, task.note = task.done + steps, note
+
+        view.task = task
+        try:
+            yield advance
+        finally:
+            view.task = None
 
     @contextmanager
     def _bar(self, name: str, total: int, unit: str) -> Iterator[Advance]:

@@ -14,6 +14,8 @@ from typing import Any
 
 from npd.store import explained_full_disk
 
+MARKS = ("started", "ended", "failed")  # of a command's work on a run: not spans, but moments
+
 
 class Events:
     """Appends {name, start, end, role, process, thread, ...} to events.jsonl; times in seconds since the epoch.
@@ -70,14 +72,14 @@ def own_seconds(spans: Iterable[dict[str, Any]]) -> dict[str, float]:
     return dict(totals)
 
 
-def seconds_by_role(path: Path) -> dict[str, dict[str, float]]:
+def seconds_by_role(source: Path | Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Role -> span name -> seconds, over all restarts of a run; `wall` is from a process's first span to its last.
 
     What other threads do beside a process's work is not in its sum.
     """
     processes: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for event in read_events(path):
-        if event.get("thread", "MainThread") == "MainThread":
+    for event in read_events(source) if isinstance(source, Path) else source:
+        if event.get("thread", "MainThread") == "MainThread" and event["name"] not in MARKS:
             processes[event.get("role", "trainer"), event["process"]].append(event)
     roles: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for (role, _), spans in processes.items():

@@ -1,0 +1,353 @@
+"""What a run directory tells, read by whoever looks: nothing is changed, and what can't be read is named, not fatal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from npd.errors import UserError
+from npd.observe.events import read_events
+from npd.store import REFERENCE, SCHEMA, Store
+
+LIGHT = [
+    "sample_id",
+    "source",
+    "finish_reason",
+    "student_nll",
+    "teacher_nll",
+    "ifd_student",
+    "ifd_teacher",
+    "delta_ifd",
+    "verdict",
+]
+MOST_TOKENS = 80_000_000  # response tokens whose parts are read; of a larger run, evenly spaced parts
+LOG_LINES = 40
+ALIVE_SECONDS = 120.0  # a process of another machine is taken to live for so long after its last sign
+
+Kind = Literal["finished", "running", "failed", "stopped", "between"]
+
+
+@dataclass(frozen=True)
+class Status:
+    kind: Kind
+    sentence: str
+    failure: dict[str, Any] | None = None
+    """The `failed` event, if one was written."""
+
+
+@dataclass
+class RunFacts:
+    """A run as its files have it."""
+
+    path: Path
+    status: Status
+    config: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    command: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    """Lines of metrics.jsonl that are optimiser steps, in order."""
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    teacher: dict[str, Any] = field(default_factory=dict)
+    """The teacher's own figures on the evaluation tasks."""
+    ended: list[dict[str, Any]] = field(default_factory=list)
+    """How generations ended."""
+    events: list[dict[str, Any]] = field(default_factory=list)
+    manifests: dict[int, dict[str, Any]] = field(default_factory=dict)
+    parts: dict[int, dict[int, int]] = field(default_factory=dict)
+    """generation -> part -> response tokens, from the footers of the files that are there."""
+    responses: pa.Table = field(default_factory=lambda: pa.table({}))
+    """One row a response: LIGHT columns, `generation`, `part`, `row` and `tokens`."""
+    parts_read: int = 0
+    logs: dict[str, list[str]] = field(default_factory=dict)
+    """Last lines of each log."""
+    missing: list[str] = field(default_factory=list)
+    """What could not be read, and what that means; one sentence each."""
+    _arrays: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.path.resolve().name
+
+    def option(self, dotted: str, default: Any = None) -> Any:
+        value: Any = self.config
+        for key in dotted.split("."):
+            if not isinstance(value, dict) or key not in value:
+                return default
+            value = value[key]
+        return value
+
+    def series(self, name: str) -> np.ndarray:
+        """[steps] of a metric; NaN where a step has none."""
+        key = f"metric {name}"
+        if key not in self._arrays:
+            self._arrays[key] = np.array([_number(line.get(name)) for line in self.steps], np.float64)
+        return self._arrays[key]
+
+    def column(self, name: str) -> np.ndarray:
+        """[responses] of a column of `responses`."""
+        if name not in self.responses.column_names:
+            return np.empty(0)
+        if name not in self._arrays:
+            self._arrays[name] = self.responses[name].to_numpy(zero_copy_only=False)
+        return self._arrays[name]
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
+    """Read all of a run that a report shows; `going_on` where the caller knows better than the run's lock.
+
+    Raises:
+        UserError: this is no run's directory.
+    """
+    store = Store(run_dir)
+    if not (store.path / "config.yaml").is_file():
+        what = "holds no run of npd (no config.yaml)" if store.path.is_dir() else "is no directory"
+        raise UserError(f"{store.path} {what}; give the run_dir of `npd distill`, `npd sft` or `npd refresh`.")
+    facts = RunFacts(store.path, Status("between", ""))
+    _read_config(store, facts)
+    _read_events(store, facts)
+    _read_metrics(store, facts)
+    _read_generations(store, facts)
+    for log in sorted((store.path / "logs").glob("*.log")):
+        with suppress(OSError):
+            facts.logs[log.name] = last_lines(log)
+    facts.status = judge(store, facts.events, in_use(store) if going_on is None else going_on)
+    return facts
+
+
+def _read_events(store: Store, facts: RunFacts) -> None:
+    strange = 0
+    for event in read_events(store.path / "events.jsonl"):
+        span = _as_span(event)
+        strange += span is None
+        facts.events += [span] if span is not None else []
+    if strange:
+        facts.missing.append(f"{strange:,} lines of events.jsonl are no spans and left out.")
+
+
+def _as_span(event: Any) -> dict[str, Any] | None:
+    """A line of events.jsonl with all that Events writes; None if it has no name, or no times a clock can have."""
+    if not isinstance(event, dict) or not isinstance(event.get("name"), str):
+        return None
+    start, end = _number(event.get("start")), _number(event.get("end"))
+    if not 0 <= start <= end < 1e11:
+        return None
+    process = event.get("process")
+    where = {"role": str(event.get("role", "trainer")), "thread": str(event.get("thread", "MainThread"))}
+    return event | where | {"process": process if isinstance(process, int) else 0}
+
+
+def _read_config(store: Store, facts: RunFacts) -> None:
+    try:
+        facts.config_text = (store.path / "config.yaml").read_text(encoding="utf-8")
+        tree = yaml.safe_load(facts.config_text)
+        facts.config = dict(tree)
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        facts.missing.append(f"config.yaml cannot be read ({type(error).__name__}); options are shown as text, if at all.")
+        return
+    provenance = facts.config.pop("provenance", None) or {}
+    facts.command = str(provenance.get("command", ""))
+    facts.versions = {str(name): str(version) for name, version in (provenance.get("versions") or {}).items()}
+
+
+def _read_metrics(store: Store, facts: RunFacts) -> None:
+    strange = 0
+    for text in store.read_metrics():
+        line = _as_figures(text)
+        if line is None:
+            strange += 1
+        elif "loss" in line:
+            facts.steps.append(line)
+        elif "eval" in line:
+            facts.evaluations.append(line)
+        elif "teacher" in line:
+            facts.teacher = line
+        elif "generation_ended" in line:
+            facts.ended.append(line)
+    if strange:
+        facts.missing.append(f"{strange:,} lines of metrics.jsonl have no step and are left out.")
+    if not facts.steps:
+        facts.missing.append("metrics.jsonl has no optimiser step yet: there are no training curves.")
+
+
+def _as_figures(line: Any) -> dict[str, Any] | None:
+    """A line of metrics.jsonl without what is no figure, text or flag; None if it has no step."""
+    if not isinstance(line, dict):
+        return None
+    kept = {k: v for k, v in line.items() if isinstance(v, str | bool) or abs(_number(v)) < 1e15}
+    step = kept.get("step")
+    return kept if isinstance(step, int) and not isinstance(step, bool) else None
+
+
+def generations_of(store: Store) -> list[int]:
+    """Generations that have a directory, references first."""
+    names = [path.name for path in (store.path / "generations").glob("*") if path.is_dir()]
+    numbers = [int(name[1:]) for name in names if name[:1] == "g" and name[1:].isdigit()]
+    return sorted(numbers + [REFERENCE] * ("references" in names))
+
+
+def part_tokens(path: Path) -> int:
+    """Response tokens of a part, from its footer: no column is read."""
+    metadata = pq.read_metadata(path)
+    index = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path.startswith("response_ids"))
+    return sum(metadata.row_group(group).column(index).num_values for group in range(metadata.num_row_groups))
+
+
+def _read_generations(store: Store, facts: RunFacts) -> None:
+    removed, unfinished = [], []
+    for generation in generations_of(store):
+        try:
+            manifest = store.manifest(generation)
+        except UserError as error:
+            facts.missing.append(str(error).split(" Delete it")[0])
+            manifest = None
+        if manifest is not None:
+            facts.manifests[generation] = manifest
+        tokens = facts.parts.setdefault(generation, {})
+        for part in sorted(store.parts(generation)):
+            try:
+                tokens[part] = part_tokens(store.part(generation, part))
+            except FileNotFoundError:  # tidied away meanwhile
+                continue
+            except (OSError, pa.ArrowException, StopIteration) as error:
+                facts.missing.append(f"{store.part(generation, part)} is damaged and left out ({type(error).__name__}).")
+        if manifest is not None and not tokens:
+            removed.append(generation)
+        elif manifest is None and generation != REFERENCE:
+            unfinished.append(generation)
+    if removed:
+        facts.missing.append(
+            f"The responses of generations {ranges(removed)} were removed by checkpoint.keep; counts and quantiles are their "
+            "manifests'."
+        )
+    if unfinished:
+        facts.missing.append(f"Generations {ranges(unfinished)} have no manifest yet; what is there of them is shown.")
+    if not facts.parts:
+        facts.missing.append("There are no responses yet.")
+    _read_responses(store, facts)
+
+
+def ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 as "0–2, 5"."""
+    spans: list[list[int]] = []
+    for n in sorted(numbers):
+        if spans and n == spans[-1][1] + 1:
+            spans[-1][1] = n
+        else:
+            spans.append([n, n])
+    return ", ".join(f"{a}" if a == b else f"{a}–{b}" for a, b in spans)
+
+
+def _read_responses(store: Store, facts: RunFacts) -> None:
+    there = [(g, part, tokens) for g, parts in facts.parts.items() for part, tokens in parts.items()]
+    total = sum(tokens for *_, tokens in there)
+    if total > MOST_TOKENS:
+        count = max(1, int(len(there) * MOST_TOKENS / total))
+        chosen = np.unique(np.linspace(0, len(there) - 1, count).round().astype(int))
+        facts.missing.append(
+            f"Of {len(there):,} parts {len(chosen):,}, evenly spaced, are read for histograms and samples; counts per "
+            "verdict are the manifests', of all."
+        )
+        there = [there[i] for i in chosen]
+    pieces = []
+    for generation, part, _ in there:
+        try:
+            table = store.read_part(generation, part, [*LIGHT, "response_ids"])
+        except FileNotFoundError:
+            continue
+        except UserError as error:
+            facts.missing.append(f"{str(error).split(' Delete it')[0]} It is left out.")
+            continue
+        n = len(table)
+        lengths = pc.fill_null(pc.list_value_length(table["response_ids"]), 0)
+        columns = {name: table[name] for name in LIGHT}
+        columns |= {"generation": pa.array(np.full(n, generation, np.int32)), "part": pa.array(np.full(n, part, np.int32))}
+        columns |= {"row": pa.array(np.arange(n, dtype=np.int32)), "tokens": lengths}
+        pieces.append(pa.table(columns))
+        facts.parts_read += 1
+    empty = pa.schema(
+        [SCHEMA.field(name) for name in LIGHT] + [(n, pa.int32()) for n in ("generation", "part", "row", "tokens")]
+    )
+    facts.responses = pa.concat_tables(pieces).combine_chunks() if pieces else empty.empty_table()
+
+
+def last_lines(log: Path, count: int = LOG_LINES) -> list[str]:
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - (1 << 16)))
+        return file.read().decode("utf-8", "replace").strip().splitlines()[-count:]
+
+
+# -- how it stands
+
+
+def judge(store: Store, events: list[dict[str, Any]], held: bool | None) -> Status:
+    """Whether a run is finished, going on, failed, or was stopped without a word; `held`: does a process work on it?"""
+    marks = [event for event in events if event.get("name") in ("started", "ended", "failed")]
+    last = max((event["end"] for event in events), default=None)
+    when = f" Its last sign is of {clock(last)}." if last is not None else ""
+    newest = marks[-1]["name"] if marks else None
+    if held or (held is None and last is not None and time.time() - last < ALIVE_SECONDS):
+        return Status("running", "The run goes on; this is how it stood when the report was written.")
+    if newest == "failed":
+        failure = marks[-1]
+        return Status("failed", f"The run {how_it_ended(failure)} at {clock(failure['end'])}.", failure)
+    if store.finished:
+        return Status("finished", "The run is finished.")
+    if newest == "started":
+        return Status(
+            "stopped",
+            "The run stopped without a word: its process was killed, ran out of memory, or the machine went down." + when,
+        )
+    if newest is None and any(event.get("name") == "train" for event in events):
+        return Status("stopped", "The run is not finished, and nothing works on it." + when)
+    return Status("between", "Nothing is trained here yet, and nothing works on it." + when)
+
+
+def how_it_ended(failure: dict[str, Any]) -> str:
+    return "was stopped by hand" if failure.get("error") in ("KeyboardInterrupt", "Abort") else "failed"
+
+
+def in_use(store: Store) -> bool | None:
+    """Does a process hold the run's lock? None where locks don't say."""
+    path = store.path / ".lock"
+    if not path.exists():
+        return False
+    try:
+        import fcntl
+
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return None
+    return False
+
+
+def clock(seconds: float) -> str:
+    """A time of events.jsonl as local date and time."""
+    return time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(seconds))
+
+
+def tail(path: Path, size: int = 1 << 14) -> Iterator[str]:
+    """Whole lines at the end of a file, newest first."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        start = max(0, path.stat().st_size - size)
+        file.seek(start)
+        lines = file.read().decode("utf-8", "replace").split("\n")
+        yield from reversed(lines[1:-1] if start else lines[:-1])

@@ -1,0 +1,200 @@
+"""The live view of a run: what a terminal shows while `npd distill` and `npd sft` work.
+
+Figures of other processes come from the run directory, where each of them writes what it has done.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Protocol
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from npd.config import Config
+from npd.observe.display import Task
+from npd.observe.facts import part_tokens, tail
+from npd.selection import KEPT
+from npd.store import Store
+
+LOOK = 1.0  # seconds between looks at the directory
+RECENT = 16  # steps whose speed is averaged
+
+
+class Place(Protocol):
+    """Where the trainer stands: see npd.loop.Position."""
+
+    generation: int
+    passes: int
+    step: int
+    tokens: int
+
+
+class RunView:
+    """What is known of a run, as lines for a terminal.
+
+    Args:
+        progress: the share of the run that is done, 0..1.
+        parts: how many parts a generation has, once that is known.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        config: Config,
+        at: Place,
+        progress: Callable[[], float],
+        parts: Callable[[], int],
+        generations: int,
+    ) -> None:
+        self.store, self.config, self.at, self.generations = store, config, at, generations
+        self.progress, self.parts = progress, parts
+        self.task: Task | None = None
+        self.began, self.from_progress, self.from_tokens = time.monotonic(), progress(), at.tokens
+        self._looked = 0.0
+        self._line: dict[str, Any] = {}
+        self._speed = 0.0
+        self._landed: dict[int, int] = {}
+        self._kept: tuple[int, int, int] | None = None  # generation, kept, responses
+        self._others: dict[str, str] = {}
+        self._tokens: dict[tuple[int, int], int] = {}
+
+    # -- looking
+
+    def look(self) -> None:
+        """Read what has changed in the run directory, at most once a second."""
+        if time.monotonic() - self._looked < LOOK:
+            return
+        self._looked = time.monotonic()
+        steps = []
+        for text in tail(self.store.metrics):
+            with suppress(ValueError):
+                line = json.loads(text)
+                if "loss" in line:
+                    steps.append(line)
+            if len(steps) == RECENT:
+                break
+        if steps:
+            self._line = steps[0]
+            self._speed = sum(line["tokens_per_second"] for line in steps) / len(steps)
+        here = self.at.generation
+        self._landed = {g: len(self.store.parts(g)) for g in (here, here + 1) if g < self.generations}
+        for g in (here + 1, here, here - 1):
+            manifest = self.store.manifest(g) if g >= 0 else None
+            if manifest is not None:
+                counts = manifest["selection"]["verdicts"]
+                self._kept = g, sum(counts.get(verdict, 0) for verdict in KEPT), sum(counts.values())
+                break
+        self._look_at_others()
+
+    def _look_at_others(self) -> None:
+        """What each background refresh did last, how fast, and what it says it is doing."""
+        seen: dict[str, str] = {}
+        fast: dict[str, str] = {}  # by the newest part that has landed
+        for text in tail(self.store.path / "events.jsonl", 1 << 16):
+            with suppress(ValueError, KeyError):
+                event = json.loads(text)
+                role = event["role"]
+                if role == "trainer" or role in fast or event["name"] not in ("generate", "score", "wait"):
+                    continue
+                if event["name"] == "wait":
+                    seen.setdefault(role, "had nothing to do")
+                    continue
+                generation, part = event["generation"], event["part"]
+                what = {"generate": "generated", "score": "scored"}[event["name"]]
+                seen.setdefault(role, f"{what} g{generation} part {part + 1}/{self.parts() or '?'}")
+                tokens = self._tokens_of(generation, part)
+                if event["name"] == "generate" and tokens and event["end"] > event["start"]:
+                    fast[role] = f"{tokens / (event['end'] - event['start']):,.0f} tokens/s generated"
+        seen = {role: f"{what}; {fast[role]}" if role in fast else what for role, what in seen.items()}
+        for log in sorted((self.store.path / "logs").glob("refresh-*.log")):
+            now = next(tail(log, 1 << 12), "").strip()
+            if "/" in now and now.split(" ")[-1] in ("responses", "tokens"):  # a line of progress
+                doing = f"now {now.rpartition(': ')[2]}"
+                seen[log.stem] = f"{seen[log.stem]}; {doing}" if log.stem in seen else now
+            seen.setdefault(log.stem, "is starting")
+        self._others = dict(sorted(seen.items()))
+
+    def _tokens_of(self, generation: int, part: int) -> int:
+        """Response tokens of a part, once it has landed."""
+        key = generation, part
+        if key not in self._tokens:
+            with suppress(Exception):  # not there yet, or no longer
+                self._tokens[key] = part_tokens(self.store.part(generation, part))
+        return self._tokens.get(key, 0)
+
+    # -- showing
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        with suppress(Exception):  # a view must not end a run
+            self.look()
+        yield Text("─" * options.max_width, style="dim")
+        table = Table.grid(padding=(0, 1), expand=True)
+        table.add_column(width=14, no_wrap=True, style="dim")
+        table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        for name, what in self.lines():
+            table.add_row(name, what)
+        yield table
+
+    def lines(self) -> list[tuple[str, Text | ProgressBar | Table]]:
+        """(label, what) from top to bottom."""
+        at, schedule, line = self.at, self.config.schedule, self._line
+        share = min(1.0, self.progress())
+        generation = min(at.generation + 1, self.generations)
+        passes = f"pass {min(at.passes + 1, schedule.passes)} of {schedule.passes}"
+        where = f"generation {generation:,} of {self.generations:,}, {passes}"
+        rows: list[tuple[str, Text | ProgressBar | Table]] = [
+            ("run", _bar(share, f"{share:4.0%}  {self.time_left(share)}")),
+            ("at", Text(f"{where}, step {at.step:,}")),
+        ]
+        if self.task is not None:
+            rows.append(("now", Text(f"{self.task.name.rpartition(': ')[2]}: {self.task.figures()}")))
+        landed = ", ".join(f"g{g} {there}/{self.parts() or '?'}" for g, there in self._landed.items())
+        if landed and self.parts():
+            rows.append(("parts landed", Text(landed)))
+        if self._kept is not None:
+            g, kept, n = self._kept
+            rows.append(("kept", Text(f"{kept / n:.1%} of g{g}: {kept:,} of {n:,} responses" if n else "–")))
+        if line:
+            rows.append(("loss", Text(f"{line['loss']:.4f}   CE {line['ce']:.4f}, KD {line['kd']:.4f}")))
+            rows += self._near_policy(line)
+            rows.append(("trainer", Text(f"{self._speed:,.0f} tokens/s while training, {at.tokens:,} tokens trained")))
+        rows += [(role, Text(what)) for role, what in self._others.items()]
+        return rows
+
+    def _near_policy(self, line: dict[str, Any]) -> list[tuple[str, Text | ProgressBar | Table]]:
+        smooth = getattr(self.at, "near_policy_kl", None)
+        value = smooth if smooth is not None else line.get("near_policy_kl")
+        if value is None:
+            return []
+        budget = self.config.schedule.kl_budget
+        proxy = " (proxy)" if line.get("near_policy_kl_is_proxy") else ""
+        if budget is None:
+            return [("near-policy KL", Text(f"{value:.4f}{proxy}   no budget"))]
+        return [("near-policy KL", _bar(min(1.0, value / budget), f"{value:.4f} of {budget:g}{proxy}"))]
+
+    def time_left(self, share: float) -> str:
+        """By the pace of this process so far."""
+        gained, elapsed = share - self.from_progress, time.monotonic() - self.began
+        if gained < 0.005:
+            return f"{_clock(elapsed)} gone"
+        return f"{_clock(elapsed)} gone, about {_clock(elapsed / gained * (1 - share))} left"
+
+
+def _bar(share: float, text: str) -> Table:
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(width=20)
+    grid.add_column(no_wrap=True, overflow="ellipsis")
+    grid.add_row(ProgressBar(total=1.0, completed=share, width=20), Text(text))
+    return grid
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,72 @@
+"""Metric names for whoever else hears of a run: TensorBoard, Weights & Biases, trackio, ... through accelerate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from npd.config import Config, config_tree
+from npd.errors import UserError
+from npd.selection import KEPT
+
+
+def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> None:
+    """Start the trackers that `config` names, with the run's options; what they write goes to `folder` where they let us.
+
+    Raises:
+        UserError: one of them can't start.
+    """
+    names = config.tracking.trackers
+    if not names:
+        return
+    run = Path(config.run_dir).resolve().name
+    folder.mkdir(parents=True, exist_ok=True)
+    options = {"wandb": {"name": run, "dir": str(folder)}, "trackio": {"name": run}}
+    try:
+        accelerator.init_trackers("npd", config=flat(config_tree(config)), init_kwargs=options)
+    except Exception as error:  # each raises what it likes
+        why = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"tracking.trackers {list(names)} cannot start ({type(error).__name__}: {why}). Log in to it, set it to work "
+            "offline (WANDB_MODE=offline for wandb), or leave it out; metrics.jsonl and the report have all figures anyway."
+        ) from error
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
+    """Options as dotted names with plain values: what every tracker takes."""
+    out: dict[str, int | float | str | bool] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, dict):
+            out |= flat(value, f"{name}.")
+        else:
+            out[name] = value if isinstance(value, int | float | str) else str(value)
+    return out
+
+
+def figures_of(line: dict[str, Any]) -> dict[str, float]:
+    """The figures of a line of metrics.jsonl: what trackers hear, under the same names."""
+    return {k: v for k, v in line.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "step"}
+
+
+def selection_figures(manifest: dict[str, Any]) -> dict[str, float]:
+    """A generation's selection as metrics, from its manifest."""
+    summary = manifest["selection"]
+    rows = summary["rows"]
+    figures: dict[str, float] = {
+        "selection/generation": manifest["generation"],
+        "selection/responses": rows,
+        "selection/kept": sum(summary["verdicts"].get(verdict, 0) for verdict in KEPT) / rows,
+        "selection/response_tokens": manifest["response_tokens"],
+        "selection/cut_off": manifest["length_stops"] / rows,
+    }
+    for verdict in ("degenerate", "disconnect", "undefined"):
+        figures[f"selection/{verdict}"] = summary["verdicts"].get(verdict, 0) / rows
+    for name, quantile in (("05", "0.05"), ("50", "0.5"), ("95", "0.95")):
+        if quantile in summary["delta_ifd_quantiles"]:
+            figures[f"selection/delta_{name}"] = summary["delta_ifd_quantiles"][quantile]
+    if "bounds" in summary:
+        figures["selection/lower"], figures["selection/upper"] = summary["bounds"]
+    return figures

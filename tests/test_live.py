@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import make_run
+from rich.console import Console
+
+import npd
+from npd.config import load_config
+from npd.loop import Position
+from npd.observe.display import Display
+from npd.observe.live import RunView
+from npd.store import Store
+
+
+def terminal(width: int = 80) -> Console:
+    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, highlight=False)
+
+
+def plain(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+
+
+def view_of(path: Path, at: Position, progress: float, **options: Any) -> RunView:
+    base = {"run_dir": str(path), "student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": "d"}}
+    return RunView(Store(path), load_config(base | options), at, lambda: progress, lambda: 2, 2)
+
+
+def shown(view: RunView, width: int = 80) -> str:
+    console = terminal(width)
+    console.print(view)
+    return plain(console)
+
+
+def test_the_view_says_what_the_files_say(tmp_path):
+    path = make_run(tmp_path / "run", finished=False)
+    logs = path / "logs"
+    logs.mkdir()
+    (logs / "refresh-0.log").write_text("loaded\ngeneration 1, part 2/2: generate: 7/20 responses\n")
+    at = Position(generation=1, passes=2, step=30, tokens=3000, kl=0.5, kl_tokens=20)
+    view = view_of(path, at, 0.6, schedule={"kl_budget": 0.05})
+    said = shown(view)
+    assert "generation 2 of 2, pass 3 of 5, step 30" in said
+    assert "60%" in said
+    assert "0.0250 of 0.05" in said
+    assert "g1 2/2" in said
+    counts = Store(path).manifest(1)["selection"]["verdicts"]  # type: ignore[index]
+    kept = counts["proximal"]
+    assert f"{kept / 40:.1%} of g1: {kept} of 40 responses" in said
+    assert f"{2 / 30:.4f}" in said  # the last step's loss
+    steps = range(15, 31)
+    assert f"{sum(1000 + s for s in steps) / len(steps):,.0f} tokens/s while training, 3,000 tokens" in said
+    tokens = sum(len(r) for r in Store(path).read_part(1, 0)["response_ids"].to_pylist())
+    assert f"scored g1 part 1/2; {tokens / 20:,.0f} tokens/s generated" in said  # its span lasted 20 s
+    assert "refresh-0" in said
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_no_line_is_wider_than_the_terminal(tmp_path, width):
+    path = make_run(tmp_path / "run", finished=False)
+    (path / "logs").mkdir()
+    (path / "logs/refresh-0.log").write_text(f"generation 1, part 2/2: generate: 7/20 {'x' * 300} responses\n")
+    lines = shown(
+        view_of(path, Position(step=30, kl=1.0, kl_tokens=9), 0.3, schedule={"kl_budget": 0.05}), width
+    ).splitlines()
+    assert len(lines) > 5
+    assert max(map(len, lines)) <= width
+
+
+def test_a_view_of_nothing_yet(tmp_path):
+    assert "step 0" in shown(view_of(tmp_path, Position(), 0.0))
+
+
+def test_messages_stand_above_the_view_and_tasks_in_it(tmp_path):
+    path = make_run(tmp_path / "run", finished=False)
+    console = terminal()
+    display = Display(console)
+    view = view_of(path, Position(), 0.1)
+    with display.live(view):
+        display.say("first [not markup]")
+        with display.task("generation 0, part 1/2: generate", 10, "responses") as advance:
+            with display.task("inside", 3, "x") as nothing:
+                nothing()
+            advance(4)
+            assert "generate: 4/10 responses" in shown(view)
+        assert "generate" not in shown(view).replace("generated", "")
+        display.say("second")
+    said = plain(console)
+    assert said.index("first [not markup]") < said.index("second")
+    assert display.view is None
+
+
+def test_what_libraries_write_stands_above_the_view_in_whole_lines(tmp_path):
+    console = terminal()
+    display = Display(console)
+    with display.live(view_of(tmp_path, Position(), 0.1)):
+        for percent in (10, 55, 100):
+            sys.stderr.write(f"\rconverting {percent}%")
+            sys.stderr.flush()
+        sys.stderr.write("\na [warning]\nunfinished")
+    said = plain(console)
+    assert "converting 100%" in said
+    assert "converting 55%" not in said
+    assert "a [warning]" in said
+    assert "unfinished" in said
+
+
+def test_a_run_in_a_terminal_says_all_that_it_says_elsewhere(make_tree):
+    """Every message that plain output has is there, whole, beside the frames of the live view."""
+    tree = make_tree(schedule={"lead": 1.0}, rollout={"part_size": 6})
+    console = terminal()
+    npd.distill(tree, display=Display(console))
+    said = plain(console)
+    pages = Console(file=io.StringIO(), width=80)
+    npd.distill(make_tree("other", schedule={"lead": 1.0}, rollout={"part_size": 6}), display=Display(pages))
+    assert isinstance(pages.file, io.StringIO)
+    for line in pages.file.getvalue().splitlines():
+        assert line.strip() in said
+    assert "generation 2 of 2" in said
+    assert "refresh-0" in said

@@ -1,0 +1,231 @@
+"""The report in a real browser. Needs Chromium and its driver (Debian: chromium, chromium-driver)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_run import HOSTILE, make_run
+
+from npd.observe.report import write_comparison, write_report
+from npd.store import Store
+
+BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+DRIVER = shutil.which("chromedriver")
+
+pytestmark = pytest.mark.skipif(
+    BROWSER is None or DRIVER is None,
+    reason="no browser: pages are not opened; apt-get install chromium chromium-driver",
+)
+
+LONG = "x" * 100_000
+OPTIONS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1440,1000",
+)
+
+
+class Page:
+    """A page opened from disk, with what it logged and what it asked for."""
+
+    def __init__(self, driver: Any) -> None:
+        self.driver = driver
+
+    def open(self, file: Path, width: int = 1440, dark: bool = False) -> None:
+        screen = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        wishes = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+        scheme = {"features": [{"name": name, "value": value} for name, value in wishes.items()]}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme)
+        for log in ("browser", "performance"):
+            self.driver.get_log(log)
+        self.url = file.resolve().as_uri()
+        self.driver.get(self.url)
+        self.wait("document.documentElement.dataset.ready === 'true'")
+
+    def wait(self, condition: str) -> None:
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        WebDriverWait(self.driver, 60).until(lambda d: d.execute_script(f"return {condition}"), condition)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        return self.driver.execute_script(script, *arguments)
+
+    def find(self, selector: str) -> Any:
+        return self.driver.find_element("css selector", selector)
+
+    def all(self, selector: str) -> list[Any]:
+        return self.driver.find_elements("css selector", selector)
+
+    def assert_in_order(self) -> None:
+        """Nothing was complained of, nothing asked for but the page, every plot is drawn, and nothing lies beside it."""
+        assert self.driver.get_log("browser") == []
+        sent = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
+        asked = {m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"}
+        assert {url for url in asked if not url.startswith(("data:", "blob:"))} == {self.url}
+        plots = self.all(".plot")
+        assert plots
+        for plot in plots:
+            assert plot.find_elements("css selector", "svg.main-svg"), plot.get_attribute("id")
+        assert self.run("return document.documentElement.scrollWidth <= innerWidth"), "it scrolls sideways"
+        assert self.run("return window.hacked") is None
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Iterator[Page]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER or ""
+    for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
+        options.add_argument(option)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    yield Page(driver)
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory) -> Path:
+    path = make_run(tmp_path_factory.mktemp("page") / "run", schedule={"kl_budget": 0.03})
+    figures = {"eval/sums/accuracy": 0.5, "eval/sums/accuracy_low": 0.4, "eval/sums/accuracy_high": 0.6}
+    for step in (0, 30):
+        Store(path).append_metrics({"step": step, "eval": True, **figures})
+    write_report(path)
+    return path
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+@pytest.mark.parametrize("dark", [False, True])
+def test_every_page_is_in_order(page, run_dir, tmp_path, width, dark):
+    page.open(run_dir / "report.html", width, dark)
+    page.assert_in_order()
+    background = page.run("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, background[4:-1].split(","))) < 200) == dark
+
+
+def test_the_theme_is_toggled(page, run_dir):
+    page.open(run_dir / "report.html")
+    seen = []
+    for _ in range(3):
+        page.find("#theme").click()
+        seen.append(page.run("return document.documentElement.dataset.theme"))
+    assert sorted(set(seen)) == ["dark", "light"]
+    page.wait("document.documentElement.dataset.drawn !== undefined")
+    assert page.driver.get_log("browser") == []
+
+
+def shown(page: Page) -> list[list[str]]:
+    cells = "return [...document.querySelectorAll('#browser tbody tr')].map(r => [...r.cells].map(c => c.textContent))"
+    rows: list[list[str]] = page.run(cells)
+    return rows
+
+
+def test_filter_sort_and_search_by_clicking(page, run_dir):
+    page.open(run_dir / "report.html")
+    rows = shown(page)
+    assert len(rows) == 80
+    verdict = page.all(".filters select")[0]
+    for option in verdict.find_elements("tag name", "option"):
+        option.click()
+        want = option.text
+        assert shown(page) == [row for row in rows if want in ("all", row[0])]
+    verdict.find_elements("tag name", "option")[0].click()
+    delta = page.all("#browser thead button")[1]
+
+    def number(row: list[str]) -> float:
+        return float(row[1].replace("−", "-"))
+
+    delta.click()
+    assert [number(row) for row in shown(page)] == sorted(number(row) for row in rows)
+    assert page.all("#browser thead th")[1].get_attribute("aria-sort") == "ascending"
+    delta.click()
+    assert [number(row) for row in shown(page)] == sorted((number(row) for row in rows), reverse=True)
+    page.find(".filters input").send_keys("w13 ")
+    found = shown(page)
+    assert 0 < len(found) < len(rows)
+    assert f"{len(found)} of 80 samples" in page.find("#browser .note").text
+    for row in page.all("#browser tbody tr"):
+        row.click()
+        assert "w13 " in page.find(".sample").get_attribute("textContent")
+
+
+def test_the_keyboard_reaches_samples_and_tokens(page, run_dir):
+    from selenium.webdriver.common.keys import Keys
+
+    page.open(run_dir / "report.html")
+    sample = page.find("#browser .list")
+    before = page.find(".sample dd").text
+    sample.send_keys(Keys.ARROW_DOWN)
+    assert page.find(".sample dd").text != before
+    text = page.all(".sample .text")[1]
+    text.send_keys(Keys.ARROW_RIGHT)
+    told = page.find(".told").text
+    assert told.startswith("Token 1: “")
+    assert "student" in told
+    assert "teacher" in told
+    reached = page.run(
+        "return [...document.querySelectorAll('a[href], button, input, select, summary, [tabindex=\"0\"]')]"
+        ".every(e => e.tabIndex >= 0)"
+    )
+    assert reached
+    unnamed = page.run(
+        "return [...document.querySelectorAll('button, input, select, [role=img], [role=region]')].filter(e => "
+        "!(e.getAttribute('aria-label') || e.textContent || (e.labels || [])[0])).length"
+    )
+    assert unnamed == 0
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_nothing_of_a_hostile_run_is_executed(page, tmp_path, width):
+    path = make_run(tmp_path / "run", words=[*HOSTILE, LONG], sources=tuple(HOSTILE[:4]))
+    (path / "logs").mkdir()
+    (path / "logs/refresh-0.log").write_text("</pre><script>window.hacked=8</script>\x1b[0m")
+    page.open(write_report(path), width)
+    rows = page.all("#browser tbody tr")
+    longest = 0
+    for row in rows:  # every sample is looked at
+        page.run("arguments[0].click()", row)
+        longest = max(longest, page.run("return document.querySelector('.sample').textContent.length"))
+    assert longest > len(LONG)
+    page.assert_in_order()
+    said = page.find("main").get_attribute("textContent")
+    for word in HOSTILE[:4]:
+        assert word in said
+    assert not page.all("#main script, #main img, #main a[href^=http]")
+
+
+def test_a_comparison_is_in_order(page, run_dir, tmp_path):
+    other = make_run(tmp_path / "other", steps=2000, loss={"kd_weight": 0.5})
+    page.open(write_comparison([run_dir, other], tmp_path / "compare.html"), 390)
+    page.assert_in_order()
+
+
+def test_a_failed_run_is_in_order(page, tmp_path):
+    path = make_run(tmp_path / "run", finished=False)
+    page.open(write_report(path))
+    page.assert_in_order()
+    assert "stopped without a word" in page.find("#failure").text
+    page.find("#failure .copy").click()
+    page.wait("['Copied', 'Selected'].includes(document.querySelector('#failure .copy').textContent)")
+
+
+def test_a_run_that_has_just_begun_is_in_order(page, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("run_dir: x\n")
+    page.open(write_report(run_dir))
+    assert not page.all(".plot")
+    assert page.driver.get_log("browser") == []

@@ -1,0 +1,446 @@
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import math
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from click.testing import CliRunner
+from fake_run import HOSTILE, make_run
+
+import npd
+from npd.cli import main
+from npd.errors import RunError, UserError
+from npd.evaluation.verify import wilson_interval
+from npd.observe import reporter
+from npd.observe.browse import Browser
+from npd.observe.display import Display
+from npd.observe.events import Events, read_events
+from npd.observe.facts import gather, ranges, tail
+from npd.observe.report import render, run_page, write_comparison, write_report
+from npd.store import Store
+
+
+class Text(HTMLParser):
+    """What a page says, and the tags it says it with."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.words: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self._inside: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in self._inside:
+            del self._inside[len(self._inside) - 1 - self._inside[::-1].index(tag) :]
+
+    def handle_data(self, data: str) -> None:
+        if not self._inside or self._inside[-1] not in ("script", "style"):
+            self.words.append(data)
+
+    @property
+    def said(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def island_of(page: str) -> dict[str, Any]:
+    packed = re.search(r'id="island-data">([^<]*)<', page)
+    assert packed
+    return json.loads(gzip.decompress(base64.b64decode(packed[1])))
+
+
+def read(path: Path) -> tuple[Text, dict[str, Any]]:
+    page = path.read_text(encoding="utf-8")
+    return Text(page), island_of(page)
+
+
+def rows_of(run_dir: Path) -> list[dict[str, Any]]:
+    files = sorted(run_dir.glob("generations/g*/part-*.parquet"))
+    return [row for file in files for row in pq.read_table(file).to_pylist()]
+
+
+@pytest.fixture(scope="module")
+def fake(tmp_path_factory) -> Path:
+    path = make_run(tmp_path_factory.mktemp("fake") / "run", schedule={"kl_budget": 0.03})
+    store = Store(path)
+    for step, right in ((0, 30), (30, 60)):
+        low, high = wilson_interval(right / 100, 100)
+        accuracy = {"eval/sums/accuracy": right / 100, "eval/sums/accuracy_low": low, "eval/sums/accuracy_high": high}
+        store.append_metrics({"step": step, "eval": True, **accuracy, "eval/kl_to_teacher": 0.5 - step / 100})
+    store.append_metrics({"step": 0, "teacher": True, "teacher/sums/accuracy": 0.9})
+    write_report(path)
+    return path
+
+
+def test_numbers_are_those_of_the_files(fake):
+    text, data = read(fake / "report.html")
+    rows = rows_of(fake)
+    verdicts = [row["verdict"] for row in rows]
+    for verdict in ("proximal", "degenerate", "disconnect"):
+        n = verdicts.count(verdict)
+        assert f"{verdict} {n} ({100 * n / len(rows):.1f}%)" in text.said
+        tokens = sum(len(row["response_ids"]) for row in rows if row["verdict"] == verdict)
+        total = sum(len(row["response_ids"]) for row in rows)
+        assert f"{verdict} {tokens} ({100 * tokens / total:.1f}%)" in text.said
+    kept = verdicts.count("proximal") / len(rows)
+    assert f"Kept responses {100 * kept:.1f}%" in text.said
+    deltas = [row["delta_ifd"] for row in rows]
+    # Every bar of the histogram, counted anew.
+    for trace in data["figures"]["delta"]["traces"]:
+        for centre, count in zip(trace["x"], trace["y"], strict=True):
+            low, high = centre - trace["width"] / 2, centre + trace["width"] / 2
+            edge = 1e-4 * trace["width"]  # drawn to five digits
+            sure = [d for d, v in zip(deltas, verdicts, strict=True) if v == trace["name"] and low + edge < d < high - edge]
+            near = [d for d, v in zip(deltas, verdicts, strict=True) if v == trace["name"] and low - edge <= d <= high + edge]
+            assert len(sure) <= count <= len(near)
+    points = sum(len(trace["x"]) for trace in data["figures"]["scatter"]["traces"])
+    assert points == len(rows)
+    lengths = data["figures"]["lengths"]["traces"]
+    assert sum(sum(trace["y"]) for trace in lengths) == len(rows)
+    assert f"Cut off: {sum(row['finish_reason'] == 'length' for row in rows)}" in text.said
+    middle = statistics.median(len(row["response_ids"]) for row in rows if row["sample_id"].startswith("g000"))
+    assert f"g0 40 {100 * verdicts[:40].count('proximal') / 40:.1f}%" in text.said
+    assert f" {middle:g} " in text.said
+
+
+def test_curves_are_the_metrics(fake):
+    _, data = read(fake / "report.html")
+    lines = [json.loads(line) for line in (fake / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "loss" in line]
+    traces = {trace["name"]: trace for trace in data["figures"]["loss"]["traces"]}
+    for name, key in (("loss", "loss"), ("CE", "ce"), ("KD", "kd")):
+        assert traces[name]["x"] == [line["step"] for line in steps]
+        assert traces[name]["y"] == pytest.approx([line[key] for line in steps], rel=1e-4)
+    shapes = data["figures"]["near-policy"]["layout"]["shapes"]
+    assert 0.03 in [shape["y0"] for shape in shapes]  # the budget
+    border = next(line["step"] for line in steps if line["generation"] == 1)
+    assert border - 0.5 in [shape.get("x0") for shape in shapes]
+
+
+def test_headline_and_ceiling(fake):
+    text, _ = read(fake / "report.html")
+    low, high = wilson_interval(0.6, 100)
+    assert "sums accuracy 30.0% → 60.0%" in text.said
+    assert f"after 60.0% [{100 * low:.1f}, {100 * high:.1f}]; teacher 90.0%" in text.said
+    assert "KL to the teacher 0.5 → 0.2" in text.said
+    # 100 s of wall-clock, of which 80 trained and 20 waited; 3,000 tokens.
+    assert "Speed 30 tokens/s" in text.said
+    assert "train 80.0 s (80.0%)" in text.said
+    assert "wait 20.0 s (20.0%)" in text.said
+
+
+def test_the_page_asks_nothing_of_the_network(fake):
+    page = (fake / "report.html").read_text(encoding="utf-8")
+    text = Text(page)
+    policy = next(a["content"] for tag, a in text.tags if tag == "meta" and a.get("http-equiv") == "Content-Security-Policy")
+    assert policy
+    assert "default-src 'none'" in policy
+    assert "unsafe-eval" not in policy
+    assert "http" not in policy
+    for tag, attributes in text.tags:
+        for name in ("src", "href", "action", "srcset"):
+            assert (attributes.get(name) or "#").startswith(("#", "data:")), f"<{tag} {name}={attributes[name]}>"
+    nonces = {a.get("nonce") for tag, a in text.tags if tag == "script" and a.get("type") is None}
+    assert len(nonces) == 1
+    assert f"'nonce-{nonces.pop()}'" in policy
+    ids = [a["id"] for _, a in text.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_plot_has_words(fake):
+    text, data = read(fake / "report.html")
+    plots = {a["data-figure"]: a for tag, a in text.tags if "data-figure" in a}
+    assert plots.keys() == data["figures"].keys()
+    assert {
+        "loss",
+        "near-policy",
+        "lr",
+        "fill",
+        "delta",
+        "scatter",
+        "by-generation",
+        "by-source",
+        "lengths",
+        "timeline",
+    } <= plots.keys()
+    for attributes in plots.values():
+        assert attributes["role"] == "img"
+        assert len(attributes["aria-label"] or "") > 20
+
+
+def test_hostile_text_is_text(tmp_path):
+    path = make_run(tmp_path / "run", words=HOSTILE, sources=tuple(HOSTILE[:4]))
+    (path / "logs").mkdir()
+    (path / "logs/refresh-0.log").write_bytes(b"\x1b[31m</pre><script>1</script>\xff\xfe\n")
+    Events(path / "events.jsonl").write("<script>", 1.0, 2.0, note="</script>")
+    text, data = read(write_report(path))
+    clean, _ = read(write_report(make_run(tmp_path / "clean")))
+    kinds = {tag for tag, _ in text.tags}
+    assert kinds == {tag for tag, _ in clean.tags}
+    assert sum(tag == "script" for tag, _ in text.tags) == sum(tag == "script" for tag, _ in clean.tags) == 3
+    assert not [a for _, a in text.tags if any(name.startswith("on") for name in a)]
+    for source in HOSTILE[:4]:
+        assert source in text.said
+    words = {piece for sample in data["samples"] for piece in sample["pieces"]}
+    assert {w.strip() for w in words} == {w.strip() for w in HOSTILE}
+
+
+def test_unfinished_damaged_and_removed_are_said(tmp_path):
+    path = make_run(tmp_path / "run", finished=False)
+    (path / "generations/g001/manifest.json").unlink()
+    part = path / "generations/g001/part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:200])
+    with (path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 31, "lo')
+    with (path / "events.jsonl").open("a") as file:
+        file.write('["not a span"]\n{"name": "x"}\n{"na')
+    text, _ = read(write_report(path))
+    assert "part-00001.parquet is damaged and left out" in text.said
+    assert "Generations 1 have no manifest yet" in text.said
+    assert "Responses, 60" in text.said
+    for file in path.glob("generations/*/part-*"):
+        file.unlink()
+    text, data = read(write_report(path))
+    assert "The responses of generations 0 were removed by checkpoint.keep" in text.said
+    assert "Responses, 40" in text.said  # by the manifest
+    assert "browser" not in [a.get("id") for _, a in text.tags]
+    assert data["samples"] == []
+
+
+def test_a_run_that_has_just_begun(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.yaml").write_text("run_dir: x\nprovenance: {command: distill}\n")
+    text, data = read(write_report(run_dir))
+    assert "There are no responses yet." in text.said
+    assert "no optimiser step yet" in text.said
+    assert data["figures"] == {}
+    (run_dir / "config.yaml").write_text("{{{ not yaml")
+    assert "config.yaml cannot be read" in read(write_report(run_dir))[0].said
+    with pytest.raises(UserError, match="holds no run of npd"):
+        write_report(tmp_path)
+    with pytest.raises(UserError, match="is no directory"):
+        write_report(tmp_path / "nothing")
+
+
+def test_samples_are_left_out_of_a_page_that_would_be_too_large(fake, tmp_path, monkeypatch):
+    small = make_run(tmp_path / "run")
+    whole = len(island_of(write_report(small).read_text())["samples"])
+    size = (small / "report.html").stat().st_size
+    monkeypatch.setattr("npd.observe.report.MOST_BYTES", size - 1000)
+    assert len(island_of(write_report(small).read_text())["samples"]) < whole
+
+
+# -- how runs end
+
+
+def fail_at(step: int, error: BaseException, monkeypatch) -> None:
+    import npd.trainer
+
+    real = npd.trainer.Trainer.step
+
+    def broken(self, *args: Any) -> Any:
+        if self.position.step == step:
+            raise error
+        return real(self, *args)
+
+    monkeypatch.setattr(npd.trainer.Trainer, "step", broken)
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ZeroDivisionError("by <b>zero</b>"), "npd has no explanation of its own"),
+        (RunError("The disk is full; free some space."), "the message says how to mend it"),
+        (KeyboardInterrupt(), "was stopped by hand"),
+    ],
+)
+def test_a_run_that_failed_has_a_report_too(make_tree, monkeypatch, error, says, capsys):
+    tree = make_tree(tracking={"report": True})
+    fail_at(5, error, monkeypatch)
+    with pytest.raises(type(error)):
+        npd.distill(tree, display=Display())
+    run_dir = Path(tree["run_dir"])
+    failed = [e for e in read_events(run_dir / "events.jsonl") if e["name"] == "failed"]
+    assert len(failed) == 1
+    assert failed[0]["error"] == type(error).__name__
+    assert failed[0]["process"] == os.getpid()
+    text, data = read(run_dir / "report.html")
+    assert says in text.said
+    assert "after step 4" in text.said
+    assert str(error) in text.said
+    assert "It goes on from step 3" in text.said
+    assert f"npd distill {run_dir}" in text.said
+    assert data["samples"]
+    assert ("ZeroDivisionError" in text.said and "in broken" in text.said) == isinstance(error, ZeroDivisionError)
+    monkeypatch.undo()
+    npd.distill(tree)  # goes on, and the report then is that of a finished run
+    assert gather(run_dir).status.kind == "finished"
+    assert "What went wrong" not in read(run_dir / "report.html")[0].said
+
+
+def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
+    tree = make_tree(tracking={"report": True})
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    script = (
+        "import sys, time, npd, npd.trainer\n"
+        "real = npd.trainer.Trainer.step\n"
+        "def slow(self, *a):\n"
+        "    if self.position.step == 4:\n"
+        "        print('here', flush=True); time.sleep(600)\n"
+        "    return real(self, *a)\n"
+        "npd.trainer.Trainer.step = slow\n"
+        "npd.distill(sys.argv[1])\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, str(config)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"here\n"
+    run_dir = Path(tree["run_dir"])
+    assert gather(run_dir).status.kind == "running"
+    assert "The run goes on" in read(write_report(run_dir))[0].said
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert gather(run_dir).status.kind == "stopped"
+    assert "stopped without a word" in read(write_report(run_dir))[0].said
+
+
+def test_a_report_is_written_while_the_run_goes_on(tmp_path, monkeypatch):
+    path = make_run(tmp_path / "run", finished=False)
+    monkeypatch.setattr(reporter, "FIRST", 0.05)
+    pages = reporter.Pages(path)
+    deadline = time.monotonic() + 60
+    while not (path / "report.html").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    pages.stop()
+    assert "w0" in json.dumps(island_of((path / "report.html").read_text())["samples"])
+    assert pages.process is not None
+    assert pages.process.poll() is not None
+
+
+def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
+    path = make_run(tmp_path / "run", finished=False)
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise OSError("no space")
+
+    monkeypatch.setattr("npd.observe.report.write_text", broken)
+    with reporter.observed(Events(path / "events.jsonl"), Display(), report=True):
+        pass
+    assert "could not be written (OSError: no space). Nothing else is lost." in capsys.readouterr().out.replace("\n", " ")
+    assert [e["name"] for e in read_events(path / "events.jsonl")][-1] == "ended"
+
+
+# -- comparison, trace, command
+
+
+def test_a_comparison_says_what_differs(fake, tmp_path):
+    other = make_run(tmp_path / "run", steps=20, loss={"kd_weight": 0.5}, selection={"upper": 0.4})
+    text, data = read(write_comparison([fake, other], tmp_path / "out/compare.html"))
+    assert "loss.kd_weight 0.9 0.5" in text.said
+    assert "selection.upper 0.8 0.4" in text.said
+    assert "packing.length" not in text.said
+    names = {trace["name"] for trace in data["figures"]["loss"]["traces"]}
+    assert names == {f"{fake.parent.name}/run", f"{tmp_path.name}/run"}  # both are called run
+    assert {"delta-0", "delta-1", "scatter-0", "scatter-1", "timeline-0", "timeline-1"} <= data["figures"].keys()
+    kept = [sum(row["verdict"] == "proximal" for row in rows_of(path)) for path in (fake, other)]
+    for n in kept:
+        low, high = wilson_interval(n / 80, 80)
+        assert f"{100 * n / 80:.1f}% [{100 * low:.1f}, {100 * high:.1f}]" in text.said
+    overlay = data["figures"]["delta-overlay"]["traces"]
+    assert [math.fsum(trace["y"]) for trace in overlay] == pytest.approx([1, 1], abs=0.03)
+
+
+def test_the_command(fake, tmp_path):
+    run = CliRunner().invoke
+    out = tmp_path / "page.html"
+    result = run(main, ["report", str(fake), "--out", str(out)])
+    assert result.exit_code == 0
+    assert out.exists()
+    trace = tmp_path / "trace.json"
+    assert "10 spans" in run(main, ["report", str(fake), "--trace", str(trace)]).output
+    assert len(json.loads(trace.read_text())["traceEvents"]) > 10
+    for arguments, why in (
+        ([str(fake), str(fake)], "add --compare"),
+        (["--compare", str(fake)], "needs two run directories"),
+        (["--compare", str(fake), str(fake), "--trace", "x"], "give one of them"),
+        ([str(tmp_path)], "holds no run of npd"),
+        (["--compare", str(fake), str(fake), "--out", str(tmp_path)], "name a file"),
+    ):
+        result = run(main, ["report", *arguments])
+        assert isinstance(result.exception, UserError)
+        assert why in str(result.exception)
+    assert "--compare" in run(main, ["report", "--help"]).output
+    assert "report" in run(main, ["--help"]).output
+
+
+def test_ranges():
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8"
+    assert ranges([]) == ""
+
+
+def test_tail_gives_whole_lines_newest_first(tmp_path):
+    path = tmp_path / "lines"
+    assert list(tail(path)) == []
+    path.write_text("".join(f"line {i}\n" for i in range(100)) + "torn")
+    assert list(tail(path)) == [f"line {i}" for i in range(99, -1, -1)]
+    short = list(tail(path, 50))
+    assert short == [f"line {i}" for i in range(99, 99 - len(short), -1)]
+    assert len(short) == 5
+
+
+def test_checks_of_the_engine_are_shown(tmp_path):
+    path = make_run(tmp_path / "run")
+    facts = {"samples": 4, "tokens": 250, "mean_difference": -0.00123, "mean_abs_difference": 0.0456}
+    Events(path / "events.jsonl", "refresh-0").write("engine", 1015.0, 1015.0, generation=1, part=2, **facts)
+    assert "1 2 4 250 -0.00123 0.0456" in read(write_report(path))[0].said
+    assert "Checks of the engine" not in read(write_report(make_run(tmp_path / "other")))[0].said
+
+
+def test_refreshes_that_died_are_named(tmp_path):
+    path = make_run(tmp_path / "run", finished=False)
+    Events(path / "events.jsonl").write("restart", 1015.0, 1016.0, rank=1, code=-9)
+    assert "refresh-1 died (exit status -9) and was started again" in read(write_report(path))[0].said
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_whatever_is_in_the_lines_there_is_a_page(tmp_path, seed):
+    path = make_run(tmp_path / "run", finished=False)
+    random = Random(seed)
+    strange = [None, "x", math.nan, math.inf, -1, 10**30, True, [], {}, 0, 1e308, HOSTILE[0], "\ud800"]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = []
+        for text in (path / name).read_text().splitlines():
+            line = json.loads(text)
+            for key in list(line):
+                if random.random() < 0.08:
+                    line[key] = random.choice(strange)
+                elif random.random() < 0.03:
+                    del line[key]
+            if random.random() < 0.1:
+                line |= {"eval": True, f"eval/{random.choice(HOSTILE)}/accuracy": random.choice(strange)}
+            lines += [json.dumps(line), *random.sample(['{"a', "null", "[]", "3", "{}"], int(random.random() < 0.1))]
+        (path / name).write_text("\n".join(lines))
+    facts = gather(path)
+    Text(render(run_page(facts, Browser())))
+    assert all(isinstance(step["step"], int) for step in facts.steps)
+    assert any("left out" in line for line in facts.missing)
