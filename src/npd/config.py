@@ -156,8 +156,7 @@ class RolloutConfig(Section):
     part_size: int = Field(default=1024, ge=1)
     """Prompts a part file holds: what a crash can lose, at most."""
     check_samples: int = Field(default=8, ge=0)
-    """Responses of a generation's first part whose log-probabilities are computed again by transformers where another
-    engine wrote them; 0 checks none."""
+    """Short responses by which an engine other than transformers is compared with it before it answers; 0 compares none."""
     check_bound: float = Field(default=0.05, gt=0)
     """Mean absolute difference in nats per token above which that check warns. Other kernels and bfloat16 make some 0.01;
     weights of another snapshot make far more."""
