@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import gzip
 import json
 import math
@@ -343,14 +344,46 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, cap
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr("npd.observe.report.write_text", broken)
+    monkeypatch.setattr("npd.observe.output.write_text", broken)
     with reporter.observed(Events(path / "events.jsonl"), Display(), report=True):
         pass
-    assert "could not be written (OSError: no space). Nothing else is lost." in capsys.readouterr().out.replace("\n", " ")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert "cannot be written (no space)" in said
+    assert "Nothing else is lost." in said
     assert [e["name"] for e in read_events(path / "events.jsonl")][-1] == "ended"
 
 
 # -- comparison, trace, command
+
+
+@pytest.mark.parametrize("option", ["--out", "--trace", "--compare"])
+def test_a_directory_is_never_replaced_by_a_file(fake, tmp_path, option):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/precious").write_text("years")
+    to = ["--compare", str(fake), "--out"] if option == "--compare" else [option]
+    result = CliRunner().invoke(main, ["report", str(fake), *to, str(tmp_path / "work")])
+    assert isinstance(result.exception, UserError)
+    assert "is a directory" in str(result.exception)
+    assert (tmp_path / "work/precious").read_text() == "years"
+
+
+@pytest.mark.parametrize("option", ["--out", "--trace"])
+def test_what_cannot_be_written_is_said(fake, tmp_path, option):
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(main, ["report", str(fake), option, str(tmp_path / "file/page")])
+    assert isinstance(result.exception, UserError)
+    assert f"cannot be written (Not a directory); name a file elsewhere with {option} FILE" in str(result.exception)
+
+
+def test_a_run_directory_that_is_read_only_is_said(tmp_path, monkeypatch):
+    path = make_run(tmp_path / "run")
+
+    def denied(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr("npd.store._put", denied)  # root may write anywhere
+    with pytest.raises(UserError, match=r"report.html cannot be written \(Permission denied\)"):
+        write_report(path)
 
 
 def test_a_comparison_says_what_differs(fake, tmp_path):

@@ -578,3 +578,11 @@ def test_metrics_survive_a_torn_line_and_a_rewind(tmp_path):
 def test_json_is_written_whole(tmp_path):
     write_json(tmp_path / "deep/er/file.json", {"a": [1, "ä"]})
     assert json.loads((tmp_path / "deep/er/file.json").read_text()) == {"a": [1, "ä"]}
+
+
+def test_a_file_never_takes_the_place_of_a_directory(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/file").write_text("x")
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "folder", "text")
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "file"]

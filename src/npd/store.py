@@ -105,7 +105,7 @@ def _put(aside: Path, path: Path) -> None:
     for file in [aside] if aside.is_file() else sorted(f for f in aside.rglob("*") if f.is_file()):
         with file.open("rb+") as handle:
             os.fsync(handle.fileno())
-    if path.is_dir():
+    if path.is_dir() and aside.is_dir():  # a file never takes the place of a directory
         remove_directory(path)
     os.replace(aside, path)
 

@@ -28,8 +28,9 @@ from npd.observe import pictures as pic
 from npd.observe import tables as tab
 from npd.observe.browse import MOST_SAMPLES, MOST_TOKENS, Browser, browse
 from npd.observe.facts import RunFacts, clock, gather, how_it_ended
+from npd.observe.output import check_output, write_output
 from npd.observe.text import island, visible
-from npd.store import Store, write_text
+from npd.store import Store
 
 MOST_BYTES = 5_900_000  # of a page; samples are left out until it fits
 
@@ -81,20 +82,21 @@ def write_report(run_dir: str | Path, *, out: Path | None = None, going_on: bool
     """Write RUN_DIR/report.html, or `out`; returns its path. `going_on` where the caller knows better than the run's lock.
 
     Raises:
-        UserError: this is no run's directory.
+        UserError: this is no run's directory, or the page cannot be written.
     """
+    path = out or Path(run_dir) / "report.html"
+    check_output(path, "report.html")
     facts = gather(run_dir, going_on)
     samples, tokens = MOST_SAMPLES, MOST_TOKENS
     missing = list(facts.missing)
     while True:
         browser = browse(facts, samples, tokens)
         text = render(run_page(facts, browser))
-        if len(text) <= MOST_BYTES or samples < 8:
+        if len(text.encode()) <= MOST_BYTES or samples < 8:
             break
         samples, tokens = samples // 2, tokens // 2
         facts.missing = list(missing)
-    path = out or facts.path / "report.html"
-    write_text(path, text)
+    write_output(path, text, "--out")
     return path
 
 
@@ -102,13 +104,12 @@ def write_comparison(run_dirs: Sequence[str | Path], out: Path) -> Path:
     """Write one page about several runs.
 
     Raises:
-        UserError: fewer than two, or one of them is no run's directory.
+        UserError: fewer than two, one of them is no run's directory, or the page cannot be written.
     """
     if len(run_dirs) < 2:
         raise UserError("A comparison needs two run directories or more: npd report --compare RUN_A RUN_B.")
-    if out.is_dir():
-        raise UserError(f"--out {out} is a directory; name a file, such as {out / 'compare.html'}.")
-    write_text(out, render(comparison_page([gather(run_dir) for run_dir in run_dirs])))
+    check_output(out, "compare.html")
+    write_output(out, render(comparison_page([gather(run_dir) for run_dir in run_dirs])), "--out")
     return out
 
 

@@ -63,7 +63,7 @@ def _write_last(run_dir: Path, display: Display, error: BaseException | None) ->
     try:
         path = write_report(run_dir, going_on=False)
     except Exception as failed:
-        why = f"{type(failed).__name__}: {failed}"
+        why = str(failed) if isinstance(failed, NpdError) else f"{type(failed).__name__}: {failed}"
         display.say(f"The report of {run_dir} could not be written ({why}). Nothing else is lost.")
         return
     if error is None or isinstance(error, Exception):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npd.observe.events import MARKS
-from npd.store import write_text
+from npd.observe.output import check_output, write_output
 
 Event = dict[str, Any]
 
@@ -136,7 +136,12 @@ def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
 
 
 def write_trace(events: Iterable[Event], path: Path) -> int:
-    """Write a trace file; the number of spans and marks in it."""
+    """Write a trace file; the number of spans and marks in it.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    check_output(path, "trace.json")
     trace = chrome_trace(events)
-    write_text(path, json.dumps(trace))
+    write_output(path, json.dumps(trace), "--trace")
     return sum(entry["ph"] != "M" for entry in trace["traceEvents"])
