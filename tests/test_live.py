@@ -3,6 +3,8 @@ from __future__ import annotations
 import io
 import re
 import sys
+import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,18 @@ from rich.console import Console
 import npd
 from npd.config import load_config
 from npd.loop import Position
-from npd.observe.display import Display
+from npd.observe.display import Display, Task, Whole
 from npd.observe.live import RunView
 from npd.store import Store
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def terminal(width: int = 80) -> Console:
-    return Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None, highlight=False)
+    return Console(file=Terminal(), force_terminal=True, width=width, color_system=None, highlight=False)
 
 
 def plain(console: Console) -> str:
@@ -96,7 +103,8 @@ def test_messages_stand_above_the_view_and_tasks_in_it(tmp_path):
     assert display.view is None
 
 
-def test_what_libraries_write_stands_above_the_view_in_whole_lines(tmp_path):
+def test_what_libraries_write_stands_above_the_view_in_whole_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
     console = terminal()
     display = Display(console)
     with display.live(view_of(tmp_path, Position(), 0.1)):
@@ -109,6 +117,99 @@ def test_what_libraries_write_stands_above_the_view_in_whole_lines(tmp_path):
     assert "converting 55%" not in said
     assert "a [warning]" in said
     assert "unfinished" in said
+
+
+def test_an_error_in_the_view_leaves_what_was_shown_last(tmp_path, monkeypatch):
+    path = make_run(tmp_path / "run", finished=False)
+    console = terminal()
+    display = Display(console)
+    view = view_of(path, Position(step=7), 0.1)
+    assert "step 7" in shown(view)
+    monkeypatch.setattr(view, "lines", lambda: 1 / 0)
+    assert "step 7" in shown(view)
+    with display.live(view):
+        display.say("the run goes on")
+    assert "the run goes on" in plain(console)
+
+
+def test_a_task_that_ends_while_the_view_is_drawn(tmp_path):
+    class Vanishing(RunView):
+        looks = 0
+
+        @property
+        def task(self) -> Any:
+            self.looks += 1
+            return Task("generate", 10, "responses") if self.looks == 1 else None
+
+        @task.setter
+        def task(self, value: Any) -> None:
+            self.looks = 0
+
+    base = view_of(tmp_path, Position(), 0.1)
+    view = Vanishing(base.store, base.config, base.at, base.progress, base.parts, 2)
+    view.looks = 0
+    assert "now" in dict(view.lines())
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_tasks_of_several_threads_at_once(tmp_path, live):
+    display = Display(terminal())
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(200):
+                with display.task("score", 3, "tokens") as advance:
+                    advance()
+        except BaseException as error:
+            failed.append(error)
+
+    with display.live(view_of(tmp_path, Position(), 0.1)) if live else nullcontext():
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not failed
+    assert not display.busy
+
+
+@pytest.mark.parametrize("kind", ["pipe", "dumb"])
+def test_where_lines_cannot_be_drawn_anew_there_are_plain_ones(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb" if kind == "dumb" else "xterm")
+    monkeypatch.setattr("npd.observe.display.PLAIN_SECONDS", 0.0)
+    out = Terminal() if kind == "dumb" else io.StringIO()
+    display = Display(Console(file=out, highlight=False))
+    with display.live(view_of(tmp_path, Position(), 0.1)), display.task("generate", 10, "responses") as advance:
+        advance(4)
+    assert out.getvalue() == "generate: 4/10 responses\n"
+
+
+def test_standard_error_that_goes_to_a_file_stays_there(tmp_path, monkeypatch):
+    console = terminal()
+    with (tmp_path / "err.log").open("w") as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        with Display(console).live(view_of(tmp_path, Position(), 0.1)):
+            print("a warning", file=sys.stderr)
+    assert (tmp_path / "err.log").read_text() == "a warning\n"
+    assert "a warning" not in plain(console)
+
+
+def test_standard_error_above_a_view_is_still_a_file(tmp_path):
+    with (tmp_path / "err.log").open("w") as log:
+        assert Whole(terminal(), log).fileno() == log.fileno()
+
+
+@pytest.mark.parametrize("line", ["\r{}%", "{}%\r", "{}%\r\r"])
+def test_a_line_that_is_redrawn_is_not_kept_whole(line):
+    console = terminal()
+    others = Whole(console, sys.stderr)
+    for i in range(1000):
+        others.write(line.format(i))
+        assert len(others.rest) < 12
+    others.write("\n")
+    assert plain(console).splitlines() == ["999%"]
 
 
 def test_a_run_in_a_terminal_says_all_that_it_says_elsewhere(make_tree):

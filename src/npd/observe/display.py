@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -51,14 +53,19 @@ class View(Protocol):
 class Whole(io.TextIOBase):
     """What libraries write to standard error, above a live view: whole lines, and of a redrawn line its last state."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.rest = console, ""
+    def __init__(self, console: Console, file: TextIO) -> None:
+        self.console, self.file, self.rest = console, file, ""
 
     def write(self, text: str) -> int:
-        *lines, self.rest = (self.rest + text).split("\n")
+        *lines, rest = (self.rest + text).split("\n")
         for line in lines:
             self.console.print(Text(line.rstrip("\r").rpartition("\r")[2]), soft_wrap=True)
+        line = rest.rstrip("\r")
+        self.rest = line.rpartition("\r")[2] + "\r" * (len(line) < len(rest))
         return len(text)
+
+    def fileno(self) -> int:
+        return self.file.fileno()
 
     def end(self) -> None:
         if self.rest.strip():
@@ -73,6 +80,12 @@ class Display:
         self.busy = False
         """Is a task being shown? Tasks inside it are not."""
         self.view: View | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def redraws(self) -> bool:
+        """Can lines be drawn anew? Not in a file, whatever FORCE_COLOR says, nor on a terminal that is only written to."""
+        return self.console.is_interactive and self.console.file.isatty()
 
     def say(self, text: str) -> None:
         self.console.print(escape(text), soft_wrap=True)  # a path that is broken in two can't be copied
@@ -89,13 +102,15 @@ class Display:
     @contextmanager
     def live(self, view: View) -> Iterator[None]:
         """Show a view below everything that is said meanwhile, on a terminal; elsewhere nothing changes."""
-        if not self.console.is_terminal or self.console.quiet or self.view is not None:
+        if not self.redraws or self.console.quiet or self.view is not None:
             yield
             return
         self.view = view
         try:
             live = Live(view, console=self.console, refresh_per_second=FRAMES, transient=True, redirect_stderr=False)
-            with live, redirect_stderr(Whole(self.console)) as others:
+            others = Whole(self.console, sys.stderr)
+            # One that goes elsewhere is not in the view's way.
+            with live, redirect_stderr(others) if sys.stderr.isatty() else nullcontext():
                 yield
                 others.end()
         finally:
@@ -103,12 +118,17 @@ class Display:
 
     @contextmanager
     def task(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        """A task of `total` steps; call the result as advance(steps=1, note="")."""
-        if self.busy or self.console.quiet:
+        """A task of `total` steps; call the result as advance(steps=1, note="").
+
+        Of tasks inside or beside each other, in one thread or in several, the first is shown.
+        """
+        with self._lock:
+            first = not (self.busy or self.console.quiet)
+            self.busy = self.busy or first
+        if not first:
             yield lambda steps=1, note="": None
             return
-        self.busy = True
-        show = self._in_view if self.view is not None else self._bar if self.console.is_terminal else self._lines
+        show = self._in_view if self.view is not None else self._bar if self.redraws else self._lines
         try:
             with show(name, total, unit) as advance:
                 yield advance

@@ -25,6 +25,8 @@ from npd.store import Store
 LOOK = 1.0  # seconds between looks at the directory
 RECENT = 16  # steps whose speed is averaged
 
+Row = Text | ProgressBar | Table
+
 
 class Place(Protocol):
     """Where the trainer stands: see npd.loop.Position."""
@@ -63,6 +65,7 @@ class RunView:
         self._kept: tuple[int, int, int] | None = None  # generation, kept, responses
         self._others: dict[str, str] = {}
         self._tokens: dict[tuple[int, int], int] = {}
+        self._rows: list[tuple[str, Row]] = []
 
     # -- looking
 
@@ -131,29 +134,32 @@ class RunView:
     # -- showing
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        with suppress(Exception):  # a view must not end a run
+        with suppress(Exception):  # a view must not end a run, nor the thread that draws it
             self.look()
+        with suppress(Exception):  # what was shown last is shown again
+            self._rows = self.lines()
         yield Text("─" * options.max_width, style="dim")
         table = Table.grid(padding=(0, 1), expand=True)
         table.add_column(width=14, no_wrap=True, style="dim")
         table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
-        for name, what in self.lines():
+        for name, what in self._rows:
             table.add_row(name, what)
         yield table
 
-    def lines(self) -> list[tuple[str, Text | ProgressBar | Table]]:
+    def lines(self) -> list[tuple[str, Row]]:
         """(label, what) from top to bottom."""
         at, schedule, line = self.at, self.config.schedule, self._line
         share = min(1.0, self.progress())
         generation = min(at.generation + 1, self.generations)
         passes = f"pass {min(at.passes + 1, schedule.passes)} of {schedule.passes}"
         where = f"generation {generation:,} of {self.generations:,}, {passes}"
-        rows: list[tuple[str, Text | ProgressBar | Table]] = [
+        rows: list[tuple[str, Row]] = [
             ("run", _bar(share, f"{share:4.0%}  {self.time_left(share)}")),
             ("at", Text(f"{where}, step {at.step:,}")),
         ]
-        if self.task is not None:
-            rows.append(("now", Text(f"{self.task.name.rpartition(': ')[2]}: {self.task.figures()}")))
+        task = self.task  # another thread may take it away meanwhile
+        if task is not None:
+            rows.append(("now", Text(f"{task.name.rpartition(': ')[2]}: {task.figures()}")))
         landed = ", ".join(f"g{g} {there}/{self.parts() or '?'}" for g, there in self._landed.items())
         if landed and self.parts():
             rows.append(("parts landed", Text(landed)))
@@ -167,7 +173,7 @@ class RunView:
         rows += [(role, Text(what)) for role, what in self._others.items()]
         return rows
 
-    def _near_policy(self, line: dict[str, Any]) -> list[tuple[str, Text | ProgressBar | Table]]:
+    def _near_policy(self, line: dict[str, Any]) -> list[tuple[str, Row]]:
         smooth = getattr(self.at, "near_policy_kl", None)
         value = smooth if smooth is not None else line.get("near_policy_kl")
         if value is None:
