@@ -30,9 +30,9 @@ from npd.evaluation.verify import wilson_interval
 from npd.observe import reporter
 from npd.observe.browse import Browser
 from npd.observe.display import Display
-from npd.observe.events import Events, read_events
+from npd.observe.events import Events, read_events, seconds_by_role
 from npd.observe.facts import gather, ranges, tail
-from npd.observe.report import render, run_page, write_comparison, write_report
+from npd.observe.report import comparison_page, render, run_page, write_comparison, write_report
 from npd.store import Store
 
 
@@ -455,7 +455,7 @@ def test_refreshes_that_died_are_named(tmp_path):
     assert "refresh-1 died (exit status -9) and was started again" in read(write_report(path))[0].said
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(16))
 def test_whatever_is_in_the_lines_there_is_a_page(tmp_path, seed):
     path = make_run(tmp_path / "run", finished=False)
     random = Random(seed)
@@ -470,10 +470,18 @@ def test_whatever_is_in_the_lines_there_is_a_page(tmp_path, seed):
                 elif random.random() < 0.03:
                     del line[key]
             if random.random() < 0.1:
-                line |= {"eval": True, f"eval/{random.choice(HOSTILE)}/accuracy": random.choice(strange)}
+                kind, task = random.choice(["eval", "teacher"]), random.choice(HOSTILE[:2])
+                figures = {f"{kind}/{task}/accuracy{end}": random.choice(strange) for end in ("", "_low", "_high")}
+                line = {"step": random.choice([3, line.get("step")]), kind: True, **figures}
+            if random.random() < 0.1:
+                line |= {"generation_ended": "passes", "generation": 1, "passes": random.choice(strange)}
             lines += [json.dumps(line), *random.sample(['{"a', "null", "[]", "3", "{}"], int(random.random() < 0.1))]
-        (path / name).write_text("\n".join(lines))
+        raw = b'{"step": 3, "loss": "\xff\xfe"}\n{"name": "\xc3", "start": 1000, "end": 1001}\n\xff\xd8\x00\n'
+        (path / name).write_bytes(raw + "\n".join(lines).encode())
     facts = gather(path)
     Text(render(run_page(facts, Browser())))
+    Text(render(comparison_page([facts, facts])))
+    seconds_by_role(path / "events.jsonl")
+    Store(path).rewind_metrics(10)
     assert all(isinstance(step["step"], int) for step in facts.steps)
     assert any("left out" in line for line in facts.missing)

@@ -157,6 +157,16 @@ def _end_last_line(path: Path) -> None:
                 file.write(b"\n")
 
 
+def json_lines(path: Path, start: str = "") -> Iterator[Any]:
+    """What the lines of a file hold, or those that begin with `start`; what is no JSON is left out."""
+    if path.exists():
+        with path.open(encoding="utf-8", errors="replace") as file:
+            for line in file:
+                with suppress(ValueError, RecursionError):
+                    if line.startswith(start):
+                        yield json.loads(line)
+
+
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -553,15 +563,8 @@ class Store:
             file.write(json.dumps(line) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Every whole line of metrics.jsonl; a line that a crash cut short is left out."""
-        lines = []
-        if self.metrics.exists():
-            for text in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except json.JSONDecodeError:
-                    continue
-        return lines
+        """Every whole line of metrics.jsonl that has a step; what a crash cut short is left out."""
+        return [line for line in json_lines(self.metrics) if isinstance(line, dict) and type(line.get("step")) is int]
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what was logged after a checkpoint: those steps will be trained again, and that generation ended."""

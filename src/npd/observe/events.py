@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from npd.store import explained_full_disk
+from npd.store import explained_full_disk, json_lines
 
 MARKS = ("started", "ended", "failed")  # of a command's work on a run: not spans, but moments
 
@@ -20,7 +21,8 @@ MARKS = ("started", "ended", "failed")  # of a command's work on a run: not span
 class Events:
     """Appends {name, start, end, role, process, thread, ...} to events.jsonl; times in seconds since the epoch.
 
-    `role` says what the process is for: trainer, refresh-0, ... . Spans of a thread may lie inside each other.
+    `role` says what the process is for: trainer (of several processes the first; the others are trainer-1, ...), refresh-0,
+    ... . Spans of a thread may lie inside each other.
     """
 
     def __init__(self, path: Path, role: str = "trainer") -> None:
@@ -44,17 +46,26 @@ class Events:
 
 
 def read_events(path: Path, name: str | None = None) -> Iterator[dict[str, Any]]:
-    """Every whole line, or those of one name; one that a crash cut short is left out."""
-    start = "{" if name is None else f'{{"name": "{name}",'
-    if path.exists():
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if not line.startswith(start):
-                    continue
-                try:
-                    yield json.loads(line)
-                except json.JSONDecodeError:
-                    continue
+    """Every whole line, or those of one name; what a crash cut short, or is no span, is left out."""
+    start = "" if name is None else f'{{"name": "{name}",'
+    return (span for line in json_lines(path, start) if (span := as_span(line)) is not None)
+
+
+def as_span(event: Any) -> dict[str, Any] | None:
+    """A line with all that `Events` writes; None if it has no name, or no times a clock can have."""
+    if not isinstance(event, dict) or not isinstance(event.get("name"), str):
+        return None
+    start, end = number_of(event.get("start")), number_of(event.get("end"))
+    if not 0 <= start <= end < 1e11:
+        return None
+    process = event.get("process")
+    where = {"role": str(event.get("role", "trainer")), "thread": str(event.get("thread", "MainThread"))}
+    return event | where | {"process": process if isinstance(process, int) else 0}
+
+
+def number_of(value: Any) -> float:
+    """A figure as a line has it; NaN for what is none."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def own_seconds(spans: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -73,17 +84,29 @@ def own_seconds(spans: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 def seconds_by_role(source: Path | Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Role -> span name -> seconds, over all restarts of a run; `wall` is from a process's first span to its last.
+    """Role -> span name -> seconds, over all restarts of a run; `wall` is from a process's first span to its last, and time
+    in which two processes of a role work counts once.
 
     What other threads do beside a process's work is not in its sum.
     """
     processes: defaultdict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for event in read_events(source) if isinstance(source, Path) else source:
+    extents: dict[tuple[str, int, int], tuple[float, float]] = {}
+    starts: Counter[tuple[str, int]] = Counter()
+    events = read_events(source) if isinstance(source, Path) else source
+    for event in sorted(events, key=lambda e: (e["start"], e["name"] != "started")):
+        process = event.get("role", "trainer"), event["process"]
+        starts[process] += event["name"] == "started"  # a number that another process had before, as in a container
         if event.get("thread", "MainThread") == "MainThread" and event["name"] not in MARKS:
-            processes[event.get("role", "trainer"), event["process"]].append(event)
+            processes[process].append(event)
+            key = *process, starts[process]
+            start, end = extents.get(key, (event["start"], event["end"]))
+            extents[key] = start, max(end, event["end"])
     roles: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for (role, _), spans in processes.items():
         for name, seconds in own_seconds(spans).items():
             roles[role][name] += seconds
-        roles[role]["wall"] += max(s["end"] for s in spans) - min(s["start"] for s in spans)
+    until: dict[str, float] = {}
+    for (role, *_), (start, end) in sorted(extents.items(), key=lambda item: item[1]):
+        roles[role]["wall"] += max(0.0, end - max(start, until.get(role, start)))
+        until[role] = max(end, until.get(role, end))
     return {role: dict(seconds) for role, seconds in roles.items()}

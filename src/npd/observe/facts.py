@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -17,8 +16,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from npd.errors import UserError
-from npd.observe.events import read_events
-from npd.store import REFERENCE, SCHEMA, Store
+from npd.observe.events import as_span, number_of
+from npd.store import REFERENCE, SCHEMA, Store, json_lines
 
 LIGHT = [
     "sample_id",
@@ -92,7 +91,7 @@ class RunFacts:
         """[steps] of a metric; NaN where a step has none."""
         key = f"metric {name}"
         if key not in self._arrays:
-            self._arrays[key] = np.array([_number(line.get(name)) for line in self.steps], np.float64)
+            self._arrays[key] = np.array([number_of(line.get(name)) for line in self.steps], np.float64)
         return self._arrays[key]
 
     def column(self, name: str) -> np.ndarray:
@@ -102,10 +101,6 @@ class RunFacts:
         if name not in self._arrays:
             self._arrays[name] = self.responses[name].to_numpy(zero_copy_only=False)
         return self._arrays[name]
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
 
 
 def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
@@ -132,24 +127,12 @@ def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
 
 def _read_events(store: Store, facts: RunFacts) -> None:
     strange = 0
-    for event in read_events(store.path / "events.jsonl"):
-        span = _as_span(event)
+    for event in json_lines(store.path / "events.jsonl"):
+        span = as_span(event)
         strange += span is None
         facts.events += [span] if span is not None else []
     if strange:
         facts.missing.append(f"{strange:,} lines of events.jsonl are no spans and left out.")
-
-
-def _as_span(event: Any) -> dict[str, Any] | None:
-    """A line of events.jsonl with all that Events writes; None if it has no name, or no times a clock can have."""
-    if not isinstance(event, dict) or not isinstance(event.get("name"), str):
-        return None
-    start, end = _number(event.get("start")), _number(event.get("end"))
-    if not 0 <= start <= end < 1e11:
-        return None
-    process = event.get("process")
-    where = {"role": str(event.get("role", "trainer")), "thread": str(event.get("thread", "MainThread"))}
-    return event | where | {"process": process if isinstance(process, int) else 0}
 
 
 def _read_config(store: Store, facts: RunFacts) -> None:
@@ -167,8 +150,8 @@ def _read_config(store: Store, facts: RunFacts) -> None:
 
 def _read_metrics(store: Store, facts: RunFacts) -> None:
     strange = 0
-    for text in store.read_metrics():
-        line = _as_figures(text)
+    for read in json_lines(store.metrics):
+        line = _as_figures(read)
         if line is None:
             strange += 1
         elif "loss" in line:
@@ -189,7 +172,11 @@ def _as_figures(line: Any) -> dict[str, Any] | None:
     """A line of metrics.jsonl without what is no figure, text or flag; None if it has no step."""
     if not isinstance(line, dict):
         return None
-    kept = {k: v for k, v in line.items() if isinstance(v, str | bool) or abs(_number(v)) < 1e15}
+    kept = {
+        k: v
+        for k, v in line.items()
+        if abs(number_of(v)) < 1e15 or (isinstance(v, str | bool) and not k.startswith(("eval/", "teacher/")))
+    }
     step = kept.get("step")
     return kept if isinstance(step, int) and not isinstance(step, bool) else None
 

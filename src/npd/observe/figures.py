@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 def number(value: float | None, digits: int = 4) -> str:
     """A figure for a sentence or a table; "–" where there is none."""
-    if value is None or not np.isfinite(value):
+    if not isinstance(value, Real) or not np.isfinite(value):
         return "–"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}"
 
@@ -185,6 +186,11 @@ def curves(runs: Sequence[RunFacts]) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
+def has_interval(line: dict[str, Any], key: str) -> bool:
+    """Does a line of metrics have a figure with both ends of its interval?"""
+    return all(name in line for name in (key, f"{key}_low", f"{key}_high"))
+
+
 def measured_tokens(run: RunFacts) -> np.ndarray:
     """[steps] response tokens of each step that a snapshot of the student wrote."""
     references = np.nan_to_num(run.series("reference_tokens"))
@@ -257,7 +263,7 @@ def evaluation_curves(runs: Sequence[RunFacts]) -> list[Figure]:
                 "name": named(runs, i, "student" if len(runs) == 1 else ""),
                 "line": colour(runs, i, "@accent"),
             }
-            if all(f"{key}_low" in line for line in lines):
+            if all(has_interval(line, key) for line in lines):
                 above = [line[f"{key}_high"] - line[key] for line in lines]
                 below = [line[key] - line[f"{key}_low"] for line in lines]
                 trace["error_y"] = {
@@ -294,8 +300,10 @@ def evaluation_points(runs: Sequence[RunFacts]) -> list[Figure]:
         have = [
             (label(runs, i), run.evaluations[-1])
             for i, run in enumerate(runs)
-            if run.evaluations and low in run.evaluations[-1]
+            if run.evaluations and has_interval(run.evaluations[-1], key)
         ]
+        if not have:
+            continue
         y = [line[key] for _, line in have]
         trace: Trace = {
             "type": "scatter",

@@ -13,7 +13,7 @@ from npd.evaluation.verify import wilson_interval
 from npd.observe.browse import Browser
 from npd.observe.events import seconds_by_role
 from npd.observe.facts import RunFacts
-from npd.observe.figures import VERDICTS, label, number, smooth_near_policy
+from npd.observe.figures import VERDICTS, has_interval, label, number, smooth_near_policy
 from npd.selection import KEPT
 from npd.store import REFERENCE
 
@@ -82,7 +82,7 @@ def interval(figures: dict[str, Any], key: str) -> str:
     value = figures.get(key)
     if not isinstance(value, int | float):
         return "–"
-    if f"{key}_low" in figures:
+    if has_interval(figures, key):
         return f"{100 * value:.1f}% [{100 * figures[f'{key}_low']:.1f}, {100 * figures[f'{key}_high']:.1f}]"
     return percent(value) if "accuracy" in key or "pass@" in key or key.endswith("agreement") else number(value, 3)
 
@@ -236,7 +236,7 @@ def generation_table(run: RunFacts, browser: Browser) -> Table | None:
                 percent(cut / n) if n and cut is not None else "–",
                 "–" if mass is None else f"{mass:.4f}",
                 "–" if agreed is None else percent(agreed),
-                f"{end['generation_ended']} after {end['passes']:.2f}" if "passes" in end else "–",
+                f"{end['generation_ended']} after {number(end['passes'], 3)}" if "passes" in end else "–",
                 number(end.get("near_policy_kl_smoothed"), 3),
             ]
         )
