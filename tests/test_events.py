@@ -102,6 +102,23 @@ def test_seconds_by_role(tmp_path: Path):
         assert sum(seconds.values()) <= wall
 
 
+def test_processes_of_a_role_that_work_at_once_share_their_wall_clock():
+    lines = [span("train", 0, 10, role="trainer", process=1), span("train", 1, 11, role="trainer", process=2)]
+    lines.append(span("train", 20, 22, role="trainer", process=3))
+    assert seconds_by_role(lines)["trainer"]["wall"] == 13
+
+
+def test_a_process_with_the_number_of_one_before_is_another():
+    """In a container a trainer that is started again may have the same one; the night between is not its work."""
+    lines = [
+        span("started", 0, 0, role="trainer", process=1),
+        span("train", 0, 10, role="trainer", process=1),
+        span("started", 1000, 1000, role="trainer", process=1),
+        span("train", 1000, 1020, role="trainer", process=1),
+    ]
+    assert seconds_by_role(lines[::-1])["trainer"] == {"train": 30, "wall": 30}
+
+
 def test_other_threads_are_told_apart(tmp_path: Path):
     events = Events(tmp_path / "events.jsonl")
     thread = threading.Thread(target=lambda: events.write("write", 0, 50), name="publisher")

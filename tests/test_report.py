@@ -33,6 +33,7 @@ from npd.observe.display import Display
 from npd.observe.events import Events, read_events, seconds_by_role
 from npd.observe.facts import gather, ranges, tail
 from npd.observe.report import comparison_page, render, run_page, write_comparison, write_report
+from npd.observe.tables import duration, tiles
 from npd.store import Store
 
 
@@ -323,6 +324,25 @@ def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
     process.wait()
     assert gather(run_dir).status.kind == "stopped"
     assert "stopped without a word" in read(write_report(run_dir))[0].said
+
+
+@pytest.mark.parametrize("going_on", [True, False])
+def test_a_span_that_has_not_ended_counts(tmp_path, monkeypatch, going_on):
+    """3,000 tokens of 30 steps at 1,015.4 tokens/s; the last whole span ended at 1100, the last step was logged at 1400."""
+    path = make_run(tmp_path / "run", finished=False)
+    events = Events(path / "events.jsonl")
+    events.write("checkpoint", 1150.0, 1160.0)
+    os.utime(path / "metrics.jsonl", (1400.0, 1400.0))
+    monkeypatch.setattr("npd.observe.facts.time.time", lambda: 1500.0)
+    facts = gather(path, going_on)
+    wall = 500.0 if going_on else 400.0
+    shown = {tile.title: tile for tile in tiles(facts)}
+    assert shown["Speed"].value == f"{3000 / wall:,.0f} tokens/s"
+    assert shown["Speed"].detail.endswith("; 1,015 while training")
+    assert shown["Wall-clock"].value == duration(wall)
+    text, _ = read(write_report(path, going_on=going_on))
+    assert f"train 370.0 s ({370 / wall:.1%})" in text.said  # 80 before, and 300 but for the checkpoint
+    assert ("under way 100.0 s" in text.said) == going_on
 
 
 def test_a_report_is_written_while_the_run_goes_on(tmp_path, monkeypatch):

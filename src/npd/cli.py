@@ -294,6 +294,8 @@ def show_result(result: Any, display: Display) -> None:
     rate = f", {result.tokens / trained:,.0f} tokens/s while training" if trained else ""
     display.say(f"{result.steps} optimiser steps on {result.tokens:,} response tokens{rate}.")
     for role, seconds in result.by_role.items():
+        if role.startswith("trainer-"):  # which does what the trainer does
+            continue
         display.say(f"{role}: {spent(seconds)} of {seconds['wall']:.0f} s.")
     if count := int(result.publications.get("count", 0)):
         blocked, written = (result.publications[name] for name in ("blocked", "written"))

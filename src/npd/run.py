@@ -98,7 +98,8 @@ class Run:
             assert self.setup.prompts is not None
             prompts = self.store.keep_prompts(self.setup.prompts) if self.main else self.setup.prompts
             self.setup.prompts = prompts
-            self.events = Events(self.store.path / "events.jsonl")
+            role = "trainer" if self.main else f"trainer-{self.accelerator.process_index}"
+            self.events = Events(self.store.path / "events.jsonl", role)
             here = "" if self.world > 1 else self.placement.train[0]  # a teacher that evaluates stands beside the trainer
             turns = self.placement.turns and self.world == 1
             self.refresher = Refresher(

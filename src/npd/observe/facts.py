@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from npd.errors import UserError
-from npd.observe.events import as_span, number_of
+from npd.observe.events import MARKS, as_span, number_of
 from npd.store import REFERENCE, SCHEMA, Store, json_lines
 
 LIGHT = [
@@ -122,7 +122,32 @@ def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
         with suppress(OSError):
             facts.logs[log.name] = last_lines(log)
     facts.status = judge(store, facts.events, in_use(store) if going_on is None else going_on)
+    facts.events += open_spans(store, facts)
     return facts
+
+
+INSIDE_TRAINING = {"checkpoint", "publish", "restart"}  # spans that lie in a span of training
+
+
+def open_spans(store: Store, facts: RunFacts) -> list[dict[str, Any]]:
+    """What the trainer has been doing since its last whole span, of a run that goes on or was killed: a span is written
+    when it ends, and one of training may take hours. Steps that were logged meanwhile say that it trained."""
+    begun = next((e for e in reversed(facts.events) if e["name"] in MARKS and e["role"] == "trainer"), None)
+    if facts.status.kind not in ("running", "stopped") or begun is None or begun["name"] != "started":
+        return []
+    where = {"role": "trainer", "process": begun["process"], "thread": "MainThread"}
+    spans = [e for e in facts.events if e["start"] >= begun["start"] and e["name"] not in MARKS]
+    ends = [(e["end"], e["name"]) for e in spans if where.items() <= e.items()]
+    since = max([begun["start"], *(end for end, name in ends if name not in INSIDE_TRAINING)])
+    last = max([since, *(end for end, _ in ends)])
+    now, logged = time.time(), 0.0
+    with suppress(OSError):
+        logged = min(now, store.metrics.stat().st_mtime)
+    found = [{"name": "train", "start": since, "end": logged, **where}] if facts.steps and logged > last else []
+    last = max(last, logged if found else last)
+    if facts.status.kind == "running" and now > last:
+        found.append({"name": "under way", "start": last, "end": now, **where})
+    return found
 
 
 def _read_events(store: Store, facts: RunFacts) -> None:
@@ -284,7 +309,7 @@ def last_lines(log: Path, count: int = LOG_LINES) -> list[str]:
 
 def judge(store: Store, events: list[dict[str, Any]], held: bool | None) -> Status:
     """Whether a run is finished, going on, failed, or was stopped without a word; `held`: does a process work on it?"""
-    marks = [event for event in events if event.get("name") in ("started", "ended", "failed")]
+    marks = [event for event in events if event.get("name") in MARKS]
     last = max((event["end"] for event in events), default=None)
     when = f" Its last sign is of {clock(last)}." if last is not None else ""
     newest = marks[-1]["name"] if marks else None

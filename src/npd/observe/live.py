@@ -103,7 +103,7 @@ class RunView:
             with suppress(ValueError, KeyError):
                 event = json.loads(text)
                 role = event["role"]
-                if role == "trainer" or role in fast or event["name"] not in ("generate", "score", "wait"):
+                if role.startswith("trainer") or role in fast or event["name"] not in ("generate", "score", "wait"):
                     continue
                 if event["name"] == "wait":
                     seen.setdefault(role, "had nothing to do")

@@ -33,6 +33,7 @@ WORK = {
     "verify": "verify",
     "check": "check",
     "finish": "finish",
+    "under way": "under way",
 }
 
 
@@ -145,8 +146,10 @@ def tiles(run: RunFacts) -> list[Tile]:
             out.append(Tile(name, head, detail))
     wall, tokens = wall_seconds(run), trained_tokens(run)
     if wall and tokens:
-        busy = seconds_by_role(run.events)["trainer"].get("train", 0.0)
-        inside = f"; {tokens / busy:,.0f} while training" if busy else ""
+        trained, speeds = np.diff(run.series("tokens"), prepend=0.0), run.series("tokens_per_second")
+        measured = np.isfinite(trained) & (speeds > 0)
+        busy = float((trained[measured] / speeds[measured]).sum())  # of the steps that count: some may have been lost since
+        inside = f"; {trained[measured].sum() / busy:,.0f} while training" if busy else ""
         out.append(Tile("Speed", f"{tokens / wall:,.0f} tokens/s", f"response tokens trained a second of wall-clock{inside}"))
     if wall:
         steps = f"{len(run.steps):,} steps on {tokens:,} response tokens" if run.steps else "no optimiser step yet"
@@ -170,7 +173,7 @@ def bars(run: RunFacts) -> list[Bar]:
     """Where time and responses went."""
     out = []
     by_role = seconds_by_role(run.events)
-    for role in sorted(by_role, key=lambda name: (name != "trainer", name)):
+    for role in sorted(by_role, key=lambda name: (not name.startswith("trainer"), name)):
         seconds = by_role[role]
         wall = seconds.get("wall", 0.0)
         if not wall:

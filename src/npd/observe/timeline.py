@@ -29,7 +29,9 @@ def lanes(events: Iterable[Event]) -> dict[tuple[str, int, str], list[Event]]:
         if event["name"] not in MARKS:
             key = str(event.get("role", "trainer")), int(event.get("process", 0)), str(event.get("thread", "MainThread"))
             found[key].append(event)
-    ordered = sorted(found, key=lambda k: (k[0] != "trainer", k[0], k[2] != "MainThread", min(e["start"] for e in found[k])))
+    ordered = sorted(
+        found, key=lambda k: (not k[0].startswith("trainer"), k[0], k[2] != "MainThread", min(e["start"] for e in found[k]))
+    )
     return {key: sorted(found[key], key=lambda e: (e["start"], -e["end"])) for key in ordered}
 
 
