@@ -17,6 +17,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -32,6 +33,7 @@ from npd.observe.browse import Browser
 from npd.observe.display import Display
 from npd.observe.events import Events, read_events, seconds_by_role
 from npd.observe.facts import gather, ranges, tail
+from npd.observe.pictures import delta_overlay, lengths
 from npd.observe.report import comparison_page, render, run_page, write_comparison, write_report
 from npd.observe.tables import duration, tiles
 from npd.store import Store
@@ -467,6 +469,51 @@ def test_checks_of_the_engine_are_shown(tmp_path):
     Events(path / "events.jsonl", "refresh-0").write("engine", 1015.0, 1015.0, generation=1, part=2, **facts)
     assert "1 2 4 250 -0.00123 0.0456" in read(write_report(path))[0].said
     assert "Checks of the engine" not in read(write_report(make_run(tmp_path / "other")))[0].said
+
+
+@pytest.mark.parametrize(
+    ("lower", "upper", "drawn"),
+    [(0.0, 0.8, [0.0, 0.8]), (-math.inf, math.inf, []), (0.0, math.inf, [0.0]), (-100.0, 100.0, []), (-100.0, 0.5, [0.5])],
+)
+def test_a_band_without_borders_is_drawn_too(tmp_path, lower, upper, drawn):
+    limits = {"selection": {"lower": lower, "upper": upper}, "schedule": {"kl_budget": math.inf}}
+    path = make_run(tmp_path / "run", **limits)
+    text, data = read(write_report(path))
+    figure = data["figures"]["delta"]
+    shapes = figure["layout"]["shapes"]
+    assert [s["x0"] for s in shapes if s["type"] == "line"] == drawn
+    rows = rows_of(path)
+    assert sum(count > 0 for trace in figure["traces"] for count in trace["y"]) > 30  # not all in a few bars
+    low, high = min(r["delta_ifd"] for r in rows), max(r["delta_ifd"] for r in rows)
+    shaded = [s for s in shapes if s["type"] == "rect"]
+    assert min(s["x0"] for s in shaded) >= low - 2
+    assert max(s["x1"] for s in shaded) <= high + 2
+    assert len(shaded) == 1 + sum(math.isfinite(b) and abs(b) < 100 for b in (lower, upper))
+    assert text.said.count("lies beyond what is drawn") == 2 - len(drawn)
+    assert "no budget set" in text.said
+    read(write_comparison([path, path], tmp_path / "compare.html"))
+
+
+def test_lengths_show_the_longest_and_an_overlay_says_what_it_leaves_out(tmp_path):
+    facts = gather(make_run(tmp_path / "run"))
+    tokens, finish, delta = np.full(5000, 20), np.full(5000, "stop", object), np.random.default_rng(0).normal(0.4, 0.1, 5000)
+    tokens[:2], finish[:2], delta[:2], tokens[2] = 1024, "length", 50.0, 1
+    facts._arrays |= {"tokens": tokens, "finish_reason": finish, "delta_ifd": delta, "verdict": np.full(5000, "proximal")}
+    figure = lengths(facts)
+    assert figure is not None
+    assert {trace["name"]: sum(trace["y"]) for trace in figure.traces} == {"stopped": 4998, "cut off by max_new_tokens": 2}
+    overlay = delta_overlay([facts, facts])
+    assert overlay is not None
+    beyond = int(re.search(r"and (\d+) to the right", overlay.note)[1])  # type: ignore[index]
+    assert beyond >= 4
+
+
+def test_a_generations_label_stands_at_its_border(fake):
+    _, data = read(fake / "report.html")
+    for id in ("loss", "near-policy"):
+        layout = data["figures"][id]["layout"]
+        border = next(s["x0"] for s in layout["shapes"] if s.get("yref") == "paper")
+        assert [(a["text"], a["x"], a["xanchor"]) for a in layout["annotations"]] == [("g1", border, "left")]
 
 
 def test_refreshes_that_died_are_named(tmp_path):

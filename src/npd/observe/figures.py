@@ -115,7 +115,7 @@ def borders(runs: Sequence[RunFacts]) -> tuple[list[dict[str, Any]], list[dict[s
     style = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": {"color": "@muted", "width": 1, "dash": "dot"}}
     shapes = [{**style, "x0": float(step[i]) - 0.5, "x1": float(step[i]) - 0.5} for i in starts]
     tag = {"yref": "paper", "y": 1, "yanchor": "bottom", "xanchor": "left", "showarrow": False, "font": {"size": 10}}
-    return shapes, [{**tag, "x": float(step[i]), "text": f"g{generation[i]:.0f}"} for i in starts]
+    return shapes, [{**tag, "x": float(step[i]) - 0.5, "text": f"g{generation[i]:.0f}"} for i in starts]
 
 
 def extent(run: RunFacts, key: str, what: str, digits: int = 4) -> str:
@@ -215,7 +215,8 @@ def near_policy(runs: Sequence[RunFacts]) -> Figure | None:
     traces = [trace | ({} if len(runs) > 1 else {"line": {"color": "@accent/0.35", "width": 1}}) for trace in figure.traces]
     shapes = list(figure.layout["shapes"])
     said = [figure.summary]
-    budgets = {run.option("schedule.kl_budget") for run in runs} - {None}
+    options = (run.option("schedule.kl_budget") for run in runs)
+    budgets = {b for b in options if isinstance(b, int | float) and np.isfinite(b)}
     for i, run in enumerate(runs):
         y = smooth_near_policy(run)
         index = m4(y)

@@ -39,7 +39,9 @@ def delta_histogram(run: RunFacts, id: str = "delta") -> Figure | None:
     if not np.isfinite(delta).any():
         return None
     band = bounds(run)
-    inside = [b for b in band or () if abs(b) < 1e6]
+    low, high = np.quantile(delta[np.isfinite(delta)], (0.005, 0.995))
+    reach = max(1.0, high - low)  # a border farther away is not drawn: it would leave no room for the responses
+    inside = [b for b in band or () if low - reach <= b <= high + reach]
     edges = edges_for(delta, 70, *inside)
     centres, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
     traces, below, above = [], 0, 0
@@ -59,16 +61,16 @@ def delta_histogram(run: RunFacts, id: str = "delta") -> Figure | None:
                 }
             )
     shapes: list[dict[str, Any]] = []
-    if len(inside) == 2:
-        places = zip(VERDICTS[1::-1] + VERDICTS[2:3], [edges[0], *inside], [*inside, edges[-1]], strict=True)
-        for name, low, high in places:
+    if band:
+        ends = [float(edges[0]), *np.clip(band, edges[0], edges[-1]).tolist(), float(edges[-1])]
+        for name, low, high in zip(("degenerate", "proximal", "disconnect"), ends, ends[1:], strict=False):
             if high > low:
                 band_style = {"fillcolor": f"@{name}/0.07", "line": {"width": 0}, "layer": "below"}
                 where = {"yref": "paper", "y0": 0, "y1": 1, "x0": float(low), "x1": float(high)}
                 shapes.append({"type": "rect", **where, **band_style})
     for value in inside:
-        border: dict[str, Any] = {"color": "@muted", "width": 1.5, "dash": "dash"}
-        shapes.append({"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": value, "x1": value, "line": border})
+        dashed: dict[str, Any] = {"color": "@muted", "width": 1.5, "dash": "dash"}
+        shapes.append({"type": "line", "yref": "paper", "y0": 0, "y1": 1, "x0": value, "x1": value, "line": dashed})
     finite = delta[np.isfinite(delta)]
     q = np.quantile(finite, (0.05, 0.5, 0.95))
     summary = f"{len(finite):,} responses; Δ at 5%, 50% and 95%: {q[0]:.3f}, {q[1]:.3f}, {q[2]:.3f}. " + ", ".join(
@@ -76,9 +78,10 @@ def delta_histogram(run: RunFacts, id: str = "delta") -> Figure | None:
     )
     if band:
         summary += f". Kept from {band[0]:.3g} to {band[1]:.3g}"
-    note = "Shaded: degenerate, proximal, disconnect." if len(inside) == 2 else ""
-    if below or above:
-        note += f" {below:,} responses lie to the left of what is drawn and {above:,} to the right."
+    note = "Shaded: degenerate, proximal, disconnect." if band else ""
+    for border in (b for b in band or () if b not in inside):
+        note += f" The border at {border:g} lies beyond what is drawn."
+    note += left_out(below, above)
     layout = {
         "barmode": "stack",
         "bargap": 0,
@@ -87,6 +90,13 @@ def delta_histogram(run: RunFacts, id: str = "delta") -> Figure | None:
         "shapes": shapes,
     }
     return Figure(id, "Δ-IFD of every response", summary + ".", traces, layout, height=320, note=note.strip())
+
+
+def left_out(below: int, above: int) -> str:
+    """What a histogram's note says of the responses beyond it."""
+    if not below and not above:
+        return ""
+    return f" {below:,} responses lie to the left of what is drawn and {above:,} to the right."
 
 
 def delta_overlay(runs: Sequence[RunFacts]) -> Figure | None:
@@ -98,15 +108,18 @@ def delta_overlay(runs: Sequence[RunFacts]) -> Figure | None:
     edges = edges_for(np.concatenate(deltas), 70, 0.0)
     traces: list[Trace] = []
     said = []
+    below = above = 0
     for i, d in enumerate(deltas):
         if len(d):
-            counts, _, _ = histogram(d, edges)
+            counts, under, over = histogram(d, edges)
+            below, above = below + under, above + over
             line = {"color": RUNS[i % len(RUNS)], "shape": "hvh", "width": 1.8}
             x, y = few_digits((edges[:-1] + edges[1:]) / 2), few_digits(counts / len(d))
             traces.append({"type": "scatter", "mode": "lines", "x": x, "y": y, "name": named(runs, i, ""), "line": line})
             said.append(f"{label(runs, i)}: median {np.median(d):.3f} of {len(d):,} responses")
     layout = {"xaxis": axis("Δ"), "yaxis": axis("share of the run's responses")}
-    return Figure("delta-overlay", "Δ-IFD of every run", "; ".join(said) + ".", traces, layout, wide=True)
+    note = left_out(below, above).strip()
+    return Figure("delta-overlay", "Δ-IFD of every run", "; ".join(said) + ".", traces, layout, wide=True, note=note)
 
 
 def ifd_scatter(run: RunFacts, id: str = "scatter") -> Figure | None:
@@ -120,7 +133,7 @@ def ifd_scatter(run: RunFacts, id: str = "scatter") -> Figure | None:
     low = float(min(0.0, np.quantile(x[finite], 0.005), np.quantile(y[finite], 0.005)))
     high_x, high_y = float(np.quantile(x[finite], 0.995)) * 1.05, float(np.quantile(y[finite], 0.995)) * 1.05
     shapes = []
-    for offset in dict.fromkeys([0.0, *(bounds(run) or ())]):
+    for offset in dict.fromkeys([0.0, *(b for b in bounds(run) or () if np.isfinite(b))]):
         style = {"color": "@muted", "width": 1.2, "dash": "dash" if offset else "solid"}
         shapes.append(
             {

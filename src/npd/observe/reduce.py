@@ -72,13 +72,15 @@ def histogram(values: npt.ArrayLike, edges: Floats) -> tuple[npt.NDArray[np.int6
 
 
 def edges_for(values: npt.ArrayLike, bins: int, *must: float, whole: bool = False) -> Floats:
-    """[bins + 1] edges over the middle 99% of the finite values and over `must`; whole numbers where asked.
+    """[bins + 1] edges over the middle 99% of the finite values and over `must`; between whole numbers, and over all values,
+    where asked.
 
     Where `must` is given, no bin straddles one of them that lies inside: bins are laid from the first of them.
     """
     v = np.asarray(values, np.float64)
     v = v[np.isfinite(v)]
-    low, high = (float(q) for q in np.quantile(v, (0.005, 0.995))) if v.size else (0.0, 1.0)
+    middle = (0.0, 1.0) if whole else (0.005, 0.995)
+    low, high = (float(q) for q in np.quantile(v, middle)) if v.size else (0.0, 1.0)
     low, high = min([low, *must]), max([high, *must])
     if whole:
         step = max(1, int(np.ceil((high - low + 1) / bins)))

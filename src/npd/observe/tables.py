@@ -163,7 +163,8 @@ def tiles(run: RunFacts) -> list[Tile]:
     smooth = smooth[np.isfinite(smooth)]
     if len(smooth):
         budget = run.option("schedule.kl_budget")
-        beside = f"budget {budget:g}" if budget is not None else "no budget set"
+        limited = isinstance(budget, int | float) and np.isfinite(budget)
+        beside = f"budget {budget:g}" if limited else "no budget set"
         detail = f"nats a token, smoothed, at its highest; {number(float(smooth[-1]))} at the end; {beside}"
         out.append(Tile("Near-policy KL", number(float(smooth.max()), 3), detail))
     return out
