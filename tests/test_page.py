@@ -207,6 +207,38 @@ def test_nothing_of_a_hostile_run_is_executed(page, tmp_path, width):
     assert not page.all("#main script, #main img, #main a[href^=http]")
 
 
+def test_a_sample_of_unseen_characters_is_shown(page, tmp_path):
+    path = make_run(tmp_path / "run", words=["\u202e" * 150_000, "\x00\x01" * 100_000, "a\u200b" * 150_000, *"bcd"])
+    page.open(write_report(path))
+    page.assert_in_order()
+    for row in page.all("#browser tbody tr"):
+        page.run("arguments[0].click()", row)
+        if "U+202E × 150,000" in page.run("return document.querySelectorAll('.sample .text')[1].textContent"):
+            break
+    else:
+        pytest.fail("no sample shows the characters that are not seen")
+    assert page.run("return Math.max(...[...document.querySelectorAll('.t')].map(t => t.childNodes.length))") >= 1
+
+
+def test_plots_are_drawn_where_samples_cannot_be(page, run_dir, tmp_path):
+    broken = (
+        (run_dir / "report.html").read_text().replace("function browser(", "function browser() { throw 1; }\nfunction x(")
+    )
+    (tmp_path / "broken.html").write_text(broken)
+    page.open(tmp_path / "broken.html")
+    assert all(plot.find_elements("css selector", "svg.main-svg") for plot in page.all(".plot"))
+    assert "The samples can't be shown: 1" in page.find("#browser").text
+
+
+def test_a_name_that_looks_like_a_colour_is_a_name(page, tmp_path):
+    path = make_run(tmp_path / "run", sources=("@run0", "@b/0.5"))
+    page.open(write_report(path))
+    page.assert_in_order()
+    labels = page.run("return document.querySelector('[data-figure=by-source]').textContent")
+    assert "@run0" in labels
+    assert "@b/0.5" in labels
+
+
 def test_a_comparison_is_in_order(page, run_dir, tmp_path):
     other = make_run(tmp_path / "other", steps=2000, loss={"kd_weight": 0.5})
     page.open(write_comparison([run_dir, other], tmp_path / "compare.html"), 390)

@@ -1,18 +1,23 @@
 // The browser of samples: a list to sort, filter and search, and one sample with its tokens.
 
-const UNSEEN = /[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff]/g;
+const UNSEEN = /(?:[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb]|[\ud800-\udbff](?![\udc00-\udfff])|(?<![\ud800-\udbff])[\udc00-\udfff])+/g;
 
-// Text with its unseen characters named, so that none of them acts on its neighbours.
+// Text with its unseen characters named, so that none of them acts on its neighbours; those that follow each other in one
+// element, each with how often it is repeated. A fragment, because a call takes only so many arguments.
 function shown(text) {
-  const out = [];
+  const out = document.createDocumentFragment();
   let at = 0;
   for (const match of text.matchAll(UNSEEN)) {
-    if (match.index > at) out.push(text.slice(at, match.index));
-    const code = match[0].charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
-    out.push(element("span", { className: "u", textContent: `U+${code}` }));
+    out.append(text.slice(at, match.index));
+    const named = [];
+    for (const [run] of match[0].matchAll(/([^])\1*/g)) {
+      const code = run.charCodeAt(0).toString(16).toUpperCase().padStart(4, "0");
+      named.push(`U+${code}${run.length > 1 ? ` × ${run.length.toLocaleString("en")}` : ""}`);
+    }
+    out.append(element("span", { className: "u", textContent: named.join(" ") }));
     at = match.index + match[0].length;
   }
-  out.push(text.slice(at));
+  out.append(text.slice(at));
   return out;
 }
 
@@ -34,7 +39,7 @@ function browser(place, { samples, vocabulary, responses }) {
 
   const choice = (name, values, say = (v) => v) => {
     const select = element("select", {}, element("option", { value: "", textContent: "all" }));
-    values.forEach((value, i) => select.append(element("option", { value: String(i + 1) }, ...shown(short(say(value) || "(none)", 60)))));
+    values.forEach((value, i) => select.append(element("option", { value: String(i + 1) }, shown(short(say(value) || "(none)", 60)))));
     select.addEventListener("change", update);
     return [element("label", {}, name, select), (value) => !select.value || values[select.value - 1] === value];
   };
@@ -69,7 +74,7 @@ function browser(place, { samples, vocabulary, responses }) {
       element("td", {}, element("span", { className: "chip" }, s.verdict)),
       element("td", { textContent: fixed(s.delta) }), element("td", { textContent: String(s.n) }),
       element("td", { textContent: generationName(s.g) }),
-      element("td", {}, element("bdi", {}, ...shown(short(whole[i]).replace(/\s+/g, " ")))));
+      element("td", {}, element("bdi", {}, shown(short(whole[i]).replace(/\s+/g, " ")))));
     if (/^[a-z]+$/.test(s.verdict)) row.querySelector(".chip").classList.add(s.verdict);
     row.addEventListener("click", () => choose(i));
     return row;
@@ -120,7 +125,7 @@ function browser(place, { samples, vocabulary, responses }) {
     ];
     const text = element("div", { className: "text", tabIndex: 0, attributes: { role: "group", "aria-label": "Response; arrow keys go through its tokens" } });
     s.pieces.forEach((piece, t) => {
-      const token = element("span", { className: "t", attributes: { "data-token": t } }, ...shown(piece));
+      const token = element("span", { className: "t", attributes: { "data-token": t } }, shown(piece));
       const gap = gapOf(s, t);
       if (gap !== null) {
         const strength = Math.min(1, Math.abs(gap) / FULL) * 0.75;
@@ -129,7 +134,7 @@ function browser(place, { samples, vocabulary, responses }) {
       }
       text.append(token);
     });
-    text.append(...shown(s.rest));
+    text.append(shown(s.rest));
     let now = -1;
     const point = (t) => {
       if (text.children[now]) text.children[now].classList.remove("now");
@@ -148,9 +153,9 @@ function browser(place, { samples, vocabulary, responses }) {
       point(Math.min(s.pieces.length - 1, Math.max(0, now + step)));
     });
     const parts = [
-      element("dl", {}, ...facts.flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", {}, element("bdi", {}, ...shown(value)))])),
+      element("dl", {}, ...facts.flatMap(([name, value]) => [element("dt", { textContent: name }), element("dd", {}, element("bdi", {}, shown(value)))])),
       element("h3", { textContent: "Prompt" }),
-      element("div", { className: "text", tabIndex: 0, attributes: { role: "group", "aria-label": "Prompt" } }, ...shown(s.prompt)),
+      element("div", { className: "text", tabIndex: 0, attributes: { role: "group", "aria-label": "Prompt" } }, shown(s.prompt)),
       element("h3", { textContent: "Response" }),
     ];
     if (s.student) {
@@ -166,14 +171,14 @@ function browser(place, { samples, vocabulary, responses }) {
   }
 
   function tokenTold(s, t) {
-    const out = [`Token ${t + 1}: “`, ...shown(s.pieces[t]), "”"];
+    const out = [`Token ${t + 1}: “`, shown(s.pieces[t]), "”"];
     if (!s.teacher || s.teacher[t] === undefined) return out;
     const gap = gapOf(s, t), bounded = s.bounded[t] === "1";
     const probability = (hundredths) => (100 * Math.exp(hundredths / 100)).toPrecision(3) + "%";
     if (s.student[t] !== null) out.push(`; student ${probability(s.student[t])}`);
     out.push(`, teacher ${bounded ? "at most " : ""}${probability(s.teacher[t])}`);
     if (gap !== null) out.push(`, gap ${bounded ? "at least " : ""}${fixed(gap, 2)} nats`);
-    out.push("; the teacher's first choice is “", ...shown(vocabulary[s.best[t]] || ""), `” with ${s.bestp[t]}%.`);
+    out.push("; the teacher's first choice is “", shown(vocabulary[s.best[t]] || ""), `” with ${s.bestp[t]}%.`);
     return out;
   }
 

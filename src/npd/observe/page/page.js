@@ -44,17 +44,20 @@ function applyTheme(redraw) {
 let figures = {};
 
 // "@name" and "@name/alpha" are colours of the theme.
-function coloured(value) {
-  if (typeof value === "string" && value.startsWith("@")) {
-    const [name, alpha] = value.slice(1).split("/");
-    const hex = getComputedStyle(root).getPropertyValue(`--${name}`).trim() || "#888888";
-    if (alpha === undefined) return hex;
-    const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
-    return `rgba(${r},${g},${b},${alpha})`;
-  }
-  if (Array.isArray(value)) return value.length && typeof value[0] !== "object" ? value : value.map(coloured);
+function tint(colour) {
+  const [name, alpha] = colour.slice(1).split("/");
+  const hex = getComputedStyle(root).getPropertyValue(`--${name}`).trim() || "#888888";
+  if (alpha === undefined) return hex;
+  const [r, g, b] = [1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16));
+  return `rgba(${r},${g},${b},${alpha})`;
+}
+
+// What stands under a key that names a colour is one; a label that begins with "@" is a label.
+function coloured(value, key = "") {
+  if (typeof value === "string") return key.endsWith("color") && value.startsWith("@") ? tint(value) : value;
+  if (Array.isArray(value)) return value.length && typeof value[0] !== "object" ? value : value.map((inner) => coloured(inner));
   if (value && typeof value === "object") {
-    return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, coloured(inner)]));
+    return Object.fromEntries(Object.entries(value).map(([name, inner]) => [name, coloured(inner, name)]));
   }
   return value;
 }
@@ -62,7 +65,7 @@ function coloured(value) {
 function draw(place) {
   const { traces, layout, height } = figures[place.dataset.figure];
   const axis = (given) => ({
-    automargin: true, gridcolor: coloured("@grid"), zerolinecolor: coloured("@line"), linecolor: coloured("@line"),
+    automargin: true, gridcolor: tint("@grid"), zerolinecolor: tint("@line"), linecolor: tint("@line"),
     exponentformat: "e", separatethousands: true, ...given, title: { standoff: 8, ...(given || {}).title },
   });
   const names = traces.filter((trace) => trace.showlegend !== false).map((trace) => trace.name || "");
@@ -129,7 +132,14 @@ async function start() {
   const library = node("island-plotly").textContent ? unpacked("island-plotly") : null;  // inflated meanwhile
   const data = JSON.parse(await unpacked("island-data"));
   figures = data.figures;
-  if (node("browser")) browser(node("browser"), data);
+  if (node("browser")) {
+    try {
+      browser(node("browser"), data);
+    } catch (error) {  // the plots are worth having without it
+      console.error(error);
+      node("browser").replaceChildren(element("p", { className: "missing", textContent: `The samples can't be shown: ${error}` }));
+    }
+  }
   if (library) {
     const { nonce } = document.querySelector("script[nonce]");
     const script = element("script", { nonce, textContent: await library });
