@@ -35,6 +35,7 @@ import npd.store
 from npd.jobs import Jobs
 from npd.observe.display import Display
 from npd.observe.events import read_events
+from npd.observe.facts import gather
 from npd.refresher import Refresher
 from npd.run import Run
 from npd.store import Store
@@ -505,6 +506,14 @@ def test_a_job_that_raises_is_started_again(make, states, tmp_path):
     assert_same(state_of(tree["run_dir"]), states())
 
 
+def assert_blamed(run_dir: str) -> None:
+    """The report names the job that failed, not the trainer that told of it."""
+    failure = gather(run_dir).status.failure
+    assert failure is not None
+    assert failure["role"] == "refresh-0"
+    assert failure["process"] not in processes(Path(run_dir), "trainer")
+
+
 def test_a_job_that_raises_for_ever_ends_the_run(make, tmp_path):
     tree = make(checkpoint={"restarts": 2})
     child, said = started(tree, tmp_path, lambda: fail_parts(tmp_path / "tried", lambda *_: True))
@@ -516,6 +525,7 @@ def test_a_job_that_raises_for_ever_ends_the_run(make, tmp_path):
     assert "It died 3 times without finishing a part (checkpoint.restarts 2)" in words
     assert said().count("started again") == 2
     assert (tmp_path / "tried").read_text().split() == ["0/0"] * 3
+    assert_blamed(tree["run_dir"])
     assert no_jobs_left()
     assert not (Path(tree["run_dir"]) / "student").exists()
 
@@ -543,6 +553,7 @@ def test_a_damaged_snapshot_stops_the_run_at_once(make, tmp_path):
     snapshot = Path(tree["run_dir"]) / "policy/v000001"
     assert f"npd.errors.UserError: The snapshot {snapshot} is damaged: model.safetensors is not what" in child.words()
     assert "Traceback" not in child.words().rpartition("npd.errors.UserError")[2]
+    assert_blamed(tree["run_dir"])
     assert "started again" not in said()
     assert restarts(tree["run_dir"]) == 0
     assert len(jobs_started()) == 1

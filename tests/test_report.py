@@ -328,6 +328,46 @@ def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
     assert "stopped without a word" in read(write_report(run_dir))[0].said
 
 
+def test_a_run_that_failed_is_not_mended_by_a_refresh(make_tree, monkeypatch):
+    tree = make_tree(schedule={"generations": 2, "passes": 2, "lead": 0.0})
+    fail_at(2, ZeroDivisionError("x"), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        npd.distill(tree)
+    run_dir = Path(tree["run_dir"])
+    for part in run_dir.glob("generations/g000/part*"):
+        part.unlink()
+    npd.refresh(tree)
+    status = gather(run_dir).status
+    assert status.kind == "failed"
+    assert status.failure is not None
+    assert status.failure["error"] == "ZeroDivisionError"
+
+
+def test_a_refresh_that_ended_leaves_a_run_as_it_was(tmp_path):
+    """Marks alone: failed or killed and then refreshed; refreshed before any training."""
+    for before, kind in (("failed", "failed"), ("", "stopped"), ("never", "between")):
+        path = make_run(tmp_path / (before or "killed"), finished=False)
+        events = Events(path / "events.jsonl")
+        if before == "never":
+            events.path.write_text("")
+        elif before:
+            events.write(before, 1100.0, 1100.0, command="distill")
+        events.write("started", 1200.0, 1200.0, command="refresh")
+        events.write("ended", 1300.0, 1300.0, command="refresh")
+        assert gather(path).status.kind == kind
+
+
+def test_a_refresh_that_failed_is_blamed_and_not_the_trainer(tmp_path):
+    path = make_run(tmp_path / "run", finished=False)
+    facts = {"error": "UserError", "message": "The part is damaged.", "explained": True}
+    Events(path / "events.jsonl", "refresh-1").write("failed", 1100.0, 1100.0, process=777, **facts)
+    Events(path / "events.jsonl").write("failed", 1101.0, 1101.0, **facts)
+    assert "Process 777, the refresh-1, after step 30." in read(write_report(path))[0].said
+    Events(path / "events.jsonl").write("started", 1200.0, 1200.0)
+    Events(path / "events.jsonl").write("failed", 1201.0, 1201.0, **facts)
+    assert f"Process {os.getpid()}, the trainer" in read(write_report(path))[0].said
+
+
 @pytest.mark.parametrize("going_on", [True, False])
 def test_a_span_that_has_not_ended_counts(tmp_path, monkeypatch, going_on):
     """3,000 tokens of 30 steps at 1,015.4 tokens/s; the last whole span ended at 1100, the last step was logged at 1400."""

@@ -19,9 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from npd.config import Config, config_tree, differing_keys, load_config
-from npd.errors import RunError, UserError
+from npd.errors import NpdError, RunError, UserError
 from npd.observe.display import Display
 from npd.observe.events import Events
+from npd.observe.reporter import failure_facts, mark
 from npd.placement import Placement
 from npd.store import REFERENCE, Store
 
@@ -110,7 +111,7 @@ class Jobs:
             words = job.last_words()
             if code in (USER_ERROR, RUN_ERROR):
                 message = words[words.rfind("npd: ") + len("npd: ") :]
-                raise UserError(message) if code == USER_ERROR else RunError(message)
+                raise self._failed(rank, UserError(message) if code == USER_ERROR else RunError(message))
             how = f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "") if code < 0 else "failed"
             made = self._parts_made(rank)
             self.deaths[rank] = 1 if made - self._made.get(rank, set()) else self.deaths[rank] + 1
@@ -118,13 +119,18 @@ class Jobs:
             most = self.config.checkpoint.restarts
             story = f"The refresh {how} (process {job.process.pid}, log {job.log})" + (f":\n{words}" if words else ".")
             if self.deaths[rank] > most:
-                raise RunError(
-                    f"{story}\nIt died {self.deaths[rank]} times without finishing a part (checkpoint.restarts {most}). What "
-                    "was finished is kept: mend what the log names and run the same command again."
-                )
+                story += f"\nIt died {self.deaths[rank]} times without finishing a part (checkpoint.restarts {most})."
+                again = " What was finished is kept: mend what the log names and run the same command again."
+                raise self._failed(rank, RunError(story + again))
             self.display.say(f"{story}\nIt is started again from the first missing part ({self.deaths[rank]} of {most}).")
             with self.events.span("restart", rank=rank, code=code):
                 self.jobs[rank] = self._start(rank)
+
+    def _failed(self, rank: int, error: NpdError) -> NpdError:
+        """Put on record that it was this job that failed, not the trainer which says so."""
+        events = Events(self.events.path, f"refresh-{rank}")
+        mark(events, "failed", process=self.jobs[rank].process.pid, **failure_facts(error))
+        return error
 
     def wake(self, part: int) -> None:
         """Start the job that makes this part again if it had nothing left to make: the part was there before."""
@@ -190,7 +196,12 @@ def follow(
         raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")
     refresher = follower(config, placement, rank, world, display)
     refresher.events.write("load", began or time.time(), time.time())
-    refresher.follow(poll)
+    try:
+        refresher.follow(poll)
+    except Exception as error:
+        if began is None:  # nobody else would put it on record
+            mark(refresher.events, "failed", **failure_facts(error))
+        raise
 
 
 def main() -> None:

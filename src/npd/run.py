@@ -131,11 +131,11 @@ class Run:
         self.resources.close()
         torch.set_num_threads(self.threads)
 
-    def observed(self) -> AbstractContextManager[None]:
+    def observed(self, command: str) -> AbstractContextManager[None]:
         """Around the work: its start and end go on record, and so does what it failed with; the report is kept up to date."""
         if not self.main or self.store.finished:
             return nullcontext()
-        return observed(self.events, self.display, report=self.config.tracking.report)
+        return observed(self.events, self.display, report=self.config.tracking.report, command=command)
 
     def train(self) -> DistillResult:
         """Generations and passes, from the newest checkpoint if there is one, to student/."""
@@ -629,13 +629,13 @@ def distill(config: AnyConfig, *, display: Display | None = None) -> DistillResu
         UserError: what the user gave is wrong.
         RunError: the run failed (full disk, loss not finite, nothing selected).
     """
-    with Run(as_config(config), "distill", display) as run, run.observed():
+    with Run(as_config(config), "distill", display) as run, run.observed("distill"):
         return run.train()
 
 
 def sft(config: AnyConfig, *, display: Display | None = None) -> DistillResult:
     """Fine-tune on reference responses, given or the teacher's; the same loop and loss with kd_weight 0."""
-    with Run(as_config(config), "sft", display) as run, run.observed():
+    with Run(as_config(config), "sft", display) as run, run.observed("sft"):
         return run.train()
 
 
@@ -647,7 +647,7 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
     Raises:
         UserError: all generations are there already, or there is no such snapshot.
     """
-    with Run(as_config(config), "distill", display, turns=True) as run, run.observed():
+    with Run(as_config(config), "distill", display, turns=True) as run, run.observed("refresh"):
         store = run.store
         if not store.policies():
             began = time.time()

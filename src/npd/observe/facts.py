@@ -309,14 +309,16 @@ def last_lines(log: Path, count: int = LOG_LINES) -> list[str]:
 
 def judge(store: Store, events: list[dict[str, Any]], held: bool | None) -> Status:
     """Whether a run is finished, going on, failed, or was stopped without a word; `held`: does a process work on it?"""
-    marks = [event for event in events if event.get("name") in MARKS]
+    marks = [event for event in events if event["name"] in MARKS and event["role"] == "trainer"]
+    if marks and marks[-1]["name"] == "ended":  # an `npd refresh` leaves the training as it found it
+        marks = [event for event in marks if event.get("command") != "refresh"]
     last = max((event["end"] for event in events), default=None)
     when = f" Its last sign is of {clock(last)}." if last is not None else ""
     newest = marks[-1]["name"] if marks else None
     if held or (held is None and last is not None and time.time() - last < ALIVE_SECONDS):
         return Status("running", "The run goes on; this is how it stood when the report was written.")
     if newest == "failed":
-        failure = marks[-1]
+        failure = blamed(events, marks)
         return Status("failed", f"The run {how_it_ended(failure)} at {clock(failure['end'])}.", failure)
     if store.finished:
         return Status("finished", "The run is finished.")
@@ -325,9 +327,17 @@ def judge(store: Store, events: list[dict[str, Any]], held: bool | None) -> Stat
             "stopped",
             "The run stopped without a word: its process was killed, ran out of memory, or the machine went down." + when,
         )
-    if newest is None and any(event.get("name") == "train" for event in events):
+    if any(event["name"] == "train" for event in events):
         return Status("stopped", "The run is not finished, and nothing works on it." + when)
     return Status("between", "Nothing is trained here yet, and nothing works on it." + when)
+
+
+def blamed(events: list[dict[str, Any]], marks: list[dict[str, Any]]) -> dict[str, Any]:
+    """The failure that ended a run: the trainer's, or that of a refresh, which the trainer only told of."""
+    begun = max((mark["start"] for mark in marks if mark["name"] == "started"), default=0.0)
+    told = marks[-1].get("message")
+    refreshes = (e for e in events if e["name"] == "failed" and e["role"] != "trainer" and e["start"] >= begun)
+    return next((event for event in refreshes if event.get("message") == told), marks[-1])
 
 
 def how_it_ended(failure: dict[str, Any]) -> str:

@@ -22,20 +22,20 @@ TRACEBACK_LINES = 60
 
 
 @contextmanager
-def observed(events: Events, display: Display, *, report: bool) -> Iterator[None]:
+def observed(events: Events, display: Display, *, report: bool, command: str = "distill") -> Iterator[None]:
     """Around a command's work on a run: marks its start and its end in events.jsonl, and keeps report.html up to date.
 
     A report that can't be written is a warning: never the end of a run.
     """
     run_dir = events.path.parent
-    _mark(events, "started")
+    mark(events, "started", command=command)
     pages = Pages(run_dir) if report else None
     try:
         yield
-        _mark(events, "ended")
+        mark(events, "ended", command=command)
     except BaseException as error:
         # KeyboardInterrupt too: it is on record that the run was stopped by hand, not killed.
-        _mark(events, "failed", **failure_facts(error))
+        mark(events, "failed", command=command, **failure_facts(error))
         raise
     finally:
         if pages is not None:
@@ -51,7 +51,8 @@ def failure_facts(error: BaseException) -> dict[str, object]:
     return facts if explained else facts | {"traceback": "\n".join(lines[-TRACEBACK_LINES:])}
 
 
-def _mark(events: Events, name: str, **facts: object) -> None:
+def mark(events: Events, name: str, **facts: object) -> None:
+    """A moment of a command's work, on record if that is possible."""
     now = time.time()
     with suppress(OSError, NpdError):  # a full disk, of which there will be a better message
         events.write(name, now, now, **facts)
