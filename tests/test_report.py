@@ -11,6 +11,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -398,6 +399,28 @@ def test_a_report_is_written_while_the_run_goes_on(tmp_path, monkeypatch):
     assert "w0" in json.dumps(island_of((path / "report.html").read_text())["samples"])
     assert pages.process is not None
     assert pages.process.poll() is not None
+
+
+def test_a_writer_that_starts_while_pages_stop_is_given_up(tmp_path, monkeypatch):
+    """Started after `stop` has looked for it; what it had begun to write goes too."""
+    real, begun, late = subprocess.Popen, threading.Event(), threading.Event()
+
+    def popen(*_: Any, **__: Any) -> Any:
+        begun.set()
+        late.wait()
+        process = real(["sleep", "100"])
+        (tmp_path / f".report.html.host.{process.pid}.tmp").write_text("half")
+        return process
+
+    monkeypatch.setattr(reporter.subprocess, "Popen", popen)
+    monkeypatch.setattr(reporter, "FIRST", 0.0)
+    pages = reporter.Pages(tmp_path)
+    begun.wait()
+    threading.Timer(0.3, late.set).start()
+    began = time.monotonic()
+    pages.stop()
+    assert time.monotonic() - began < 20
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):

@@ -86,7 +86,7 @@ class Pages:
         while not self._over.wait(pause):
             began = time.monotonic()
             with suppress(OSError):
-                self.process = subprocess.Popen(
+                self.process = process = subprocess.Popen(
                     [sys.executable, "-m", "npd.observe.reporter", str(self.run_dir)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -94,7 +94,9 @@ class Pages:
                     env=os.environ | {"OMP_NUM_THREADS": "1"},
                     start_new_session=True,  # Ctrl-C is for the run
                 )
-                self.process.wait()
+                if self._over.is_set():  # `stop` may not have seen it
+                    process.terminate()
+                process.wait()
             pause = max(FIRST, (time.monotonic() - began) / SHARE)
 
     def stop(self) -> None:
@@ -104,6 +106,9 @@ class Pages:
             with suppress(OSError):
                 self.process.terminate()
         self._thread.join()
+        if self.process is not None:
+            for leftover in self.run_dir.glob(f".report.html.*.{self.process.pid}.tmp"):
+                leftover.unlink(missing_ok=True)
 
 
 def main() -> None:
