@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import npd
 from npd.config import load_config
 from npd.errors import UserError
-from npd.observe.trackers import flat, selection_figures
+from npd.observe.display import Display
+from npd.observe.trackers import flat, selection_figures, start_trackers
 from npd.store import Store
 
 
@@ -132,3 +134,29 @@ def test_a_tracker_that_cannot_start_says_so(make_tree, monkeypatch):
         UserError, match=r"tracking.trackers \['tensorboard'\] cannot start .*api_key not configured.*leave it out"
     ):
         npd.distill(tree)
+
+
+def test_a_tracker_that_fails_later_is_a_warning(make_tree, monkeypatch, capsys):
+    def broken(*_, **__):
+        raise ConnectionError("the server is away")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", broken)
+    tree = make_tree(tracking={"trackers": ["tensorboard"]})
+    npd.distill(tree, display=Display())
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("A tracker failed at step") == 1
+    assert "(ConnectionError: the server is away)" in said
+    assert len(lines_of(Path(tree["run_dir"]))) > 1
+
+
+def test_a_resumed_run_is_the_same_run_to_wandb(make_tree, monkeypatch, tmp_path):
+    options = []
+    monkeypatch.setattr(
+        "accelerate.Accelerator.init_trackers", lambda *_, init_kwargs, **__: options.append(init_kwargs["wandb"])
+    )
+    config = load_config(make_tree(tracking={"trackers": ["tensorboard"]}))
+    for folder in ("a", "a", "b"):
+        start_trackers(Accelerator(cpu=True), config, tmp_path / folder)
+    ids = [o["id"] for o in options]
+    assert ids[0] == ids[1] != ids[2]
+    assert {o["resume"] for o in options} == {"allow"}

@@ -157,6 +157,7 @@ class Run:
                 self.setup.tokenizer,
                 self.events,
                 kd_weight=0.0 if self.sft else self.config.loss.kd_weight,
+                say=self.display.say,
             )
         setup = self.setup
         self.evaluator = Evaluator(

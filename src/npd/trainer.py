@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
 from datetime import timedelta
@@ -30,7 +30,7 @@ from npd.loop import Position, Trained
 from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events
-from npd.observe.trackers import figures_of
+from npd.observe.trackers import Trackers
 from npd.packing import pack_tokens
 from npd.samples import Samples
 from npd.schedule import derive_seed, learning_rate
@@ -89,7 +89,9 @@ class Trainer:
         events: Events,
         *,
         kd_weight: float,
+        say: Callable[[str], None] = print,
     ) -> None:
+        self.trackers = Trackers(accelerator, say)
         self.config, self.store, self.tokenizer, self.events = config, store, tokenizer, events
         self.position = Position()
         torch.manual_seed(derive_seed(config.seed, "adapters"))
@@ -292,7 +294,7 @@ class Trainer:
         """One line of metrics.jsonl, and the same figures to every tracker."""
         if self.accelerator.is_main_process:
             self.store.append_metrics(line)
-        self.accelerator.log(figures_of(line), step=line["step"])
+        self.trackers.log(line)
 
 
 def make_accelerator(config: Config, store: Store) -> Accelerator:

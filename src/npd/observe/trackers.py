@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from accelerate import Accelerator
 from npd.config import Config, config_tree
 from npd.errors import UserError
 from npd.selection import KEPT
+from npd.store import write_text
 
 
 def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> None:
@@ -23,7 +26,8 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> No
         return
     run = Path(config.run_dir).resolve().name
     folder.mkdir(parents=True, exist_ok=True)
-    options = {"wandb": {"name": run, "dir": str(folder)}, "trackio": {"name": run}}
+    again = {"id": run_id(folder), "resume": "allow"} if accelerator.is_main_process else {}
+    options = {"wandb": {"name": run, "dir": str(folder), **again}, "trackio": {"name": run}}
     try:
         accelerator.init_trackers("npd", config=flat(config_tree(config)), init_kwargs=options)
     except Exception as error:  # each raises what it likes
@@ -32,6 +36,32 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> No
             f"tracking.trackers {list(names)} cannot start ({type(error).__name__}: {why}). Log in to it, set it to work "
             "offline (WANDB_MODE=offline for wandb), or leave it out; metrics.jsonl and the report have all figures anyway."
         ) from error
+
+
+def run_id(folder: Path) -> str:
+    """What a tracker knows this run directory by: the same after a resume, another in a directory that is made anew."""
+    file = folder / "id"
+    if not file.exists():
+        write_text(file, f"{secrets.token_hex(8)}\n")
+    return file.read_text(encoding="utf-8").strip()
+
+
+class Trackers:
+    """Tells every tracker a run's figures; one that fails is a warning, once, and never the end of a run."""
+
+    def __init__(self, accelerator: Accelerator, say: Callable[[str], None]) -> None:
+        self.accelerator, self.say, self.failed = accelerator, say, False
+
+    def log(self, line: dict[str, Any]) -> None:
+        try:
+            self.accelerator.log(figures_of(line), step=line["step"])
+        except Exception as error:  # each raises what it likes
+            if not self.failed:
+                why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                self.say(
+                    f"A tracker failed at step {line['step']} ({why}); metrics.jsonl and the report have all figures anyway."
+                )
+            self.failed = True
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
