@@ -34,9 +34,10 @@ from npd.observe.browse import Browser
 from npd.observe.display import Display
 from npd.observe.events import Events, read_events, seconds_by_role
 from npd.observe.facts import gather, ranges, tail
+from npd.observe.figures import label
 from npd.observe.pictures import delta_overlay, lengths
 from npd.observe.report import comparison_page, render, run_page, write_comparison, write_report
-from npd.observe.tables import duration, tiles
+from npd.observe.tables import duration, generation_table, tiles
 from npd.store import Store
 
 
@@ -509,6 +510,45 @@ def test_the_command(fake, tmp_path):
         assert why in str(result.exception)
     assert "--compare" in run(main, ["report", "--help"]).output
     assert "report" in run(main, ["--help"]).output
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path):
+    paths = [make_run(tmp_path / name) for name in ("a/x/run", "b/x/run", "b/y/run")]
+    runs = [gather(path) for path in [*paths, paths[2]]]
+    assert [label(runs, i) for i in range(4)] == ["a/x/run", "b/x/run", "run (3)", "run (4)"]
+    assert label(runs[:1], 0) == "run"
+
+
+def test_a_page_is_measured_in_bytes(tmp_path, monkeypatch):
+    path = make_run(tmp_path / "run")
+    (path / "logs").mkdir()
+    (path / "logs/refresh-0.log").write_text("€" * 20_000)
+    size = write_report(path).stat().st_size
+    monkeypatch.setattr("npd.observe.report.MOST_BYTES", size - 20_000)
+    assert len(island_of(write_report(path).read_text())["samples"]) < 80
+
+
+def test_the_command_to_go_on_can_be_pasted(tmp_path):
+    path = make_run(tmp_path / "my run", finished=False)
+    assert f"npd distill '{path}'" in read(write_report(path))[0].said
+
+
+def test_the_tokens_of_parts_that_were_not_read_are_told(tmp_path, monkeypatch):
+    path = make_run(tmp_path / "run")
+    total = sum(len(row["response_ids"]) for row in rows_of(path))
+    assert f"Response tokens on disk, {total}" in read(write_report(path))[0].said
+    monkeypatch.setattr("npd.observe.facts.MOST_TOKENS", total // 2)
+    assert f"Response tokens of the parts that were read, out of {total} on disk" in read(write_report(path))[0].said
+
+
+def test_every_verdict_of_a_generation_that_is_shown_has_a_column(tmp_path, monkeypatch):
+    monkeypatch.setattr("npd.observe.tables.middle_left_out", lambda numbers: [numbers[0], None, numbers[-1]])
+    monkeypatch.setattr("npd.observe.tables.MOST_ROWS", 2)
+    facts = gather(make_run(tmp_path / "run", generations=3))
+    facts.manifests[2]["selection"]["verdicts"]["undefined"] = 7
+    table = generation_table(facts, Browser())
+    assert table is not None
+    assert table.rows[-1][table.columns.index("undefined")] == "7"
 
 
 def test_ranges():

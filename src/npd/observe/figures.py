@@ -60,10 +60,12 @@ def named(runs: Sequence[RunFacts], i: int, name: str) -> str:
 
 
 def label(runs: Sequence[RunFacts], i: int) -> str:
-    """A run's name; with its parent's where two would be alike."""
-    run = runs[i]
-    alike = sum(other.name == run.name for other in runs) > 1
-    return f"{run.path.resolve().parent.name}/{run.name}" if alike else run.name
+    """A run's name, with as many of its parents' as tell it from the others; one that is there twice gets a number."""
+    parts = [run.path.resolve().parts for run in runs]
+    for depth in range(1, len(parts[i])):
+        if sum(other[-depth:] == parts[i][-depth:] for other in parts) == 1:
+            return "/".join(parts[i][-depth:])
+    return f"{runs[i].name} ({i + 1})"
 
 
 # -- over optimiser steps

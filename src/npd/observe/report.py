@@ -12,6 +12,7 @@ import gzip
 import importlib.metadata
 import importlib.util
 import secrets
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -204,7 +205,7 @@ def failure(facts: RunFacts) -> tuple[list[str], list[tab.Table], list[tab.Bar],
         if steps
         else "There is no checkpoint yet: training begins anew, from the parts that are there."
     )
-    again = f"npd {facts.command or 'distill'} {facts.path}"
+    again = f"npd {facts.command or 'distill'} {shlex.quote(str(facts.path))}"
     if event is None:
         said.append(
             "What to do: if it ran out of memory (`dmesg` names killed processes), lower rollout.batch_size, "

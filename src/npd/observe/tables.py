@@ -195,7 +195,9 @@ def bars(run: RunFacts) -> list[Bar]:
     spent = token_counts(run)
     if total := sum(spent.values()):
         shares = [Share(name, n / total, f"{n:,} ({percent(n / total)})") for name, n in spent.items() if n]
-        out.append(Bar(f"Response tokens on disk, {total:,}", shares))
+        there = sum(n for g, parts in run.parts.items() if g != REFERENCE or len(run.parts) == 1 for n in parts.values())
+        which = "on disk" if total >= there else f"of the parts that were read, out of {there:,} on disk"
+        out.append(Bar(f"Response tokens {which}, {total:,}", shares))
     return out
 
 
@@ -212,7 +214,8 @@ def generation_table(run: RunFacts, browser: Browser) -> Table | None:
     numbers = sorted({*run.manifests, *run.parts})
     if not numbers:
         return None
-    dropped = [v for v in VERDICTS if v not in KEPT and any(verdict_counts(run, g)[v] for g in numbers[:MOST_ROWS])]
+    shown = [g for g in middle_left_out(numbers) if g is not None]
+    dropped = [v for v in VERDICTS if v not in KEPT and any(verdict_counts(run, g)[v] for g in shown)]
     ended = {line["generation"]: line for line in run.ended if "generation" in line}
     rows = []
     for g in middle_left_out(numbers):
