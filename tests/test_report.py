@@ -330,6 +330,28 @@ def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
     assert "stopped without a word" in read(write_report(run_dir))[0].said
 
 
+def test_a_run_that_was_asked_to_stop_has_it_on_record(make_tree, tmp_path):
+    tree = make_tree(tracking={"report": True})
+    config = tmp_path / "run.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    script = (
+        "import sys, time, npd.cli, npd.trainer\n"
+        "def slow(self, *a):\n"
+        "    print('here', flush=True); time.sleep(600)\n"
+        "npd.trainer.Trainer.step = slow\n"
+        "npd.cli.entry()\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script, "distill", str(config)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    while b"here" not in process.stdout.readline():
+        pass
+    process.terminate()
+    process.communicate()
+    assert process.returncode == 143
+    assert "The run was stopped by a signal" in read(Path(tree["run_dir"]) / "report.html")[0].said
+    assert gather(tree["run_dir"]).status.kind == "failed"
+
+
 def test_a_run_that_failed_is_not_mended_by_a_refresh(make_tree, monkeypatch):
     tree = make_tree(schedule={"generations": 2, "passes": 2, "lead": 0.0})
     fail_at(2, ZeroDivisionError("x"), monkeypatch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -331,11 +332,17 @@ WORK = {
 }
 
 
+def terminated(*_: object) -> None:
+    """End in order when asked to, as by a batch system: a run then has it on record, and its refreshes end too."""
+    raise SystemExit(128 + signal.SIGTERM)
+
+
 def entry() -> None:
     """The `npd` command: errors that npd can explain are one paragraph on standard error."""
     if importlib.util.find_spec("torch") is None:
         click.echo("npd needs PyTorch; install it as https://pytorch.org says.", err=True)
         sys.exit(1)
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main(prog_name="npd", standalone_mode=False)
     except click.ClickException as error:

@@ -341,6 +341,8 @@ def blamed(events: list[dict[str, Any]], marks: list[dict[str, Any]]) -> dict[st
 
 
 def how_it_ended(failure: dict[str, Any]) -> str:
+    if failure.get("error") == "SystemExit":
+        return "was stopped by a signal"
     return "was stopped by hand" if failure.get("error") in ("KeyboardInterrupt", "Abort") else "failed"
 
 
