@@ -81,7 +81,8 @@ def one(options: argparse.Namespace) -> None:
             losses[0].backward()
 
         seconds = timed(step)
-    assert weight.grad is not None and hidden.grad is not None
+    assert weight.grad is not None
+    assert hidden.grad is not None
     checks = {"loss": losses[0].item() / T, "norm": weight.grad.norm().item(), "norm_hidden": hidden.grad.norm().item()}
     floor = 6 * T * V * D / rate  # logits, gradient of hidden states, gradient of the head
     print(json.dumps({"seconds": seconds, "floor": floor, "share_of_floor": floor / seconds, **figures, **checks}))

@@ -43,7 +43,7 @@ class Case:
         config = ModelConfig(model=name)
         self.model, self.tokenizer = models.load_model(config), models.load_tokenizer(config)
         self.vocabulary = models.shared_vocabulary(self.tokenizer, self.model.config, stop_ids=models.stop_ids_of(config))
-        self.pad = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        self.pad = int(self.tokenizer.pad_token_id)
         lines = Path("examples/instructions.jsonl").read_text().splitlines()
         texts = [line.split('"')[3] for line in lines] if name == SMOLLM2 else []
         texts = [f"{text} ({i})" if i else text for i in range(1 + count // max(1, len(texts))) for text in texts]
@@ -116,7 +116,9 @@ def stored(case: Case, batch_tokens: int, top_k: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="*", default=[TEACHER, SMOLLM2])
-    parser.add_argument("--count", type=int, default=128, help="responses of a real model; the demo's teacher writes 8 times more")
+    parser.add_argument(
+        "--count", type=int, default=128, help="responses of a real model; the demo's teacher writes 8 times more"
+    )
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--batch-tokens", type=int, default=8192)
     parser.add_argument("--top-k", type=int, default=10)
