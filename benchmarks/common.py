@@ -55,7 +55,6 @@ def record(name: str, options: dict[str, Any], runs: Any) -> Path:
     """Write results/NAME.json; what the table in docs/benchmarks.md is made of."""
     file = RESULTS / f"{name}.json"
     write_json(file, {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "options": options, "runs": runs})
-    print(f"wrote {file}", flush=True)
     return file
 
 

@@ -47,7 +47,7 @@ def main() -> None:
         runs.append({"contender": name, "seed": seed, **result})
         shown = {key: value for key, value in runs[-1].items() if key not in ("curve", "publications", "stages")}
         print(shown | {"accuracy": result["curve"][-1][2] if result["curve"] else None}, flush=True)
-    record(options.name, vars(options) | {"out": str(options.out)}, runs)
+        record(options.name, vars(options) | {"out": str(options.out)}, runs)  # each time: a long run may be cut short
 
 
 if __name__ == "__main__":

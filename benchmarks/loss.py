@@ -111,7 +111,7 @@ def main() -> None:
         run = {"contender": contender, "turn": turn} | fresh("benchmarks.loss", contender=contender, **sizes)
         runs.append(run)
         print(run, flush=True)
-    record(options.name, sizes | {"repeat": options.repeat}, runs)
+        record(options.name, sizes | {"repeat": options.repeat}, runs)  # each time: a long run may be cut short
 
 
 if __name__ == "__main__":
