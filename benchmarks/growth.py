@@ -17,7 +17,7 @@ import random
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -133,7 +133,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.mode == "one":
         with tempfile.TemporaryDirectory() as folder:
-            work = {"distill": partial(distill, warm=options.warm), "prompts": prompts, "samples": samples}
+            work: dict[str, Callable[..., dict[str, Any]]] = {
+                "distill": partial(distill, warm=options.warm),
+                "prompts": prompts,
+                "samples": samples,
+            }
             print(json.dumps(work[options.what](Path(folder), options.count)))
         return
     runs = []
