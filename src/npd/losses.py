@@ -16,8 +16,9 @@ from torch import Tensor
 
 TopKMass = Literal["raw", "renormalize", "tail"]
 
-# Elements of one chunk of logits: 64 MiB in float32. Larger gains nothing on CPU or GPU once V is a few thousand.
-CHUNK_ELEMENTS = 1 << 24
+# Elements of one chunk of logits: 256 MiB in float32. Each chunk also reads and writes the head's whole gradient, so a
+# quarter of this takes a fifth longer at V = 151,936 (docs/benchmarks.md).
+CHUNK_ELEMENTS = 1 << 26
 
 
 class LossOutput(NamedTuple):
