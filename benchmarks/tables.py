@@ -1,6 +1,6 @@
 """The tables of docs/benchmarks.md, from benchmarks/results: each goes between its two marks.
 
-python -m benchmarks.report
+python -m benchmarks.tables
 """
 
 from __future__ import annotations
