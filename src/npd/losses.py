@@ -16,8 +16,9 @@ from torch import Tensor
 
 TopKMass = Literal["raw", "renormalize", "tail"]
 
-# Elements of one chunk of logits: 64 MiB in float32. Larger gains nothing on CPU or GPU once V is a few thousand.
-CHUNK_ELEMENTS = 1 << 24
+# Elements of one chunk of logits: 256 MiB in float32. Each chunk also reads and writes the head's whole gradient, so a
+# quarter of this takes a fifth longer at V = 151,936 (docs/benchmarks.md).
+CHUNK_ELEMENTS = 1 << 26
 
 
 class LossOutput(NamedTuple):
@@ -114,8 +115,14 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk_tokens)
             h_CD, labels_C, ids_CK = hidden_TD[rows], labels_T[rows, None], ids_TK[rows]
             z_CV = (h_CD @ head_VD.T).to(exact)
-            lse_C = z_CV.logsumexp(-1, keepdim=True)
-            label_logprob_C = z_CV.gather(1, labels_C) - lse_C
+            z_label_C, z_top_CK = z_CV.gather(1, labels_C), z_CV.gather(1, ids_CK)
+            # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z.
+            u_rest_CV = z_CV.scatter(1, ids_CK, -torch.inf) if top_k_mass == "tail" else None
+            max_C = z_CV.amax(-1, keepdim=True)
+            u_CV = z_CV.sub_(max_C).exp_()
+            s_C = u_CV.sum(-1, keepdim=True)
+            lse_C = max_C + s_C.log()
+            label_logprob_C = z_label_C - lse_C
             label_logprobs_T[rows] = label_logprob_C[:, 0]
             ce -= label_logprob_C.sum()
 
@@ -124,37 +131,39 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
                 logp_teacher_CK = logp_teacher_CK.log_softmax(-1)
             p_teacher_CK = logp_teacher_CK.exp()
             # A teacher probability of 0 contributes 0, not 0 * inf.
-            gap_CK = torch.where(p_teacher_CK > 0, logp_teacher_CK - (z_CV.gather(1, ids_CK) - lse_C), 0)
+            gap_CK = torch.where(p_teacher_CK > 0, logp_teacher_CK - (z_top_CK - lse_C), 0)
             kd += (p_teacher_CK * gap_CK).sum()
 
             mass_C = (1 - kd_weight) + kd_weight * p_teacher_CK.sum(-1, keepdim=True)
-            rest_C = p_rest_CV = None
-            if top_k_mass == "tail":
-                z_rest_CV = z_CV.scatter(1, ids_CK, -torch.inf)
-                lse_rest_C = z_rest_CV.logsumexp(-1, keepdim=True)
+            rest_C = s_rest_C = None
+            if u_rest_CV is not None:
+                # The student's distribution outside the top-k, from logits with a maximum of their own: as a ratio of
+                # probabilities it would be 0 / 0 where the student gives the rest less than float32 can hold.
+                max_rest_C = u_rest_CV.amax(-1, keepdim=True)
+                max_rest_C = torch.where(max_rest_C.isinf(), 0, max_rest_C)
+                s_rest_C = u_rest_CV.sub_(max_rest_C).exp_().sum(-1, keepdim=True)
+                lse_rest_C = max_rest_C + s_rest_C.log()
                 rest_C = (1 - p_teacher_CK.sum(-1, keepdim=True)).clamp(min=0)
-                rest_C = torch.where(lse_rest_C.isinf(), 0, rest_C)  # the top-k is the whole vocabulary
+                rest_C = torch.where(s_rest_C > 0, rest_C, 0)  # else the top-k is the whole vocabulary
                 gap_C = torch.where(rest_C > 0, rest_C.log() - (lse_rest_C - lse_C), 0)
                 kd += (rest_C * gap_C).sum()
                 mass_C = mass_C + kd_weight * rest_C
-                # The student's distribution outside the top-k, from logits: as a ratio of probabilities it would be 0 / 0
-                # where the student gives the rest less than float32 can hold.
-                p_rest_CV = z_rest_CV.sub_(torch.where(lse_rest_C.isinf(), 0, lse_rest_C)).exp_()
 
             if grad_hidden is None and grad_weight is None:
                 continue
             # d loss / d z = mass * softmax(z) - q, and for the tail - λ rest * softmax(z outside the top-k).
-            p_CV = z_CV.sub_(lse_C).exp_()
-            p_CV.mul_(mass_C)
-            if rest_C is not None and p_rest_CV is not None:
-                p_CV.sub_(p_rest_CV.mul_(kd_weight * rest_C))
-            p_CV.scatter_add_(1, ids_CK, -kd_weight * p_teacher_CK)
-            p_CV.scatter_add_(1, labels_C, torch.full_like(label_logprob_C, kd_weight - 1))
-            g_CV = p_CV.to(hidden_TD.dtype)
+            g_CV = u_CV.mul_(mass_C / s_C)
+            if u_rest_CV is not None and rest_C is not None and s_rest_C is not None:
+                g_CV.sub_(u_rest_CV.mul_(kd_weight * rest_C / torch.where(s_rest_C > 0, s_rest_C, 1)))
+            g_CV.scatter_add_(1, ids_CK, -kd_weight * p_teacher_CK)
+            g_CV.scatter_add_(1, labels_C, torch.full_like(label_logprob_C, kd_weight - 1))
             if grad_hidden is not None:
-                grad_hidden[rows] = g_CV @ head_VD
+                grad_hidden[rows] = g_CV.to(hidden_TD.dtype) @ head_VD
             if grad_weight is not None:
-                grad_weight += g_CV.T @ h_CD
+                if hidden_TD.dtype == exact:
+                    grad_weight.addmm_(g_CV.T, h_CD)  # [V, D] is what takes memory: no second one of it
+                else:
+                    grad_weight += g_CV.to(hidden_TD.dtype).T @ h_CD
 
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         loss = (1 - kd_weight) * ce + kd_weight * kd
@@ -164,12 +173,19 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        scale = grads[0]
-        return (
-            None if grad_hidden is None else grad_hidden * scale.to(grad_hidden.dtype),
-            None if grad_weight is None else grad_weight * scale.to(grad_weight.dtype),
-            *([None] * 6),
-        )
+        return _scaled(grad_hidden, grads[0]), _scaled(grad_weight, grads[0]), *([None] * 6)
+
+
+# Does the backward pass that runs keep its graph for another one? torch tells only its own compiler.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+def _scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
+    """A gradient times the upstream one; in place, unless it may be asked for again."""
+    if grad is None:
+        return None
+    scale = scale.to(grad.dtype)
+    return grad * scale if _keeps_graph() else grad.mul_(scale)
 
 
 def near_policy_kl(logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:

@@ -15,17 +15,14 @@ from torch import Tensor
 
 from npd.errors import UserError
 from npd.selection import KEPT
-from npd.store import SCHEMA, Store, writing
+from npd.store import Store, writing
 
 COLUMNS = ["sample_id", "prompt_ids", "response_ids", "behavior_logprobs", "verdict", "topk_ids", "topk_logprobs"]
 
-# 64-bit offsets: a part's top-k entries may be more than 32 bits can count.
-LARGE = pa.schema(
-    [
-        (name, pa.large_list(kind.value_type) if pa.types.is_list(kind) else kind)
-        for name, kind in ((name, SCHEMA.field(name).type) for name in COLUMNS)
-    ]
-)
+
+def with_large_lists(schema: pa.Schema) -> pa.Schema:
+    """64-bit offsets: a part's top-k entries may be more than 32 bits can count. Values keep their part's type."""
+    return pa.schema([(f.name, pa.large_list(f.type.value_type) if pa.types.is_list(f.type) else f.type) for f in schema])
 
 
 class Samples:
@@ -56,8 +53,9 @@ class Samples:
             UserError: the part is damaged.
         """
         table = self.store.read_part(generation, part, COLUMNS)
-        table = table.filter(pc.is_in(table["verdict"], pa.array(KEPT))).cast(LARGE).combine_chunks()
-        with writing(self._file(generation, part)) as aside, pa.ipc.new_file(str(aside), LARGE) as file:
+        schema = with_large_lists(table.schema)
+        table = table.filter(pc.is_in(table["verdict"], pa.array(KEPT))).cast(schema).combine_chunks()
+        with writing(self._file(generation, part)) as aside, pa.ipc.new_file(str(aside), schema) as file:
             file.write_table(table)
 
     def _file(self, generation: int, part: int) -> Path:

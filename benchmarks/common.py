@@ -1,0 +1,117 @@
+"""What the benchmarks share: the machine, interleaving, peaks of memory, results as JSON."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from npd.placement import cores
+from npd.store import write_json
+
+RESULTS = Path("benchmarks/results")
+PACKAGES = ("npd", "torch", "transformers", "accelerate", "pyarrow", "trl")
+
+
+def machine() -> dict[str, Any]:
+    """Processor, memory and versions, as they stand in every result."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        "processor": _first("/proc/cpuinfo", "model name") or platform.processor(),
+        "cores": cores(),
+        "memory_gib": round(float((_first("/proc/meminfo", "MemTotal") or "0").split()[0]) / 2**20, 1),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": versions,
+        "load": os.getloadavg()[0],
+    }
+
+
+def _first(file: str, key: str) -> str | None:
+    try:
+        lines = Path(file).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), None)
+
+
+def record(name: str, options: dict[str, Any], runs: Any) -> Path:
+    """Write results/NAME.json; what the table in docs/benchmarks.md is made of."""
+    file = RESULTS / f"{name}.json"
+    write_json(file, {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "options": options, "runs": runs})
+    return file
+
+
+def interleaved(contenders: Sequence[str], repeat: int) -> Iterator[tuple[int, str]]:
+    """(turn, contender): each turn has all of them, beginning with another one, so that noise hits all alike."""
+    for turn in range(repeat):
+        first = turn % len(contenders)
+        for name in [*contenders[first:], *contenders[:first]]:
+            yield turn, name
+
+
+def timed(work: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def fresh(module: str, **options: Any) -> dict[str, Any]:
+    """Run `python -m MODULE one --key value ...` in a process of its own; the JSON object of its last line."""
+    arguments = [text for key, value in options.items() for text in (f"--{key.replace('_', '-')}", str(value))]
+    done = subprocess.run([sys.executable, "-m", module, "one", *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        return {"failed": done.returncode}
+    result: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def memory(key: str) -> float:
+    """MiB of this process: VmRSS now, VmHWM the highest since `peak` began, RssAnon what no file backs."""
+    return int((_first("/proc/self/status", key) or "0 kB").split()[0]) / 1024
+
+
+def available_gib() -> float:
+    return int((_first("/proc/meminfo", "MemAvailable") or "0 kB").split()[0]) / 2**20
+
+
+@contextmanager
+def peak() -> Iterator[dict[str, float]]:
+    """Highest resident memory inside the block above that before it, in MiB (Linux)."""
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = memory("VmRSS")
+    figures: dict[str, float] = {}
+    try:
+        yield figures
+    finally:
+        figures["peak_mib"] = memory("VmHWM") - before
+
+
+def matmul_rate(size: int = 1024, seconds: float = 1.0) -> float:
+    """Floating-point operations per second of float32 matrix products, the median over about `seconds`."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    a @ b
+    rates, began = [], time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        rates.append(2 * size**3 / timed(lambda: a @ b))
+    return statistics.median(rates)
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "least": min(values), "most": max(values)}

@@ -1,0 +1,54 @@
+"""End to end on the demo's task: tokens trained a second, and wall-clock until a held-out accuracy is reached.
+
+python -m benchmarks.distillation --seeds 0 1
+
+One run of each contender a seed; see benchmarks/peers.py. Seconds are from loading the models to the finished student.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from benchmarks import peers
+from benchmarks.common import interleaved, record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench"))
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
+    parser.add_argument("--prompts", type=int, default=1200)
+    parser.add_argument("--steps", type=int, help="optimiser steps of every contender; default: those of npd")
+    parser.add_argument("--batch", type=int, default=160, help="responses a step of the on-policy contenders")
+    parser.add_argument("--held-out", type=int, default=400)
+    parser.add_argument("--every", type=int, default=10, help="steps between evaluations of the on-policy contenders")
+    parser.add_argument("--only", nargs="*", default=["npd", *peers.CONTENDERS])
+    parser.add_argument("--name", default="distillation", help="of the file in benchmarks/results")
+    options = parser.parse_args()
+    os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    runs: list[dict[str, Any]] = []
+    for seed in options.seeds:
+        home = options.out / f"seed-{seed}"
+        peers.warm_up(home, seed)
+        peers.fewer_prompts(home, options.prompts)
+    order = [(options.seeds[turn], name) for turn, name in interleaved(options.only, len(options.seeds))]
+    steps = dict.fromkeys(options.seeds, options.steps)
+    order.sort(key=lambda run: run[1] != "npd" and steps[run[0]] is None)  # npd first where it sets the number of steps
+    for seed, name in order:
+        home = options.out / f"seed-{seed}"
+        if name == "npd":
+            result = peers.near_policy(home, seed, options.held_out, options.steps)
+            steps[seed] = result["steps"]
+        else:
+            result = peers.CONTENDERS[name](home, seed, options.held_out, steps[seed], options.batch, options.every)
+        runs.append({"contender": name, "seed": seed, **result})
+        shown = {key: value for key, value in runs[-1].items() if key not in ("curve", "publications", "stages")}
+        print(shown | {"accuracy": result["curve"][-1][2] if result["curve"] else None}, flush=True)
+        record(options.name, vars(options) | {"out": str(options.out)}, runs)  # each time: a long run may be cut short
+
+
+if __name__ == "__main__":
+    main()

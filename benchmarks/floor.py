@@ -1,0 +1,139 @@
+"""Each stage's seconds beside its floor: its floating-point operations at the rate this machine multiplies matrices.
+
+python -m benchmarks.floor --repeat 3
+
+Operations of matrix products alone, with attention counted as causal within each sample and the head at response positions
+only: 2 for each parameter and token forward, 6 forward and backward. Decoding also reads every weight once a step of a
+batch, which is its floor where the batch is small: both are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.common import interleaved, matmul_rate, record, timed
+from benchmarks.scoring import SMOLLM2, Case
+from npd.demo.demo import TEACHER
+from npd.models import head_weight
+from npd.packing import pack, pack_tokens
+from npd.rollout import TransformersRollout
+from npd.scoring import Prefill
+from npd.trainer import LossModel
+
+
+def attention(case: Case, contexts: list[list[int]]) -> float:
+    """Operations of attention's two products in one forward pass."""
+    config = case.model.config.get_text_config()
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pairs = sum((len(c) + len(r)) ** 2 / 2 for c, r in zip(contexts, case.responses, strict=True))
+    return 4 * pairs * width * config.num_attention_heads * config.num_hidden_layers
+
+
+def forward(case: Case, contexts: list[list[int]]) -> float:
+    """Operations of reading the responses behind these contexts."""
+    tokens = sum(map(len, contexts)) + case.response_tokens
+    head = 2 * head_weight(case.model).numel() * case.response_tokens
+    return 2 * case.matrices() * tokens + head + attention(case, contexts)
+
+
+def stages(student: Case, teacher: Case, options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], float]]:
+    """Stage -> (work, operations)."""
+    teacher.responses, teacher.contexts, teacher.response_tokens = (
+        student.responses,
+        student.contexts,
+        student.response_tokens,
+    )
+    start: list[list[int]] = [[student.vocabulary.start_id]] * len(student.responses)
+    read_s, read_t = (Prefill(c.model, c.vocabulary, c.pad, options.batch_tokens) for c in (student, teacher))
+    generate = TransformersRollout(
+        student.model,
+        student.vocabulary,
+        student.pad,
+        max_new_tokens=options.new_tokens,
+        temperature=1.0,
+        batch_size=options.batch_size,
+    )
+    lengths = [len(c) + len(r) for c, r in zip(student.contexts, student.responses, strict=True)]
+    rows = pack(lengths, max(options.row, max(lengths)))
+    readings = read_t(student.contexts, student.responses, options.top_k)
+    loss = LossModel(student.model, 0.9, "raw")
+    optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
+
+    def train() -> None:
+        size = max(1, options.batch_tokens // 2 // max(options.row, max(lengths)))
+        for at in range(0, len(rows), size):
+            chunk = rows[at : at + size]
+            length = max(sum(lengths[i] for i in row) for row in chunk)
+            p = pack_tokens(student.contexts, student.responses, chunk, length, student.pad)
+            ids, values = (np.concatenate([readings[i][n] for i in p.samples]) for n in (1, 2))
+            target = torch.from_numpy(ids).long(), torch.from_numpy(values)
+            loss(p.input_ids, p.position_ids, p.predictors, p.labels, *target).loss.backward()
+
+    def update() -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {
+        "student, forward and backward": (train, 3 * forward(student, student.contexts)),
+        "optimiser": (update, 0.0),
+        "teacher, prefill": (
+            lambda: read_t(student.contexts, student.responses, options.top_k),
+            forward(teacher, student.contexts),
+        ),
+        "teacher, free": (lambda: read_t(start, student.responses), forward(teacher, start)),
+        "student, free": (lambda: read_s(start, student.responses), forward(student, start)),
+        "decoding": (lambda: generate(student.table.select(["prompt_ids"]), 0), forward(student, student.contexts)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--warm", default="runs/bench/seed-0/warm-up/student")
+    parser.add_argument("--pairs", nargs="*", default=["demo", "smollm2"])
+    parser.add_argument("--count", type=int, default=64, help="responses; the demo's student writes 16 times more")
+    parser.add_argument("--new-tokens", type=int, default=72)
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--batch-tokens", type=int, default=8192)
+    parser.add_argument("--row", type=int, default=256)
+    parser.add_argument("--top-k", type=int, default=10)
+    parser.add_argument("--repeat", type=int, default=3)
+    options = parser.parse_args()
+    runs: list[dict[str, Any]] = []
+    for pair in options.pairs:
+        demo = pair == "demo"
+        count = options.count * (16 if demo else 1)
+        student = Case(str(Path(options.warm)) if demo else SMOLLM2, count, options.new_tokens)
+        teacher = Case(TEACHER, 1, 1) if demo else student
+        work = stages(student, teacher, options)
+        work["student, forward and backward"][0]()  # warms up, and makes gradients
+        for turn, name in interleaved(list(work), options.repeat):
+            act, operations = work[name]
+            rate = matmul_rate(seconds=0.3)
+            seconds = timed(act)
+            if name == "optimiser":
+                work["student, forward and backward"][0]()
+            runs.append(
+                {
+                    "pair": pair,
+                    "stage": name,
+                    "turn": turn,
+                    "seconds": seconds,
+                    "operations": operations,
+                    "matmul_rate": rate,
+                    "weights": sum(p.numel() for p in student.model.parameters()),
+                    "tokens": student.tokens,
+                    "response_tokens": student.response_tokens,
+                }
+            )
+            print(pair, name, f"{seconds:.2f} s, {operations / rate / seconds:.0%} of the floor", flush=True)
+    record("floor", vars(options), runs)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""The tables of docs/benchmarks.md, from benchmarks/results: each goes between its two marks.
+
+python -m benchmarks.tables
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import RESULTS, spread
+
+PAGE = Path("docs/benchmarks.md")
+Runs = list[dict[str, Any]]
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def ranged(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
+    """Median [least, most]."""
+    s = spread([v * scale for v in values])
+    if len(values) == 1:
+        return f"{s['median']:,.{digits}f}"
+    return f"{s['median']:,.{digits}f} [{s['least']:,.{digits}f}, {s['most']:,.{digits}f}]"
+
+
+def grouped(runs: Runs, *keys: str) -> dict[Any, Runs]:
+    groups: defaultdict[Any, Runs] = defaultdict(list)
+    for run in runs:
+        groups[tuple(run[key] for key in keys) if len(keys) > 1 else run[keys[0]]].append(run)
+    return dict(groups)
+
+
+def packing(results: dict[str, Any]) -> str:
+    rows = [
+        [
+            name,
+            ranged([r["seconds"] for r in runs]),
+            f"{100 * runs[0]['fill']:.2f}%",
+            f"{100 * runs[0]['fill_in_blocks']:.2f}%",
+            f"{100 * runs[0]['padded_fill']:.0f}%",
+        ]
+        for name, runs in grouped(results["runs"], "case").items()
+    ]
+    return table(["lengths", "seconds for a million", "fill", "in blocks of 65,536", "fill of one padded batch"], rows)
+
+
+def loss(results: dict[str, Any]) -> str:
+    o = results["options"]
+    names = {"npd": "npd", "dense": "dense", "compiled": "chunks, torch.compile"}
+    by = grouped([r for r in results["runs"] if "failed" not in r], "contender")
+    dense = {r["turn"]: r for r in by.get("dense", [])}
+    rows = []
+    for name, runs in by.items():
+        pairs = [(dense[r["turn"]], r) for r in runs if r["turn"] in dense]
+        rows.append(
+            [
+                names[name],
+                f"{o['tokens']:,} × {o['width']:,}, K = {o['top_k']}",
+                ranged([r["seconds"] for r in runs]),
+                ranged([r["share_of_floor"] for r in runs], 0, 100) + "%",
+                ranged([d["seconds"] / r["seconds"] for d, r in pairs], 2) + "×" if pairs else "",
+                f"{statistics.median(r['peak_mib'] for r in runs):,.0f}",
+                f"{statistics.median(d['peak_mib'] / r['peak_mib'] for d, r in pairs):.1f}×" if pairs else "",
+            ]
+        )
+    heads = [
+        "contender",
+        "tokens × width",
+        "seconds",
+        "of the floor",
+        "speed against dense",
+        "peak MiB",
+        "dense's peak / its peak",
+    ]
+    return table(heads, rows)
+
+
+def scoring(results: dict[str, Any]) -> str:
+    out = []
+    for model, runs in grouped(results["runs"], "model").items():
+        timed = [r for r in runs if "seconds" in r]
+        floor = {r["turn"]: r["seconds"] for r in timed if r["contender"] == "floor"}
+        for name, mine in grouped(timed, "contender").items():
+            out.append(
+                [
+                    Path(model).stem.split(".")[0],
+                    name,
+                    ranged([r["tokens"] / r["seconds"] for r in mine], 0),
+                    ranged([floor[r["turn"]] / r["seconds"] for r in mine], 0, 100) + "%",
+                    ranged([(r["operations"] + _head(r)) / r["seconds"] / r["matmul_rate"] for r in mine], 0, 100) + "%",
+                ]
+            )
+    heads = ["model", "contender", "tokens/s", "of the bare forward pass", "products at this machine's rate"]
+    return table(heads, out)
+
+
+def _head(run: dict[str, Any]) -> float:
+    operations: float = {"floor": 0.0, "padded": run["head_operations"] * run["tokens"] / run["response_tokens"]}.get(
+        run["contender"], run["head_operations"]
+    )
+    return operations
+
+
+def stored(results: dict[str, Any]) -> str:
+    rows = []
+    for run in results["runs"]:
+        if run["contender"] == "stored":
+            b = run["bytes"]
+            columns = ["topk_ids", "topk_logprobs", "behavior_logprobs", "response_ids", "whole part"]
+            both = b["topk_ids"] + b["topk_logprobs"]
+            cells = [f"{b[c]:.1f}" for c in columns]
+            rows.append([Path(run["model"]).stem.split(".")[0], f"{run['response_tokens']:,}", f"{both:.1f}", *cells])
+    heads = [
+        "model",
+        "response tokens",
+        "both top-k columns",
+        "ids",
+        "log-probabilities",
+        "behaviour",
+        "response",
+        "whole part",
+    ]
+    return table(heads, rows)
+
+
+def floor(results: dict[str, Any]) -> str:
+    rows = []
+    for (pair, stage), runs in grouped(results["runs"], "pair", "stage").items():
+        last = runs[-1]
+        share = [r["operations"] / r["matmul_rate"] / r["seconds"] for r in runs]
+        rows.append(
+            [
+                pair,
+                stage,
+                f"{last['operations'] / 1e9:,.1f}" if last["operations"] else "",
+                ranged([r["seconds"] for r in runs], 2),
+                ranged([1e6 * r["seconds"] / r["response_tokens"] for r in runs], 0),
+                ranged(share, 0, 100) + "%" if last["operations"] else "",
+            ]
+        )
+    heads = ["models", "stage", "Gflop", "seconds", "µs per response token", "of the floor"]
+    return table(heads, rows)
+
+
+def growth(results: dict[str, Any]) -> str:
+    rows = []
+    for what, runs in grouped(results["runs"], "what").items():
+        base = runs[0]
+        for r in runs:
+            if "failed" in r:
+                continue
+            parts = [f"{k} {r[k]:.2f}" for k in ("generate", "score", "store", "finish", "train", "pack_seconds") if k in r]
+            rows.append(
+                [
+                    what,
+                    f"{r['count']:,}",
+                    f"{r['seconds']:.2f}",
+                    f"{1e6 * r['seconds'] / r['count']:,.0f}",
+                    f"{r['mib']:.0f}",
+                    f"{r['mib'] / base['mib']:.2f}×",
+                    ", ".join(parts),
+                ]
+            )
+    return table(["part", "count", "seconds", "µs each", "MiB at most", "memory against 1×", "of the seconds"], rows)
+
+
+NAMES = {
+    "npd": "npd, paper's schedule",
+    "strict": "npd, strict on-policy",
+    "trl-distillation": "TRL DistillationTrainer",
+    "trl-gkd": "TRL GKDTrainer",
+}
+
+
+def distillation(results: dict[str, Any]) -> str:
+    by = grouped(results["runs"], "contender")
+    npd = {r["seed"]: r for r in by["npd"]}
+    rows = []
+    for name, runs in by.items():
+        ratio = [npd[r["seed"]]["tokens"] / npd[r["seed"]]["seconds"] / (r["tokens"] / r["seconds"]) for r in runs]
+        rows.append(
+            [
+                NAMES[name],
+                str(len(runs)),
+                ranged([r["steps"] for r in runs], 0),
+                ranged([r["tokens"] / 1000 for r in runs], 0),
+                ranged([r["seconds"] for r in runs]),
+                ranged([r["tokens"] / r["seconds"] for r in runs], 0),
+                ranged(ratio) + "×",
+                ranged([r["curve"][-1][2] for r in runs], 1, 100),
+            ]
+        )
+    heads = [
+        "contender",
+        "seeds",
+        "steps",
+        "thousand response tokens",
+        "seconds",
+        "tokens/s",
+        "npd is faster by",
+        "accuracy %",
+    ]
+    return table(heads, rows)
+
+
+def quality(results: dict[str, Any]) -> str:
+    """Seconds to each accuracy that npd's evaluations reached with every seed."""
+    by = grouped(results["runs"], "contender")
+    best = min(max(a for _, _, a in r["curve"]) for r in by["npd"])
+    levels = [level / 100 for level in range(10, 100, 5) if level / 100 <= best][-3:]
+    rows = []
+    for level in levels:
+        reached = {name: {r["seed"]: _reach(r["curve"], level) for r in runs} for name, runs in by.items()}
+        for name, seconds in reached.items():
+            there = {seed: t for seed, t in seconds.items() if t is not None}
+            ratio = [t / base for seed, t in there.items() if (base := reached["npd"][seed])]
+            rows.append(
+                [
+                    f"{100 * level:.0f}%",
+                    NAMES[name],
+                    f"{len(there)} of {len(seconds)}",
+                    ranged(list(there.values())) if there else "not reached",
+                    ranged(ratio) + "×" if ratio else "",
+                ]
+            )
+    return table(["accuracy", "contender", "seeds that reached it", "seconds", "against npd"], rows)
+
+
+def _reach(curve: list[list[float]], level: float) -> float | None:
+    return next((seconds for seconds, _, accuracy in curve if accuracy >= level), None)
+
+
+def stages(results: dict[str, Any]) -> str:
+    rows = []
+    for r in results["runs"]:
+        if "stages" in r and r["seed"] == results["runs"][0]["seed"]:
+            shown = {k: v for k, v in r["stages"].items() if k not in ("evaluate", "wall") and v > 0.005 * r["seconds"]}
+            told = ", ".join(f"{k} {v:.1f}" for k, v in sorted(shown.items(), key=lambda item: -item[1]))
+            publish = r["stages"].get("publish", 0.0) / r["seconds"]
+            rows.append([NAMES[r["contender"]], f"{r['seconds']:.1f}", told, f"{100 * publish:.2f}%"])
+    return table(["contender", "seconds", "of which", "publishing"], rows)
+
+
+def machine(results: dict[str, Any]) -> str:
+    m = results["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
+    where = f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB, {'no GPU' if m['gpu'] is None else m['gpu']}"
+    return f"{where}; Python {m['python']}, {versions}; {results['date']}."
+
+
+BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+    "machine": ("distillation", machine),
+    "end to end": ("distillation", distillation),
+    "quality": ("distillation", quality),
+    "stages": ("distillation", stages),
+    "loss": ("loss", loss),
+    "loss of many tokens": ("loss-8192", loss),
+    "loss, 64": ("loss-64", loss),
+    "loss, wide": ("loss-4096", loss),
+    "scoring": ("scoring", scoring),
+    "stored": ("scoring", stored),
+    "packing": ("packing", packing),
+    "growth": ("growth", growth),
+    "floor": ("floor", floor),
+}
+
+
+def main() -> None:
+    text = PAGE.read_text()
+    for name, (file, make) in BLOCKS.items():
+        path = RESULTS / f"{file}.json"
+        mark = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+        if not re.search(mark, text, re.DOTALL):
+            continue
+        body = make(json.loads(path.read_text())) if path.exists() else "(not measured)"
+        text = re.sub(mark, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+    PAGE.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
