@@ -98,8 +98,9 @@ def main() -> None:
         for name, v in rates.items()
     ]
     here = machine()
+    device = here["gpu"] or here["processor"]
     display.table(
-        f"{options.count} prompts, at most {options.new_tokens} tokens each, {options.batch_size} at once, on {here['gpu'] or here['processor']}",
+        f"{options.count} prompts, at most {options.new_tokens} tokens each, {options.batch_size} at once, on {device}",
         ["what", "response tokens/s", "range", "ratio"],
         rows,
     )
