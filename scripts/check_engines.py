@@ -97,7 +97,7 @@ def random_model(path: Path, seed: int, layers: int) -> str:
     torch.manual_seed(seed)
     hidden = 512 if GPUS else 128
     config = LlamaConfig(
-        vocab_size=64,
+        vocab_size=len(build_tokenizer()),
         hidden_size=hidden,
         intermediate_size=3 * hidden,
         num_hidden_layers=layers,
