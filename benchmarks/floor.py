@@ -21,7 +21,7 @@ from benchmarks.common import interleaved, matmul_rate, record, timed
 from benchmarks.scoring import SMOLLM2, Case
 from npd.demo.demo import TEACHER
 from npd.models import head_weight
-from npd.packing import pack, pack_tokens
+from npd.packing import pack_tokens, short_rows
 from npd.rollout import TransformersRollout
 from npd.scoring import Prefill
 from npd.trainer import LossModel
@@ -60,17 +60,13 @@ def stages(student: Case, teacher: Case, options: argparse.Namespace) -> dict[st
         batch_size=options.batch_size,
     )
     lengths = [len(c) + len(r) for c, r in zip(student.contexts, student.responses, strict=True)]
-    rows = pack(lengths, max(options.row, max(lengths)))
     readings = read_t(student.contexts, student.responses, options.top_k)
     loss = LossModel(student.model, 0.9, "raw")
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
 
     def train() -> None:
-        size = max(1, options.batch_tokens // 2 // max(options.row, max(lengths)))
-        for at in range(0, len(rows), size):
-            chunk = rows[at : at + size]
-            length = max(sum(lengths[i] for i in row) for row in chunk)
-            p = pack_tokens(student.contexts, student.responses, chunk, length, student.pad)
+        for rows, length in short_rows(lengths, options.train_tokens):
+            p = pack_tokens(student.contexts, student.responses, rows, length, student.pad)
             ids, values = (np.concatenate([readings[i][n] for i in p.samples]) for n in (1, 2))
             target = torch.from_numpy(ids).long(), torch.from_numpy(values)
             loss(p.input_ids, p.position_ids, p.predictors, p.labels, *target).loss.backward()
@@ -100,7 +96,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=72)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=8192)
-    parser.add_argument("--row", type=int, default=256)
+    parser.add_argument("--train-tokens", type=int, default=4096, help="of a forward and backward pass")
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()

@@ -3,7 +3,8 @@
 python -m benchmarks.scoring --repeat 3
 
 Contenders, all of them on the same samples in batches of `scoring.batch_tokens`, in tokens of prompt and response a second:
-- floor: the decoder without its head on as many tokens in full rows, with causal attention and nothing else;
+- floor: the decoder without its head on as many tokens in full rows, as long as a sample is on average, with causal
+  attention and nothing else;
 - nll: packed prefill, log-probabilities of response tokens (the free passes do this, behind one start token);
 - top-k: packed prefill with the teacher's top-k as well;
 - padded: what trainers commonly do: one padded batch, logits at every position, log-softmax, top-k.
@@ -29,7 +30,6 @@ from npd.demo.task import make_problems
 from npd.models import backbone, head_weight
 from npd.rollout import TransformersRollout
 from npd.scoring import Prefill, ScoreStudent, ScoreTeacher
-from npd.scoring.prefill import ROW_TOKENS
 from npd.selection import Select
 from npd.store import Store
 
@@ -66,13 +66,14 @@ class Case:
 def contenders(case: Case, batch_tokens: int, top_k: int) -> dict[str, Callable[[], Any]]:
     reader = Prefill(case.model, case.vocabulary, case.pad, batch_tokens)
     samples = [c + r for c, r in zip(case.contexts, case.responses, strict=True)]
+    mean = round(case.tokens / len(samples))
 
     @torch.no_grad()
     def floor() -> None:
         ids = torch.tensor([token for sample in samples for token in sample])
         for batch in ids.split(batch_tokens):
-            whole = len(batch) // ROW_TOKENS * ROW_TOKENS
-            for rows in (batch[:whole].view(-1, ROW_TOKENS), batch[whole:].view(1, -1)):
+            whole = len(batch) // mean * mean
+            for rows in (batch[:whole].view(-1, mean), batch[whole:].view(1, -1)):
                 if rows.numel():
                     backbone(case.model)(input_ids=rows, use_cache=False)
 

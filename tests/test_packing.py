@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from npd.packing import pack, pack_tokens
+from npd.packing import pack, pack_tokens, short_rows
 
 
 @st.composite
@@ -156,3 +156,18 @@ def test_predictors_index_across_rows():
     packed = pack_tokens([[7, 7], [8]], [[51], [52, 53]], [[0], [1]], 3, pad_id=0)
     assert packed.predictors.tolist() == [1, 3, 4]
     assert packed.labels.tolist() == [51, 52, 53]
+
+
+@given(st.lists(st.integers(1, 70), max_size=60), st.integers(1, 300))
+def test_short_rows_hold_every_sample_once_within_the_budget(lengths, tokens):
+    seen: list[int] = []
+    for rows, length in short_rows(lengths, tokens):
+        ids = [i for row in rows for i in row]
+        seen += ids
+        assert length == max(lengths[i] for i in ids)
+        assert all(0 < sum(lengths[i] for i in row) <= length for row in rows)
+        assert len(rows) * length <= tokens or len(rows) == 1
+        left = [lengths[i] for i in range(len(lengths)) if i not in seen]
+        assert not left or (len(rows) + 1) * length > tokens  # there was no room for another row
+        assert max(left, default=0) <= length
+    assert sorted(seen) == list(range(len(lengths)))

@@ -158,7 +158,8 @@ def test_packed_rows_give_the_gradients_of_the_samples(make_tree, attention, row
         one = dense_loss(reference, samples, i)
         one.backward()
         loss += one.item()
-    out, _, known = trainer._forward(samples, rows)
+    length = max(int(samples.lengths[row].sum()) for row in rows)
+    out, _, known = trainer._forward(samples, rows, length)
     out.loss.backward()
     assert known == samples.response_lengths.sum()
     assert out.loss.item() == pytest.approx(loss, rel=1e-5)
@@ -172,7 +173,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_tree):
         assert trainer.base.is_gradient_checkpointing == on
         trainer.loss_model.train()
         samples = make_samples(trainer.store)
-        trainer._forward(samples, [[0, 1, 2, 3], [4, 5, 6, 7, 8]])[0].loss.backward()
+        trainer._forward(samples, [[0, 1, 2, 3], [4, 5, 6, 7, 8]], 128)[0].loss.backward()
         found.append(gradients(trainer.base))
     assert_close(found[1], found[0], 1e-6)
 

@@ -1,8 +1,8 @@
-"""Samples into rows of fixed length: best-fit decreasing, no sample split or dropped."""
+"""Samples into rows: best-fit decreasing, no sample split or dropped."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -72,6 +72,23 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             if len(rows_with[left]) == 1:
                 mark(left, True)
     return rows
+
+
+def short_rows(lengths: Sequence[int], tokens: int) -> Iterator[tuple[list[list[int]], int]]:
+    """All samples in batches of packed rows, each batch with the length of its rows.
+
+    Attention over packed samples costs as many operations a token as the row is long, unless its kernel skips what is
+    masked. So a batch begins with the longest sample left, its rows are as long as that one, and samples of like lengths
+    meet; short ones fill what is left in a row. A batch has at most `tokens` tokens, padding included, unless a single
+    sample has more. Every index appears once, and the result is a function of the arguments alone.
+    """
+    left = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
+    while left:
+        length = int(lengths[left[0]])
+        rows = pack([lengths[i] for i in left], length)[: max(1, tokens // length)]
+        yield [[left[i] for i in row] for row in rows], length
+        taken = {i for row in rows for i in row}
+        left = [sample for i, sample in enumerate(left) if i not in taken]
 
 
 class Packed(NamedTuple):

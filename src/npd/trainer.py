@@ -31,7 +31,7 @@ from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_e
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events
 from npd.observe.trackers import Trackers
-from npd.packing import pack_tokens
+from npd.packing import pack_tokens, short_rows
 from npd.samples import Samples
 from npd.schedule import derive_seed, learning_rate
 from npd.store import Store
@@ -189,6 +189,9 @@ class Trainer:
     ) -> tuple[Trained, float]:
         """One optimiser step on packed rows with `tokens` response tokens; the position is already that after it.
 
+        Rows say which samples share the step. Its gradient is a sum over them, so for the forward passes they are laid
+        into shorter rows.
+
         Args:
             progress: share of the run that is done after this step, which decides the learning rate.
             facts: further figures for the step's line of metrics.
@@ -201,9 +204,12 @@ class Trainer:
         """
         began = time.perf_counter()
         at = self.position
+        world = self.accelerator.num_processes
+        ids = [i for row in rows for i in row]
+        budget = self.config.training.micro_batch_rows * self.config.packing.length
+        batches = short_rows(samples.lengths[ids].tolist(), budget)
+        chunks = [([[ids[i] for i in row] for row in batch], length) for batch, length in batches]
         # A rank with fewer micro-batches than others repeats one with no weight: all must join in every backward pass.
-        size, world = self.config.training.micro_batch_rows, self.accelerator.num_processes
-        chunks = [rows[i : i + size] for i in range(0, len(rows), size)]
         turns = -(-len(chunks) // world)
         mine = [(chunks[i], 1.0) if i < len(chunks) else (chunks[0], 0.0) for i in self._turns(turns)]
 
@@ -214,7 +220,7 @@ class Trainer:
         for turn, (chunk, weight) in enumerate(mine):
             last = turn == len(mine) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.loss_model):
-                out, kl, known = self._forward(samples, chunk)
+                out, kl, known = self._forward(samples, *chunk)
                 # Scaled by the step's tokens, and by the processes that DDP averages over.
                 self.accelerator.backward(out.loss * (weight * world / tokens))
             sums += weight * torch.tensor([out.loss.item(), out.ce.item(), out.kd.item(), kl], dtype=torch.float64)
@@ -225,7 +231,7 @@ class Trainer:
         loss, ce, kd = (total / tokens for total in totals[:3])
         norm = float(self.accelerator.clip_grad_norm_(self.loss_model.parameters(), self.config.training.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            names = [samples.id(i) for row in rows for i in row]
+            names = [samples.id(i) for i in ids]
             raise RunError(
                 f"The loss of step {at.step} is not finite (loss {loss}, gradient norm {norm}); the student was not "
                 f"updated. Samples in it: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}. Lower "
@@ -238,7 +244,6 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-        row_tokens = sum(int(samples.lengths[row].sum()) for row in rows)
         line: dict[str, Any] = {
             "step": at.step,
             "generation": at.generation,
@@ -250,7 +255,7 @@ class Trainer:
             "near_policy_kl": totals[3] / totals[4] if totals[4] else None,
             "lr": rate,
             "grad_norm": norm,
-            "fill": row_tokens / (len(rows) * self.config.packing.length),
+            "fill": int(samples.lengths[ids].sum()) / sum(len(chunk) * length for chunk, length in chunks),
             "tokens_per_second": tokens / (time.perf_counter() - began),
             **facts,
         }
@@ -269,9 +274,8 @@ class Trainer:
     def _turns(self, turns: int) -> Iterator[int]:
         return (turn * self.accelerator.num_processes + self.accelerator.process_index for turn in range(turns))
 
-    def _forward(self, samples: Samples, rows: list[list[int]]) -> tuple[LossOutput, float, int]:
+    def _forward(self, samples: Samples, rows: list[list[int]], length: int) -> tuple[LossOutput, float, int]:
         """Loss of a micro-batch; near-policy KL summed over its tokens, and the number of tokens that has one."""
-        length = max(int(samples.lengths[row].sum()) for row in rows)
         packed = pack_tokens(samples.prompts, samples.responses, rows, length, self.tokenizer.pad_token_id)  # type: ignore
         topk_ids, topk_logprobs = samples.topk(packed.samples)
         to = self.accelerator.device

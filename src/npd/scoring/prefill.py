@@ -17,10 +17,7 @@ from transformers import PreTrainedModel
 
 from npd.losses import CHUNK_ELEMENTS
 from npd.models import Vocabulary, head_weight, hidden_states
-from npd.packing import Packed, pack, pack_tokens
-
-# A row costs attention over its whole length, so rows are no longer than the longest sample asks for, and this much.
-ROW_TOKENS = 256
+from npd.packing import Packed, pack_tokens, short_rows
 
 
 class Reading(NamedTuple):
@@ -58,19 +55,10 @@ class Prefill:
         self.batch_tokens = batch_tokens
 
     def batches(self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Iterator[Packed]:
-        """All samples, longest first, in packed batches of about `batch_tokens` tokens."""
+        """All samples, longest first, in packed batches of at most `batch_tokens` tokens, or of one sample."""
         sizes = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
-        order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
-        while order:
-            length = max(sizes[order[0]], min(ROW_TOKENS, self.batch_tokens))
-            budget = max(length, self.batch_tokens // length * length)
-            total = count = 0
-            while count < len(order) and (count == 0 or total + sizes[order[count]] <= budget):
-                total += sizes[order[count]]
-                count += 1
-            taken, order = order[:count], order[count:]
-            rows = pack([sizes[i] for i in taken], length)
-            yield pack_tokens(contexts, responses, [[taken[i] for i in row] for row in rows], length, self.pad_id)
+        for rows, length in short_rows(sizes, self.batch_tokens):
+            yield pack_tokens(contexts, responses, rows, length, self.pad_id)
 
     @property
     def chunk_tokens(self) -> int:
