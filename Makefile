@@ -33,9 +33,11 @@ bench: $(VENV)/installed-bench $(VENV)/installed-smollm2
 	$(BIN)/python -m benchmarks.loss --tokens 512 --width 4096 --repeat 1 --name loss-4096
 	$(BIN)/python -m benchmarks.loss --tokens 8192 --repeat 1 --name loss-8192
 	$(BIN)/python -m benchmarks.distillation --seeds $(BENCH_SEEDS)
+	$(BIN)/python -m benchmarks.distillation --seeds $(BENCH_SEEDS) --prompts 600 --batch-tokens 1024 --name distillation-small
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.floor
 	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.ideas
 	$(BIN)/python -m benchmarks.tables
 
 smollm2: $(VENV)/installed-smollm2

@@ -3,6 +3,8 @@
 python -m benchmarks.distillation --seeds 0 1
 
 One run of each contender a seed; see benchmarks/peers.py. Seconds are from loading the models to the finished student.
+npd comes first: the others take as many steps, with as many responses in each as npd's steps have on average, and are
+evaluated as often.
 """
 
 from __future__ import annotations
@@ -21,10 +23,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench"))
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1])
     parser.add_argument("--prompts", type=int, default=1200)
-    parser.add_argument("--steps", type=int, help="optimiser steps of every contender; default: those of npd")
-    parser.add_argument("--batch", type=int, default=160, help="responses a step of the on-policy contenders")
+    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of prompts and responses in a step of npd")
+    parser.add_argument("--steps", type=int, help="optimiser steps of every contender; default: two passes of five for npd")
     parser.add_argument("--held-out", type=int, default=400)
-    parser.add_argument("--every", type=int, default=10, help="steps between evaluations of the on-policy contenders")
     parser.add_argument("--only", nargs="*", default=["npd", *peers.CONTENDERS])
     parser.add_argument("--name", default="distillation", help="of the file in benchmarks/results")
     options = parser.parse_args()
@@ -35,15 +36,17 @@ def main() -> None:
         peers.warm_up(home, seed)
         peers.fewer_prompts(home, options.prompts)
     order = [(options.seeds[turn], name) for turn, name in interleaved(options.only, len(options.seeds))]
-    steps = dict.fromkeys(options.seeds, options.steps)
-    order.sort(key=lambda run: run[1] != "npd" and steps[run[0]] is None)  # npd first where it sets the number of steps
+    order.sort(key=lambda run: (options.seeds.index(run[0]), run[1] != "npd"))
+    like: dict[int, tuple[int, int]] = {}
     for seed, name in order:
         home = options.out / f"seed-{seed}"
         if name == "npd":
-            result = peers.near_policy(home, seed, options.held_out, options.steps)
-            steps[seed] = result["steps"]
+            result = peers.near_policy(home, seed, options.held_out, options.steps, options.batch_tokens)
+            like[seed] = result["steps"], round(result["tokens"] / result["steps"] / result["response_length"])
         else:
-            result = peers.CONTENDERS[name](home, seed, options.held_out, steps[seed], options.batch, options.every)
+            steps, batch = like[seed]
+            every = max(1, steps // 10)  # npd: after each of its ten passes
+            result = peers.CONTENDERS[name](home, seed, options.held_out, steps, batch, every) | {"batch": batch}
         runs.append({"contender": name, "seed": seed, **result})
         shown = {key: value for key, value in runs[-1].items() if key not in ("curve", "publications", "stages")}
         print(shown | {"accuracy": result["curve"][-1][2] if result["curve"] else None}, flush=True)

@@ -10,7 +10,7 @@ batch, which is its floor where the batch is small: both are given.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,13 @@ def forward(case: Case, contexts: list[list[int]]) -> float:
     return 2 * case.matrices() * tokens + head + attention(case, contexts)
 
 
-def stages(student: Case, teacher: Case, options: argparse.Namespace) -> dict[str, tuple[Callable[[], Any], float]]:
-    """Stage -> (work, operations)."""
+Layout = Callable[[list[int], int], Iterator[tuple[list[list[int]], int]]]
+
+
+def stages(
+    student: Case, teacher: Case, options: argparse.Namespace, layout: Layout = short_rows
+) -> dict[str, tuple[Callable[[], Any], float]]:
+    """Stage -> (work, operations); `layout` is that of training's rows."""
     teacher.responses, teacher.contexts, teacher.response_tokens = (
         student.responses,
         student.contexts,
@@ -65,7 +70,7 @@ def stages(student: Case, teacher: Case, options: argparse.Namespace) -> dict[st
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
 
     def train() -> None:
-        for rows, length in short_rows(lengths, options.train_tokens):
+        for rows, length in layout(lengths, options.train_tokens):
             p = pack_tokens(student.contexts, student.responses, rows, length, student.pad)
             ids, values = (np.concatenate([readings[i][n] for i in p.samples]) for n in (1, 2))
             target = torch.from_numpy(ids).long(), torch.from_numpy(values)

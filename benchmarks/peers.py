@@ -20,6 +20,7 @@ from npd.config import Config, ModelConfig
 from npd.demo import demo
 from npd.observe.display import Display
 from npd.observe.events import read_events
+from npd.store import Store
 
 QUIET = Display(quiet=True)
 NEW_TOKENS = 72
@@ -63,6 +64,7 @@ def npd(config: Config) -> dict[str, Any]:
     began = time.time()
     result = run.distill(config, display=QUIET)
     ended = time.time()
+    first = Store(result.run_dir).manifest(0) or {}
     spans = [e for e in read_events(result.run_dir / "events.jsonl") if e["name"] == "evaluate"]
     lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     figures = {line["step"]: line["eval/answer/accuracy"] for line in lines if line.get("eval")}
@@ -78,12 +80,13 @@ def npd(config: Config) -> dict[str, Any]:
         "curve": curve,
         "stages": result.by_role["trainer"],
         "publications": result.publications,
+        "response_length": first["response_tokens"] / first["rows"],
     }
 
 
-def near_policy(home: Path, seed: int, held_out: int, steps: int | None) -> dict[str, Any]:
+def near_policy(home: Path, seed: int, held_out: int, steps: int | None, batch_tokens: int) -> dict[str, Any]:
     """The paper's schedule: two generations, five passes each, Δ-IFD's band; no overlap on so few cores."""
-    training = RATES | ({"max_steps": steps} if steps else {})
+    training = RATES | {"batch_tokens": batch_tokens} | ({"max_steps": steps} if steps else {})
     return npd(config_of(home, "npd", seed, held_out, training=training))
 
 

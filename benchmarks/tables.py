@@ -192,6 +192,7 @@ def distillation(results: dict[str, Any]) -> str:
                 NAMES[name],
                 str(len(runs)),
                 ranged([r["steps"] for r in runs], 0),
+                ranged([r["tokens"] / r["steps"] for r in runs], 0),
                 ranged([r["tokens"] / 1000 for r in runs], 0),
                 ranged([r["seconds"] for r in runs]),
                 ranged([r["tokens"] / r["seconds"] for r in runs], 0),
@@ -203,7 +204,8 @@ def distillation(results: dict[str, Any]) -> str:
         "contender",
         "seeds",
         "steps",
-        "thousand response tokens",
+        "response tokens a step",
+        "thousand in all",
         "seconds",
         "tokens/s",
         "npd is faster by",
@@ -250,6 +252,21 @@ def stages(results: dict[str, Any]) -> str:
     return table(["contender", "seconds", "of which", "publishing"], rows)
 
 
+def ideas(results: dict[str, Any]) -> str:
+    """Each way's seconds, and those of the first way over them, turn by turn; compiling apart."""
+    rows = []
+    for (idea, what), runs in grouped(results["runs"], "idea", "what").items():
+        ways = grouped(runs, "how")
+        compiling = ways.pop("compiling", [])
+        base = ways.get("eager") or next(iter(ways.values()))
+        for how, mine in ways.items():
+            told = f" (compiled in {sum(r['seconds'] for r in compiling):.0f} s)" if how == "torch.compile" else ""
+            ratio = [b["seconds"] / r["seconds"] for b, r in zip(base, mine, strict=True)]
+            cells = ["" if mine is base else ranged(ratio, 2) + "×"]
+            rows.append([idea, what, how + told, ranged([r["seconds"] for r in mine], 2), *cells])
+    return table(["idea", "what", "how", "seconds", "faster by"], rows)
+
+
 def machine(results: dict[str, Any]) -> str:
     m = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
@@ -262,6 +279,10 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "end to end": ("distillation", distillation),
     "quality": ("distillation", quality),
     "stages": ("distillation", stages),
+    "end to end, small steps": ("distillation-small", distillation),
+    "quality, small steps": ("distillation-small", quality),
+    "stages, small steps": ("distillation-small", stages),
+    "ideas": ("ideas", ideas),
     "loss": ("loss", loss),
     "loss of many tokens": ("loss-8192", loss),
     "loss, 64": ("loss-64", loss),

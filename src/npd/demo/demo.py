@@ -112,7 +112,7 @@ def _config(out: Path, name: str, seed: int, sections: dict[str, dict[str, Any]]
         "packing": {"length": 256},
         "training": {
             "batch_tokens": 8192,
-            "micro_batch_rows": 16,
+            "micro_batch_rows": 8,
             "learning_rate": 1e-3,
             "final_learning_rate": 1e-4,
         },
