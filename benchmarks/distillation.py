@@ -4,18 +4,22 @@ python -m benchmarks.distillation --seeds 0 1
 
 One run of each contender a seed; see benchmarks/peers.py. Seconds are from loading the models to the finished student.
 npd comes first: the others take as many steps, with as many responses in each as npd's steps have on average, and are
-evaluated as often.
+evaluated as often. "npd-longer" is npd with five generations instead of two: what it makes of the others' seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from benchmarks import peers
-from benchmarks.common import interleaved, record
+from benchmarks.common import RESULTS, interleaved, record
+
+LONGER = 5
+"""Generations of npd-longer."""
 
 
 def main() -> None:
@@ -26,11 +30,14 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of prompts and responses in a step of npd")
     parser.add_argument("--steps", type=int, help="optimiser steps of every contender; default: two passes of five for npd")
     parser.add_argument("--held-out", type=int, default=400)
-    parser.add_argument("--only", nargs="*", default=["npd", *peers.CONTENDERS])
+    parser.add_argument("--only", nargs="*", default=["npd", "npd-longer", *peers.CONTENDERS])
     parser.add_argument("--name", default="distillation", help="of the file in benchmarks/results")
+    parser.add_argument("--add", action="store_true", help="keep the runs that the file has")
     options = parser.parse_args()
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     runs: list[dict[str, Any]] = []
+    if options.add:
+        runs = json.loads((RESULTS / f"{options.name}.json").read_text())["runs"]
     for seed in options.seeds:
         home = options.out / f"seed-{seed}"
         peers.warm_up(home, seed)
@@ -43,6 +50,8 @@ def main() -> None:
         if name == "npd":
             result = peers.near_policy(home, seed, options.held_out, options.steps, options.batch_tokens)
             like[seed] = result["steps"], round(result["tokens"] / result["steps"] / result["response_length"])
+        elif name == "npd-longer":
+            result = peers.near_policy(home, seed, options.held_out, None, options.batch_tokens, LONGER)
         else:
             steps, batch = like[seed]
             every = max(1, steps // 10)  # npd: after each of its ten passes

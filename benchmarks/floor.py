@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import interleaved, matmul_rate, record, timed
 from benchmarks.scoring import SMOLLM2, Case
@@ -93,6 +94,23 @@ def stages(
     }
 
 
+def shares(act: Callable[[], Any]) -> dict[str, float]:
+    """Where the seconds of a call go, as shares: operators on the CPU by kind, and what no operator accounts for."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        seconds = timed(act)
+    kinds = dict.fromkeys(("matrix products", "attention", "joining tensors", "other operators"), 0.0)
+    for event in found.key_averages():
+        kind = "other operators"
+        if event.key in ("aten::mm", "aten::addmm", "aten::bmm"):
+            kind = "matrix products"
+        elif "attention" in event.key:
+            kind = "attention"
+        elif event.key == "aten::cat":
+            kind = "joining tensors"
+        kinds[kind] += event.self_cpu_time_total / 1e6 / seconds
+    return kinds
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--warm", default="runs/bench/seed-0/warm-up/student")
@@ -133,7 +151,11 @@ def main() -> None:
                 }
             )
             print(pair, name, f"{seconds:.2f} s, {operations / rate / seconds:.0%} of the floor", flush=True)
-    record("floor", vars(options), runs)
+        for name, (act, _) in work.items():
+            if name != "optimiser":
+                runs.append({"pair": pair, "stage": name, "shares": shares(act)})
+                print(runs[-1], flush=True)
+        record("floor", vars(options), runs)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,7 @@ def samples(folder: Path, count: int, rows: int = 1000, tokens: int = 128, top_k
     taken.fetch(0, 0)
     taken.take(0, 0)  # warms up
     with watched() as figures:
-        for part in range(1, count // rows):
+        for part in range(1, 1 + count // rows):  # besides the one that warmed up
             os.link(store.part(0, 0), store.part(0, part))
             taken.fetch(0, part)
             taken.take(0, part)

@@ -84,10 +84,13 @@ def npd(config: Config) -> dict[str, Any]:
     }
 
 
-def near_policy(home: Path, seed: int, held_out: int, steps: int | None, batch_tokens: int) -> dict[str, Any]:
-    """The paper's schedule: two generations, five passes each, Δ-IFD's band; no overlap on so few cores."""
+def near_policy(
+    home: Path, seed: int, held_out: int, steps: int | None, batch_tokens: int, generations: int = 2
+) -> dict[str, Any]:
+    """The paper's schedule: generations of five passes each, Δ-IFD's band; no overlap on so few cores."""
     training = RATES | {"batch_tokens": batch_tokens} | ({"max_steps": steps} if steps else {})
-    return npd(config_of(home, "npd", seed, held_out, training=training))
+    schedule = {"generations": generations, "lead": 0.0}
+    return npd(config_of(home, f"npd-{generations}", seed, held_out, training=training, schedule=schedule))
 
 
 def strict(home: Path, seed: int, held_out: int, steps: int, batch: int, every: int) -> dict[str, Any]:

@@ -134,7 +134,7 @@ def stored(results: dict[str, Any]) -> str:
 
 def floor(results: dict[str, Any]) -> str:
     rows = []
-    for (pair, stage), runs in grouped(results["runs"], "pair", "stage").items():
+    for (pair, stage), runs in grouped([r for r in results["runs"] if "seconds" in r], "pair", "stage").items():
         last = runs[-1]
         share = [r["operations"] / r["matmul_rate"] / r["seconds"] for r in runs]
         rows.append(
@@ -149,6 +149,12 @@ def floor(results: dict[str, Any]) -> str:
         )
     heads = ["models", "stage", "Gflop", "seconds", "µs per response token", "of the floor"]
     return table(heads, rows)
+
+
+def profiles(results: dict[str, Any]) -> str:
+    profiled = [r for r in results["runs"] if "shares" in r]
+    rows = [[r["pair"], r["stage"], *(f"{100 * share:.0f}%" for share in r["shares"].values())] for r in profiled]
+    return table(["models", "stage", *profiled[0]["shares"]], rows)
 
 
 def growth(results: dict[str, Any]) -> str:
@@ -175,6 +181,7 @@ def growth(results: dict[str, Any]) -> str:
 
 NAMES = {
     "npd": "npd, paper's schedule",
+    "npd-longer": "npd, five generations",
     "strict": "npd, strict on-policy",
     "trl-distillation": "TRL DistillationTrainer",
     "trl-gkd": "TRL GKDTrainer",
@@ -184,7 +191,7 @@ NAMES = {
 def distillation(results: dict[str, Any]) -> str:
     by = grouped(results["runs"], "contender")
     npd = {r["seed"]: r for r in by["npd"]}
-    rows = []
+    rows: list[list[str]] = []
     for name, runs in by.items():
         ratio = [npd[r["seed"]]["tokens"] / npd[r["seed"]]["seconds"] / (r["tokens"] / r["seconds"]) for r in runs]
         rows.append(
@@ -215,30 +222,32 @@ def distillation(results: dict[str, Any]) -> str:
 
 
 def quality(results: dict[str, Any]) -> str:
-    """Seconds to each accuracy that npd's evaluations reached with every seed."""
+    """The others' seconds to their last accuracy, and npd's to the same one, with the same seed."""
     by = grouped(results["runs"], "contender")
-    best = min(max(a for _, _, a in r["curve"]) for r in by["npd"])
-    levels = [level / 100 for level in range(10, 100, 5) if level / 100 <= best][-3:]
+    longer = {r["seed"]: r for r in by["npd-longer"]}
     rows = []
-    for level in levels:
-        reached = {name: {r["seed"]: _reach(r["curve"], level) for r in runs} for name, runs in by.items()}
-        for name, seconds in reached.items():
-            there = {seed: t for seed, t in seconds.items() if t is not None}
-            ratio = [t / base for seed, t in there.items() if (base := reached["npd"][seed])]
-            rows.append(
-                [
-                    f"{100 * level:.0f}%",
-                    NAMES[name],
-                    f"{len(there)} of {len(seconds)}",
-                    ranged(list(there.values())) if there else "not reached",
-                    ranged(ratio) + "×" if ratio else "",
-                ]
-            )
-    return table(["accuracy", "contender", "seeds that reached it", "seconds", "against npd"], rows)
+    for name, runs in by.items():
+        if name.startswith("npd"):
+            continue
+        pairs = [(r, _reach(longer[r["seed"]]["curve"], r["curve"][-1][2])) for r in runs]
+        there = [(r, seconds) for r, seconds in pairs if seconds is not None]
+        rows.append(
+            [
+                NAMES[name],
+                ranged([r["curve"][-1][2] for r in runs], 1, 100),
+                ranged([r["curve"][-1][0] for r in runs]),
+                f"{len(there)} of {len(runs)}",
+                ranged([seconds for _, seconds in there]) if there else "",
+                ranged([r["curve"][-1][0] / seconds for r, seconds in there]) + "×" if there else "",
+            ]
+        )
+    heads = ["contender", "its last accuracy %", "seconds to it", "seeds in which npd reached it", "npd's seconds", "ratio"]
+    return table(heads, rows)
 
 
 def _reach(curve: list[list[float]], level: float) -> float | None:
-    return next((seconds for seconds, _, accuracy in curve if accuracy >= level), None)
+    """Seconds when an accuracy was first seen after training had begun."""
+    return next((seconds for seconds, step, accuracy in curve if step and accuracy >= level), None)
 
 
 def stages(results: dict[str, Any]) -> str:
@@ -292,6 +301,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "packing": ("packing", packing),
     "growth": ("growth", growth),
     "floor": ("floor", floor),
+    "profiles": ("floor", profiles),
 }
 
 

@@ -8,7 +8,7 @@ import torch
 from npd.config import PlacementConfig, ScheduleConfig, load_config
 from npd.errors import UserError
 from npd.placement import Placement, place
-from npd.setup import check_engine_place, placement_of
+from npd.setup import check_engine_place, placement_of, prepare
 
 
 def placed(lead: float, size: int = 1, **options) -> Placement:
@@ -52,3 +52,13 @@ def test_options_of_an_engine_that_is_not_used(make_tree):
         load_config(make_tree(rollout={"vllm": {"seed": 1}}))
     with pytest.raises(UserError, match="temperatures up to 2"):
         load_config(make_tree(rollout={"engine": "vllm", "temperature": 2.5}))
+
+
+def test_a_machine_without_a_compiler_is_told_before_anything_is_loaded(make_tree, monkeypatch):
+    def no_compiler(*args, **kwargs):
+        raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    prepare(load_config(make_tree()), "distill")
+    with pytest.raises(UserError, match=r"training.compile is true, but .*No working C\+\+ compiler.*or set training.compile: f"):
+        prepare(load_config(make_tree(training={"compile": True})), "distill")

@@ -178,6 +178,27 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_tree):
     assert_close(found[1], found[0], 1e-6)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_decoder_gives_the_same_gradients(make_tree, checkpointing):
+    options = {"gradient_checkpointing": checkpointing}
+    plain, compiled = (
+        make_trainer(make_tree(name, training=options | {"compile": name == "compiled"})) for name in ("plain", "compiled")
+    )
+    assert plain.loss_model.decoder is None
+    for rows in ([[0, 1, 2, 3, 4, 5, 6, 7, 8]], [[3, 0], [8, 7, 6, 5], [1, 2, 4]], [[4], [2]]):
+        found = []
+        for trainer in (plain, compiled):
+            trainer.loss_model.train()
+            trainer.loss_model.zero_grad()
+            samples = make_samples(trainer.store)
+            length = max(int(samples.lengths[row].sum()) for row in rows)
+            out, _, _ = trainer._forward(samples, rows, length)
+            out.loss.backward()
+            found.append((gradients(trainer.base), out.label_logprobs))
+        assert_close(found[1][0], found[0][0], 1e-5)
+        torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-5, atol=1e-5)
+
+
 # -- one optimiser step
 
 

@@ -237,6 +237,8 @@ class TrainingConfig(Section):
     """Arithmetic of the training forward pass. auto: bfloat16 where the device is fast at it, else float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the student's decoder with torch.compile: faster steps, once compiling has taken its minutes."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimiser steps; the cosine then ends there."""
     max_tokens: int | None = Field(default=None, ge=1)
@@ -395,6 +397,7 @@ class Config(Section):
 FREE_KEYS: tuple[tuple[str, ...], ...] = (
     *((key,) for key in ("run_dir", "checkpoint", "placement", "evaluation", "tracking", "provenance")),
     ("training", "micro_batch_rows"),
+    ("training", "compile"),
     ("rollout", "check_samples"),
     ("rollout", "check_bound"),
     *(

@@ -164,6 +164,7 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(g_CV.T, h_CD)  # [V, D] is what takes memory: no second one of it
                 else:
                     grad_weight += g_CV.to(hidden_TD.dtype).T @ h_CD
+            del z_CV, u_CV, g_CV, u_rest_CV  # or the next chunk's logits would be made while these still stand
 
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
         loss = (1 - kd_weight) * ce + kd_weight * kd

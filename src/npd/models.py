@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,14 +192,33 @@ def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = N
     return model
 
 
-def hidden_states(model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+def hidden_states(
+    model: nn.Module, input_ids: Tensor, position_ids: Tensor, decoder: Callable[..., Any] | None = None
+) -> Tensor:
     """Last hidden states [R, L, D] of packed rows [R, L]; `position_ids` restart at 0 with each sample.
 
     transformers separates packed samples only with no mask and no cache: with either, attention leaks in silence.
+    `decoder` is called in place of the model's own, for instance a compiled one.
     """
-    return backbone(model)(
+    return (decoder or backbone(model))(
         input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
     ).last_hidden_state
+
+
+def check_compiler() -> None:
+    """See that torch.compile works on this machine, which needs a compiler for C++, or Triton on a GPU.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        torch.compile(lambda x: torch.sin(x) + 1)(torch.ones(8, device=device()))
+    except Exception as error:
+        detail = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"training.compile is true, but torch.compile does not work here ({type(error).__name__}: {detail}). Install "
+            f"{'Triton' if device().type == 'cuda' else 'a C++ compiler (g++ or clang)'}, or set training.compile: false."
+        ) from error
 
 
 def backbone(model: nn.Module) -> nn.Module:

@@ -120,6 +120,8 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
         check_options(config.rollout.vllm)
         check_engine_place(config, placed, processes, trains=not turns)
     models.place_on(placed.train[0] if processes == 1 else None)
+    if config.training.compile and command in ("distill", "sft"):
+        models.check_compiler()
     tokenizer, vocabulary, student_config, teacher_configs = load_tokenizers(config)
     given = command == "sft" and config.data.references == "given"
     prompts = None

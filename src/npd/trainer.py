@@ -40,9 +40,11 @@ from npd.store import Store
 class LossModel(nn.Module):
     """Student and loss as one module, so that DDP sees a single forward pass."""
 
-    def __init__(self, model: nn.Module, kd_weight: float, top_k_mass: TopKMass) -> None:
+    def __init__(self, model: nn.Module, kd_weight: float, top_k_mass: TopKMass, *, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
+        # The loss stays outside: it works in place and in chunks, which is what a compiler would make of it.
+        self.decoder = torch.compile(models.backbone(model).forward, dynamic=True) if compiled else None
         self.kd_weight = kd_weight
         self.top_k_mass = top_k_mass
 
@@ -55,7 +57,7 @@ class LossModel(nn.Module):
         topk_ids: Tensor,
         topk_logprobs: Tensor,
     ) -> LossOutput:
-        hidden_TD = hidden_states(self.model, input_ids, position_ids).flatten(0, 1)[predictors]
+        hidden_TD = hidden_states(self.model, input_ids, position_ids, self.decoder).flatten(0, 1)[predictors]
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
         return sparse_soft_cross_entropy(
@@ -108,7 +110,7 @@ class Trainer:
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.training.learning_rate)
         self.accelerator = accelerator
         self.loss_model, self.optimizer = accelerator.prepare(
-            LossModel(self.student, kd_weight, config.loss.top_k_mass), optimizer
+            LossModel(self.student, kd_weight, config.loss.top_k_mass, compiled=config.training.compile), optimizer
         )
 
     # -- place and state
