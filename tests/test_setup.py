@@ -60,5 +60,5 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_loaded(make_tre
 
     monkeypatch.setattr(torch, "compile", no_compiler)
     prepare(load_config(make_tree()), "distill")
-    with pytest.raises(UserError, match=r"training.compile is true, but .*No working C\+\+ compiler.*or set training.compile"):
+    with pytest.raises(UserError, match=r"training.compile is true, but .*No working C\+\+ compiler.*set training.compile"):
         prepare(load_config(make_tree(training={"compile": True})), "distill")
