@@ -16,8 +16,8 @@ from torch import Tensor
 
 TopKMass = Literal["raw", "renormalize", "tail"]
 
-# Elements of one chunk of logits: 256 MiB in float32. Each chunk also reads and writes the head's whole gradient, so a
-# quarter of this takes a fifth longer at V = 151,936 (docs/benchmarks.md).
+# Elements of one chunk of logits: 256 MiB in float32. Each chunk also reads and writes the head's whole gradient, which
+# small chunks at a large V would do too often.
 CHUNK_ELEMENTS = 1 << 26
 
 
