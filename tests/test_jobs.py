@@ -387,7 +387,7 @@ def test_no_lead_is_the_sequence_by_hand(make, states, tmp_path):
             if path.name == f"v{version:06d}":
                 kill_self()
 
-        patch(npd.store, "_put", put)
+        patch(npd.store.files, "put", put)
 
     for generation in range(3):
         assert npd.refresh(tree).policy_version == generation
@@ -546,7 +546,7 @@ def test_a_damaged_snapshot_stops_the_run_at_once(make, tmp_path):
     tree = make()
 
     def hook() -> None:
-        patch(npd.store, "_put", put)
+        patch(npd.store.files, "put", put)
 
     child, said = started(tree, tmp_path, hook)
     assert child.wait() == 1
@@ -835,7 +835,7 @@ def test_reselect_killed_at_any_publication(make, states, tmp_path, nth):
         real(aside, path)
 
     def action() -> None:
-        patch(npd.store, "_put", put)
+        patch(npd.store.files, "put", put)
         npd.run.reselect(other)
 
     assert Child(action, tmp_path).wait() == -signal.SIGKILL

@@ -546,7 +546,7 @@ def test_no_generation_config(copy_dir):
 
 
 def test_auto_dtype_on_a_cpu_is_float32(student_dir, monkeypatch):
-    monkeypatch.setattr(models, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(models.devices, "device", lambda: torch.device("cpu"))
     config = StudentConfig(model=str(student_dir))
     assert models.resolve_dtype(config, trained=True) == models.resolve_dtype(config, trained=False) == torch.float32
     assert load_model(config).dtype == torch.float32
@@ -573,7 +573,7 @@ def test_lora_on_what_cannot_carry_it_is_refused(student_dir):
 
 
 def test_auto_dtype_on_cuda(monkeypatch):
-    monkeypatch.setattr(models, "fast_bfloat16", lambda on=None: True)
+    monkeypatch.setattr(models.devices, "fast_bfloat16", lambda on=None: True)
     full, lora = StudentConfig(model="a/b"), StudentConfig(model="a/b", lora=LoraConfig())
     assert models.resolve_dtype(full, trained=True) == torch.float32
     assert models.resolve_dtype(full, trained=False) == torch.bfloat16

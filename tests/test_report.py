@@ -489,7 +489,7 @@ def test_a_run_directory_that_is_read_only_is_said(tmp_path, monkeypatch):
     def denied(*_: Any) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("npd.store._put", denied)  # root may write anywhere
+    monkeypatch.setattr("npd.store.files.put", denied)  # root may write anywhere
     with pytest.raises(UserError, match=r"report.html cannot be written \(Permission denied\)"):
         write_report(path)
 

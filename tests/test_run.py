@@ -100,7 +100,7 @@ def test_directory_is_laid_out_as_the_contract_says(whole):
     assert list((run_dir / "trackers").rglob("events.out.tfevents*")), "tensorboard heard nothing"
 
     resolved = yaml.safe_load((run_dir / "config.yaml").read_text())
-    assert resolved["loss"] == {"kd_weight": 0.9, "top_k_mass": "raw"}  # defaults are written out
+    assert resolved["loss"].items() >= {"kd_weight": 0.9, "top_k_mass": "raw"}.items()  # defaults are written out
     assert resolved["provenance"]["command"] == "distill"
     assert resolved["provenance"]["versions"]["torch"] == torch.__version__
 
@@ -464,7 +464,7 @@ class Counted:
 
 
 def hook_publications(nth: int, after: bool) -> None:
-    point, real = Counted(nth), npd.store._put
+    point, real = Counted(nth), npd.store.files.put
 
     def put(aside: Path, path: Path) -> None:
         if not after:
@@ -473,7 +473,7 @@ def hook_publications(nth: int, after: bool) -> None:
         if after:
             point()
 
-    npd.store._put = put
+    npd.store.files.put = put
 
 
 def hook_steps(nth: int, when: str) -> None:
@@ -553,14 +553,14 @@ def count_publications(run: Path, tree: dict) -> int:
     seen.write_text("")
 
     def action() -> None:
-        real = npd.store._put
+        real = npd.store.files.put
 
         def put(aside: Path, path: Path) -> None:
             with seen.open("a") as file:
                 file.write(f"{path.name}\n")
             real(aside, path)
 
-        npd.store._put = put
+        npd.store.files.put = put
         npd.distill(tree)
 
     assert in_child(action, run.parent / "report") == 0

@@ -21,7 +21,8 @@ import npd
 import npd.store
 from npd.config import load_config
 from npd.observe.events import Events
-from npd.store import HOST, SCHEMA, Store, write_json, write_text, writing
+from npd.store import SCHEMA, Store, write_json, write_text, writing
+from npd.store.files import HOST
 from npd.trainer import Trainer
 
 # -- parts

@@ -15,7 +15,7 @@ import yaml
 from click.core import ParameterSource
 from pydantic_core import PydanticUndefined
 
-from npd.config import Config, leaves, load_config
+from npd.config import Config, KindOf, leaves, load_config
 from npd.errors import NpdError, UserError
 from npd.observe.command import report
 from npd.observe.display import Display
@@ -36,9 +36,7 @@ class ConfigCommand(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params += [
-            ConfigOption(key, _help(field), _kind(field.annotation)) for key, field in leaves(Config) if key != "provenance"
-        ]
+        self.params += [ConfigOption(key, _help(field), _kind(field)) for key, field in leaves(Config) if key != "provenance"]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {"Options": []}
@@ -64,7 +62,11 @@ def _plain(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else value
 
 
-def _kind(annotation: Any) -> str:
+def _kind(field: Any) -> str:
+    annotation = field.annotation
+    for mark in field.metadata:
+        if isinstance(mark, KindOf):
+            return "|".join(mark.registry)
     if get_origin(annotation) is Literal:
         return "|".join(map(str, get_args(annotation)))
     return {str: "TEXT", int: "INT", float: "FLOAT", bool: "BOOL"}.get(annotation, "VALUE")

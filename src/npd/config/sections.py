@@ -5,21 +5,30 @@ Defaults marked (paper) are those of arXiv:2605.05940 as METHOD reports them; al
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic.fields import FieldInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from npd.errors import UserError
+from npd.registry import DIVERGENCES, ENGINES, RULES, TEACHERS, Registry
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+@dataclass(frozen=True)
+class KindOf:
+    """Marks an option that holds the name of a kind, for `--help`."""
+
+    registry: Registry
+
+
+EngineName = Annotated[str, KindOf(ENGINES), AfterValidator(ENGINES.check)]
+TeacherKind = Annotated[str, KindOf(TEACHERS), AfterValidator(TEACHERS.check)]
+RuleName = Annotated[str, KindOf(RULES), AfterValidator(RULES.check)]
+DivergenceName = Annotated[str, KindOf(DIVERGENCES), AfterValidator(DIVERGENCES.check)]
 
 
 class LoraConfig(Section):
@@ -53,6 +62,10 @@ class StudentConfig(ModelConfig):
 
 
 class TeacherConfig(ModelConfig):
+    kind: TeacherKind | None = None
+    """What it is; null: what the other options say (loaded here, or served where `server` is set). `plugins` bring others."""
+    options: dict[str, Any] = {}
+    """Options of a kind that a plug-in brings, by its own names."""
     server: str | None = None
     """URL of a running vLLM or SGLang server (http://host:8000) that serves the teacher; `model` is then its name there.
     null: the teacher is loaded here. The key, if the server wants one, is read from the environment (api_key_env)."""
@@ -138,11 +151,21 @@ class ScheduleConfig(Section):
         return self
 
 
+# Options of vLLM that may differ when a run is continued: they change memory and speed alone.
+VLLM_FREE = (
+    *("gpu_memory_utilization", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "block_size"),
+    *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce"),
+    *("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"),
+)
+
+
 class RolloutConfig(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: EngineName = ENGINES.default
     """What decodes: transformers, or vLLM (pip install 'npd[vllm]'), which is many times faster on a GPU."""
-    vllm: dict[str, Any] = {}
+    vllm: dict[str, Any] = Field(default={}, json_schema_extra={"free": [*VLLM_FREE]})
     """Options of the vLLM engine by vLLM's own names, such as {gpu_memory_utilization: 0.6, tensor_parallel_size: 2}."""
+    options: dict[str, Any] = {}
+    """Options of any other engine, by its own names."""
     samples_per_prompt: int = Field(default=1, ge=1)
     """Responses per prompt and generation."""
     max_new_tokens: int = Field(default=1024, ge=1)
@@ -165,9 +188,16 @@ class RolloutConfig(Section):
     def _within_the_engine(self) -> RolloutConfig:
         if self.engine == "vllm" and self.temperature > 2:
             raise ValueError(f"vLLM samples at temperatures up to 2, but temperature is {self.temperature:g}")
-        if self.engine != "vllm" and self.vllm:
-            raise ValueError(f"vllm has options ({', '.join(self.vllm)}), but engine is {self.engine}")
+        for name in ENGINES:
+            if name != self.engine and isinstance(options := getattr(self, name, None), dict) and options:
+                raise ValueError(f"{name} has options ({', '.join(options)}), but engine is {self.engine}")
         return self
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """The options of the engine that is chosen."""
+        named = getattr(self, self.engine, None)
+        return self.options | (named if isinstance(named, dict) else {})
 
 
 class ScoringConfig(Section):
@@ -178,7 +208,7 @@ class ScoringConfig(Section):
 
 
 class SelectionConfig(Section):
-    rule: Literal["delta_ifd", "adaptive", "none"] = "delta_ifd"
+    rule: RuleName = RULES.default
     """delta_ifd keeps lower <= delta <= upper (paper); adaptive lets both bounds follow the data, per source where there
     are 200 samples of it; none keeps everything."""
     ifd: Literal["loss_ratio", "perplexity_ratio"] = "loss_ratio"
@@ -210,6 +240,8 @@ class PackingConfig(Section):
 
 
 class LossConfig(Section):
+    divergence: DivergenceName = DIVERGENCES.default
+    """Distance from teacher to student on the teacher's top-k: forward_kl (paper)."""
     kd_weight: float = Field(default=0.9, ge=0, le=1)
     """Lambda: weight of the KL to the teacher against cross-entropy on the response (paper: 0.9)."""
     top_k_mass: Literal["raw", "renormalize", "tail"] = "raw"
@@ -359,6 +391,9 @@ class Config(Section):
     """What is measured along the way."""
     tracking: TrackingConfig = TrackingConfig()
     """Who else hears the figures."""
+    plugins: list[str] = []
+    """Python modules to import first, by name or as paths of .py files: they bring engines, teachers, rules, divergences,
+    producers and benchmarks of your own (docs/extending.md). Their code runs; name only what you trust."""
     provenance: dict[str, Any] | None = None
     """Written by npd into a run's config.yaml (command, package versions); ignored when read."""
 
@@ -391,162 +426,3 @@ class Config(Section):
                 "raise packing.length or lower one of the two"
             )
         return self
-
-
-# Keys that may differ when a run is continued: they do not change what is computed.
-FREE_KEYS: tuple[tuple[str, ...], ...] = (
-    *((key,) for key in ("run_dir", "checkpoint", "placement", "evaluation", "tracking", "provenance")),
-    ("training", "micro_batch_rows"),
-    ("training", "compile"),
-    ("rollout", "check_samples"),
-    ("rollout", "check_bound"),
-    *(
-        ("rollout", "vllm", key)
-        for key in (
-            *("gpu_memory_utilization", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "block_size"),
-            *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce"),
-            *("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"),
-        )
-    ),
-    *(
-        (*teacher, key)
-        for teacher in (("teacher",), ("teachers", "*"))
-        for key in ("server", "tokenizer", "api", "api_key_env", "concurrency", "timeout", "retry_seconds")
-    ),
-)
-
-
-def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every option of a section as (dotted name, field), nested sections included."""
-    for name, field in model.model_fields.items():
-        section = section_of(field)
-        if section is not None:
-            yield from leaves(section, f"{prefix}{name}.")
-        if section is None or type(None) in get_args(field.annotation):
-            yield f"{prefix}{name}", field
-
-
-def section_of(field: FieldInfo, *, items: bool = False) -> type[Section] | None:
-    """The section that a field holds (`Section` or `Section | None`; with `items` also a list or dict of them)."""
-    inner = get_args(field.annotation) if items or get_origin(field.annotation) not in (list, dict) else ()
-    for candidate in (field.annotation, *inner):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
-    """Read a YAML file (or take a mapping), lay dotted overrides over it, and check all of it.
-
-    Raises:
-        UserError: a missing or unreadable file, an unknown key (the nearest right one is named), a wrong value.
-    """
-    if isinstance(source, Mapping):
-        tree, where = _copy(source), "the configuration"
-    else:
-        tree, where = _read_yaml(Path(source)), str(source)
-    for key, value in (overrides or {}).items():
-        _set(tree, key, value)
-    try:
-        return Config.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(_explain(error, where)) from None
-
-
-def config_tree(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain YAML types."""
-    return config.model_dump(mode="json", exclude={"provenance"})
-
-
-def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:
-    """Lines "key: old -> new" for options that differ and matter to what is computed."""
-    lines = []
-    for key in sorted(old.keys() | new.keys()):
-        here, a, b = (*path, key), old.get(key), new.get(key)
-        if a == b or (key not in old and b == {}) or any(_matches(here, free) for free in FREE_KEYS):
-            continue  # an older version did not have what is empty now
-        if isinstance(a, Mapping) and isinstance(b, Mapping):
-            lines += differing_keys(a, b, here)
-        else:
-            lines.append(f"{'.'.join(here)}: {a!r} -> {b!r}")
-    return lines
-
-
-def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    return len(path) == len(pattern) and all(b in ("*", a) for a, b in zip(path, pattern, strict=True))
-
-
-def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"There is no configuration file {path}; give the path of a YAML file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold options as `key: value`, but it holds {type(tree).__name__}.")
-    return tree
-
-
-def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *sections, last = dotted.split(".")
-    for section in sections:
-        child = tree.get(section)
-        if not isinstance(child, dict):
-            child = tree[section] = {}
-        tree = child
-    tree[last] = value
-
-
-# pydantic names the branch of a union that failed as a last part of the place, such as "int" or "literal['all']".
-_UNION_BRANCH = re.compile(r"(int|str|float|bool|list|literal)(\[.*\])?")
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    lines: list[str] = []
-    wrong: dict[tuple[str, str], list[str]] = {}
-    for item in error.errors():
-        location = [str(part) for part in item["loc"]]
-        if item["type"] not in ("extra_forbidden", "missing") and location and _UNION_BRANCH.fullmatch(location[-1]):
-            location.pop()
-        name = ".".join(location) or "the options together"
-        if item["type"] == "extra_forbidden":
-            near = _nearest(location)
-            lines.append(f"unknown key {name!r}" + (f" (did you mean {near!r}?)" if near else ""))
-        elif item["type"] == "missing":
-            lines.append(f"{name} is missing and has no default")
-        else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(item["input"], dict | BaseModel) else f", but it is {item['input']!r}"
-            wrong.setdefault((name, given), []).append(f"{message[0].lower()}{message[1:]}")
-    lines += [f"{name}: {' or '.join(messages)}{given}" for (name, given), messages in wrong.items()]
-    return f"{where} is not a valid configuration: " + "; ".join(lines) + "."
-
-
-def _nearest(location: list[str]) -> str | None:
-    model: type[BaseModel] = Config
-    named = False
-    for part in location[:-1]:
-        if part.isdigit() or named:  # an item of a list or of a dict
-            named = False
-            continue
-        field = model.model_fields.get(part)
-        named = field is not None and get_origin(field.annotation) is dict
-        section = section_of(field, items=True) if field else None
-        if section is None:
-            return None
-        model = section
-    local = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.6)
-    if local:
-        return ".".join([*location[:-1], local[0]])
-    # A right name in the wrong section is as common as a misspelt one.
-    elsewhere = [name for name, _ in leaves(Config) if name.split(".")[-1] == location[-1]]
-    return elsewhere[0] if elsewhere else None

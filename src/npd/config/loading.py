@@ -1,0 +1,207 @@
+"""Options read, compared and explained."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+
+from npd.config.sections import Config, Section
+from npd.errors import UserError
+from npd.registry import load_plugins
+
+# Keys that may differ when a run is continued: they do not change what is computed.
+FREE_KEYS: tuple[tuple[str, ...], ...] = (
+    *((key,) for key in ("run_dir", "checkpoint", "placement", "evaluation", "tracking", "plugins", "provenance")),
+    ("training", "micro_batch_rows"),
+    ("training", "compile"),
+    ("rollout", "check_samples"),
+    ("rollout", "check_bound"),
+    *(
+        (*teacher, key)
+        for teacher in (("teacher",), ("teachers", "*"))
+        for key in ("server", "tokenizer", "api", "api_key_env", "concurrency", "timeout", "retry_seconds")
+    ),
+)
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every option of a section as (dotted name, field), nested sections included."""
+    for name, field in model.model_fields.items():
+        section = section_of(field)
+        if section is not None:
+            yield from leaves(section, f"{prefix}{name}.")
+        if section is None or type(None) in get_args(field.annotation):
+            yield f"{prefix}{name}", field
+
+
+def section_of(field: FieldInfo, *, items: bool = False) -> type[Section] | None:
+    """The section that a field holds (`Section` or `Section | None`; with `items` also a list or dict of them)."""
+    inner = get_args(field.annotation) if items or get_origin(field.annotation) not in (list, dict) else ()
+    for candidate in (field.annotation, *inner):
+        if isinstance(candidate, type) and issubclass(candidate, Section):
+            return candidate
+    return None
+
+
+def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Config:
+    """Read a YAML file (or take a mapping), lay dotted overrides over it, and check all of it.
+
+    Raises:
+        UserError: a missing or unreadable file, an unknown key (the nearest right one is named), a wrong value.
+    """
+    if isinstance(source, Mapping):
+        tree, where = _copy(source), "the configuration"
+    else:
+        tree, where = _read_yaml(Path(source)), str(source)
+    for key, value in (overrides or {}).items():
+        _set(tree, key, value)
+    plugins = tree.get("plugins")
+    if isinstance(plugins, list):  # before kinds are looked up by name
+        load_plugins([str(name) for name in plugins])
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(_explain(error, where)) from None
+
+
+def config_tree(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain YAML types."""
+    return config.model_dump(mode="json", exclude={"provenance"})
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:
+    """Lines "key: old -> new" for options that differ and matter to what is computed.
+
+    A key that an older version did not have yet is what its default says: that is what the version did.
+    """
+    lines = []
+    for key in sorted(old.keys() | new.keys()):
+        here, a, b = (*path, key), old.get(key), new.get(key)
+        if a == b or _is_free(here) or (key not in old and b == _default(here)):
+            continue
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            lines += differing_keys(a, b, here)
+        else:
+            lines.append(f"{'.'.join(here)}: {a!r} -> {b!r}")
+    return lines
+
+
+def _is_free(path: tuple[str, ...]) -> bool:
+    """May this key differ when a run is continued?"""
+    if any(_matches(path, free) for free in FREE_KEYS):
+        return True
+    field = _field(path[:-1])
+    extra = field.json_schema_extra if field is not None else None
+    return isinstance(extra, dict) and path[-1] in extra.get("free", ())  # type: ignore[operator]
+
+
+def _default(path: tuple[str, ...]) -> Any:
+    """An option's default as plain YAML types; never equal to anything where there is no such option."""
+    field = _field(path)
+    if field is None or field.is_required():
+        return object()
+    default = field.get_default(call_default_factory=True)
+    return default.model_dump(mode="json") if isinstance(default, BaseModel) else default
+
+
+def _field(path: tuple[str, ...]) -> FieldInfo | None:
+    """The option that stands at a path of keys; None for what lies inside an option's own value."""
+    model: type[BaseModel] | None = Config
+    field: FieldInfo | None = None
+    named = False  # does the next key name an item of a dict?
+    for name in path:
+        if named:
+            named = False
+            continue
+        field = model.model_fields.get(name) if model is not None else None
+        if field is None:
+            return None
+        model, named = section_of(field, items=True), get_origin(field.annotation) is dict
+    return field
+
+
+def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    return len(path) == len(pattern) and all(b in ("*", a) for a, b in zip(path, pattern, strict=True))
+
+
+def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"There is no configuration file {path}; give the path of a YAML file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} must hold options as `key: value`, but it holds {type(tree).__name__}.")
+    return tree
+
+
+def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, last = dotted.split(".")
+    for section in sections:
+        child = tree.get(section)
+        if not isinstance(child, dict):
+            child = tree[section] = {}
+        tree = child
+    tree[last] = value
+
+
+# pydantic names the branch of a union that failed as a last part of the place, such as "int" or "literal['all']".
+_UNION_BRANCH = re.compile(r"(int|str|float|bool|list|literal)(\[.*\])?")
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    lines: list[str] = []
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for item in error.errors():
+        location = [str(part) for part in item["loc"]]
+        if item["type"] not in ("extra_forbidden", "missing") and location and _UNION_BRANCH.fullmatch(location[-1]):
+            location.pop()
+        name = ".".join(location) or "the options together"
+        if item["type"] == "extra_forbidden":
+            near = _nearest(location)
+            lines.append(f"unknown key {name!r}" + (f" (did you mean {near!r}?)" if near else ""))
+        elif item["type"] == "missing":
+            lines.append(f"{name} is missing and has no default")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            given = "" if isinstance(item["input"], dict | BaseModel) else f", but it is {item['input']!r}"
+            wrong.setdefault((name, given), []).append(f"{message[0].lower()}{message[1:]}")
+    lines += [f"{name}: {' or '.join(messages)}{given}" for (name, given), messages in wrong.items()]
+    return f"{where} is not a valid configuration: " + "; ".join(lines) + "."
+
+
+def _nearest(location: list[str]) -> str | None:
+    model: type[BaseModel] = Config
+    named = False
+    for part in location[:-1]:
+        if part.isdigit() or named:  # an item of a list or of a dict
+            named = False
+            continue
+        field = model.model_fields.get(part)
+        named = field is not None and get_origin(field.annotation) is dict
+        section = section_of(field, items=True) if field else None
+        if section is None:
+            return None
+        model = section
+    local = difflib.get_close_matches(location[-1], model.model_fields, n=1, cutoff=0.6)
+    if local:
+        return ".".join([*location[:-1], local[0]])
+    # A right name in the wrong section is as common as a misspelt one.
+    elsewhere = [name for name, _ in leaves(Config) if name.split(".")[-1] == location[-1]]
+    return elsewhere[0] if elsewhere else None

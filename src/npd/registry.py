@@ -1,0 +1,164 @@
+"""The kinds of each seam by name: what a configuration may choose, and where each of them stands.
+
+This is the one place besides its own file where a kind is named. A kind's module is imported when it is first asked for, so
+that `npd --help` waits for none of them. docs/extending.md shows how to bring kinds of one's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from npd.errors import UserError
+
+
+class Registry(Mapping[str, Any]):
+    """The kinds of one seam.
+
+    Args:
+        option: the key of the configuration that chooses among them.
+        homes: name -> "module:attribute"; the first is the default.
+    """
+
+    def __init__(self, option: str, homes: Mapping[str, str]) -> None:
+        self.option = option
+        self._homes: dict[str, Any] = dict(homes)
+
+    @property
+    def default(self) -> str:
+        """The name that is chosen where the configuration says nothing."""
+        return next(iter(self._homes))
+
+    def register(self, name: str, kind: Any) -> Any:
+        """Add a kind, and return it. A name that is taken already is replaced only by the kind of the same module.
+
+        Raises:
+            UserError: another kind has this name.
+        """
+        if name in self._homes and self._module(name) != kind.__module__:
+            raise UserError(f"{self.option} has a kind {name!r} already; give yours another name.")
+        self._homes[name] = kind
+        return kind
+
+    def check(self, name: str) -> str:
+        """The name itself, if there is such a kind.
+
+        Raises:
+            ValueError: there is none; the message names those that there are.
+        """
+        if name in self._homes:
+            return name
+        near = difflib.get_close_matches(name, self._homes, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise ValueError(f"must be one of {', '.join(map(repr, self._homes))}{hint}; `plugins` brings others")
+
+    def __getitem__(self, name: str) -> Any:
+        """The kind itself, its module imported.
+
+        Raises:
+            UserError: there is no such kind.
+        """
+        try:
+            kind = self._homes[self.check(name)]
+        except ValueError as error:
+            raise UserError(f"{self.option} is {name!r}, but it {error}.") from None
+        if isinstance(kind, str):
+            module, _, attribute = kind.partition(":")
+            kind = getattr(importlib.import_module(module), attribute)
+        return kind
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+    def __eq__(self, other: object) -> bool:  # a table of its own, whatever it holds
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def _module(self, name: str) -> str:
+        kind = self._homes[name]
+        return kind.partition(":")[0] if isinstance(kind, str) else kind.__module__
+
+
+ENGINES = Registry(
+    "rollout.engine",
+    {
+        "transformers": "npd.rollout.transformers:TransformersEngine",
+        "vllm": "npd.rollout.vllm:VllmEngine",
+    },
+)
+TEACHERS = Registry(
+    "teacher.kind",
+    {
+        "local": "npd.scoring.local:LocalTeacher",
+        "served": "npd.scoring.served:ServedTeacher",
+    },
+)
+PRODUCERS = Registry(
+    "placement.rollout",
+    {
+        "turns": "npd.refresh.producer:Turns",
+        "workers": "npd.refresh.workers:Workers",
+        "external": "npd.refresh.follower:External",
+    },
+)
+RULES = Registry(
+    "selection.rule",
+    {
+        "delta_ifd": "npd.selection.rules:fixed_band",
+        "adaptive": "npd.selection.rules:adaptive_band",
+        "none": "npd.selection.rules:everything",
+    },
+)
+DIVERGENCES = Registry(
+    "loss.divergence",
+    {
+        "forward_kl": "npd.losses.divergences:forward_kl",
+    },
+)
+BENCHMARKS = Registry(
+    "evaluation.tasks",
+    {
+        "reasoning_gym": "npd.evaluation.tasks:ReasoningGym",
+        "answer": "npd.evaluation.answers:Answers",
+    },
+)
+
+
+def load_plugins(modules: Sequence[str]) -> None:
+    """Import the modules that register further kinds: names of installed modules, or paths of .py files.
+
+    Raises:
+        UserError: one cannot be imported.
+    """
+    for name in modules:
+        try:
+            if not name.endswith(".py"):
+                importlib.import_module(name)
+                continue
+            path = Path(name).resolve()
+            known = f"npd_plugin_{path.stem}"
+            if known in sys.modules and getattr(sys.modules[known], "__file__", None) == str(path):
+                continue
+            spec = importlib.util.spec_from_file_location(known, path)
+            if spec is None or spec.loader is None:
+                raise ImportError("no Python file")
+            module = sys.modules[known] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        except Exception as error:  # whatever somebody's module raises
+            sys.modules.pop(f"npd_plugin_{Path(name).stem}", None)
+            raise UserError(
+                f"plugins names {name!r}, which cannot be imported ({type(error).__name__}: {error}). Give the name of an "
+                "installed module, or the path of a .py file."
+            ) from error

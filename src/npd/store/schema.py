@@ -1,0 +1,37 @@
+"""Columns of a part, and how they are written."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+REFERENCE = -1
+"""The generation of reference responses, and the policy_version of text that no student snapshot wrote."""
+
+SCHEMA = pa.schema(
+    [
+        ("sample_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("response_ids", pa.list_(pa.int32())),
+        ("behavior_logprobs", pa.list_(pa.float32())),
+        ("policy_version", pa.int32()),
+        ("finish_reason", pa.string()),
+        ("student_nll", pa.float32()),
+        ("student_nll_free", pa.float32()),
+        ("teacher_nll", pa.float32()),
+        ("teacher_nll_free", pa.float32()),
+        ("ifd_student", pa.float32()),
+        ("ifd_teacher", pa.float32()),
+        ("delta_ifd", pa.float32()),
+        ("verdict", pa.string()),
+        ("topk_ids", pa.list_(pa.int32())),
+        ("topk_logprobs", pa.list_(pa.float16())),
+    ]
+)
+
+# Written byte by byte of like place, which zstd makes smaller than a dictionary of values that hardly repeat
+# (benchmarks/scoring.py counts the bytes).
+SPLIT = [f"{name}.list.element" for name in ("behavior_logprobs", "topk_ids", "topk_logprobs")]
+OTHERS = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA]
+OTHERS = [path for path in OTHERS if path not in SPLIT]
