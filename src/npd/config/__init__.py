@@ -13,6 +13,7 @@ from npd.config.sections import (
     PackingConfig,
     PlacementConfig,
     RolloutConfig,
+    Sampling,
     ScheduleConfig,
     ScoringConfig,
     Section,
@@ -26,7 +27,7 @@ from npd.config.sections import (
 
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "EvaluationConfig", "KindOf", "LoraConfig", "LossConfig", "ModelConfig",
-    "PackingConfig", "PlacementConfig", "RolloutConfig", "ScheduleConfig", "ScoringConfig", "Section", "SelectionConfig",
+    "PackingConfig", "PlacementConfig", "RolloutConfig", "Sampling", "ScheduleConfig", "ScoringConfig", "Section", "SelectionConfig",
     "StudentConfig", "TaskConfig", "TeacherConfig", "TrackingConfig", "TrainingConfig", "config_tree", "differing_keys",
     "leaves", "load_config", "section_of",
 ]  # fmt: skip

@@ -151,6 +151,17 @@ class ScheduleConfig(Section):
         return self
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn."""
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    """0 decodes greedily."""
+    top_p: float = 1.0
+    samples_per_prompt: int = 1
+
+
 # Options of vLLM that may differ when a run is continued: they change memory and speed alone.
 VLLM_FREE = (
     *("gpu_memory_utilization", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "block_size"),
@@ -186,12 +197,15 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _within_the_engine(self) -> RolloutConfig:
-        if self.engine == "vllm" and self.temperature > 2:
-            raise ValueError(f"vLLM samples at temperatures up to 2, but temperature is {self.temperature:g}")
         for name in ENGINES:
             if name != self.engine and isinstance(options := getattr(self, name, None), dict) and options:
                 raise ValueError(f"{name} has options ({', '.join(options)}), but engine is {self.engine}")
         return self
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the student's own responses are drawn."""
+        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.samples_per_prompt)
 
     @property
     def engine_options(self) -> dict[str, Any]:

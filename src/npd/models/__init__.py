@@ -2,7 +2,9 @@
 
 from npd.models.devices import device, fast_bfloat16, place_on, resolve_dtype
 from npd.models.loading import (
+    check_context,
     context_length,
+    directory_of,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -26,11 +28,13 @@ __all__ = [
     "base_model",
     "check_compatible",
     "check_compiler",
+    "check_context",
     "check_model",
     "context_length",
     "copy_state",
     "cut_student",
     "device",
+    "directory_of",
     "evenly_spaced",
     "fast_bfloat16",
     "head_weight",

@@ -153,6 +153,27 @@ def context_length(config: transformers.PreTrainedConfig) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
+def check_context(name: str, config: transformers.PreTrainedConfig, prompt: int, response: int, option: str) -> None:
+    """See that a model reads prompts and responses of these tokens; `option` is what bounds a response.
+
+    Raises:
+        UserError: together they pass its context.
+    """
+    context = context_length(config)
+    if context is not None and prompt + response > context:
+        raise UserError(
+            f"The longest prompt ({prompt} tokens) and {option} ({response}) together pass the context of "
+            f"{name} ({context} tokens). Lower data.max_prompt_tokens or {option}."
+        )
+
+
+def directory_of(config: ModelConfig) -> Path | None:
+    """The directory that holds a model's weights here; None for a GGUF file or a Hub id."""
+    source = _source(config)
+    path = Path(source["pretrained_model_name_or_path"])
+    return path if path.is_dir() and "gguf_file" not in source else None
+
+
 def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
     """Parameters of a model, from its configuration alone."""
     with torch.device("meta"):

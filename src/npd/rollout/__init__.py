@@ -1,5 +1,146 @@
-"""y ~ student: one file per engine."""
+"""Responses by the student: what an engine is. Each engine stands in a file of its own (see `npd.registry.ENGINES`)."""
 
-from npd.rollout.transformers import TransformersRollout
+from __future__ import annotations
 
-__all__ = ["TransformersRollout"]
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import pyarrow as pa
+from transformers import PreTrainedModel
+
+from npd.config import Config, ModelConfig, Sampling
+from npd.models import Vocabulary
+
+__all__ = ["Engine", "Progress", "Request", "Setting", "Weights"]
+
+Progress = Callable[[int, int], None]
+"""Is told a request's number and how many of its responses are finished; what it raises ends the work."""
+
+
+class Request(NamedTuple):
+    """Prompts that are to be answered."""
+
+    number: int
+    """By which the answer is known."""
+    table: pa.Table
+    """Column prompt_ids; every other column is kept."""
+    seed: int
+
+
+class Weights(Protocol):
+    """Weights to answer with, as files and as a model; each is made when it is first asked for."""
+
+    def path(self) -> Path:
+        """A directory in Hugging Face format; other weights have another path."""
+
+    def model(self) -> PreTrainedModel:
+        """A model of this process, on its device."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an engine is started with."""
+
+    config: Config
+    model: ModelConfig
+    """How its weights are loaded: the student's options, or a teacher's."""
+    vocabulary: Vocabulary
+    pad_id: int
+    device: str
+    longest_prompt: int
+    """Tokens."""
+    shares_device: bool = False
+    """Must it give its device to others between generations?"""
+    base: Path | None = None
+    """Weights that adapters are trained on, where the student has adapters."""
+
+
+class Engine(ABC):
+    """Writes responses with weights that it is given.
+
+    The log-probabilities that it returns are natural, of the model's own distribution at temperature 1, whatever the
+    sampling; ids of the student alone, at `vocabulary.size` and above, are never written; a response ends with one of
+    `vocabulary.stop_ids`, which is part of it, or at the length asked for.
+    """
+
+    continuous: ClassVar[bool] = False
+    """Does it ask for further requests while it answers one?"""
+    exact: ClassVar[bool] = False
+    """Is it transformers itself, so that there is nothing to compare it with?"""
+    takes_first_gpus: ClassVar[bool] = False
+    """Does it run on the first GPUs that its process sees, whatever device it is told?"""
+    holds_weights: ClassVar[bool] = False
+    """Has it a copy of the weights of its own, which takes memory besides the model in this process?"""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """See that it is installed and knows its options; loads nothing.
+
+        Raises:
+            UserError: it is not, or it does not.
+        """
+
+    @classmethod
+    def check_device(cls, config: Config, device: str) -> None:
+        """See that it can stand on a device.
+
+        Raises:
+            UserError: it can't.
+        """
+
+    @classmethod
+    def check_shared(cls, config: Config, device: str, *, processes: int, trains: bool) -> None:
+        """See that it can stand in a process that also trains (`trains`) or scores, of `processes` that do.
+
+        Raises:
+            UserError: it can't.
+        """
+
+    @classmethod
+    def devices(cls, options: Mapping[str, Any]) -> int:
+        """Devices that one engine takes."""
+        return 1
+
+    @abstractmethod
+    def take(self, weights: Weights) -> None:
+        """Answer with these weights from now on."""
+
+    @abstractmethod
+    def stream(
+        self, requests: Iterable[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """Answer requests, each as soon as it is whole: (number, its table with the columns of `add_answers`).
+
+        Rows keep their order, and a row's responses follow each other. What is drawn depends on the weights, the table, the
+        sampling and the seed alone.
+
+        Raises:
+            RunError: the engine failed.
+        """
+
+    def answer(
+        self, table: pa.Table, sampling: Sampling, seed: int = 0, progress: Callable[[int], None] | None = None
+    ) -> pa.Table:
+        """One table; `progress` is told of newly finished responses."""
+        told = 0
+
+        def tell(number: int, finished: int) -> None:
+            nonlocal told
+            if progress is not None and finished > told:
+                progress(finished - told)
+            told = finished
+
+        [(_, answered)] = self.stream([Request(0, table, seed)], sampling, tell)
+        return answered
+
+    def rest(self) -> None:
+        """Give the device to others until the next `take`."""
+
+    def close(self) -> None:
+        """Let go of everything."""

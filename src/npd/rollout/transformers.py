@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,81 +12,85 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation import StoppingCriteriaList
 
-from npd.models import Vocabulary
-from npd.rollout.answers import add_answers
+from npd.config import Sampling
+from npd.rollout import Engine, Progress, Request, Setting, Weights
+from npd.store.schema import add_answers
 
 
-class TransformersRollout:
-    """Stage: answers each prompt, adding response_ids, behavior_logprobs and finish_reason.
+class TransformersEngine(Engine):
+    """Answers one request after another, prompts of similar length in one batch."""
 
-    Prompts of similar length share a batch. Rows keep their order, and row i's responses follow each other when there are
-    several samples per prompt. The result depends on the table, the options and the seed alone. `progress` is called with
-    the number of responses that each batch has finished.
-    """
+    exact = True
 
-    def __init__(
-        self,
-        model: Any,
-        vocabulary: Vocabulary,
-        pad_id: int,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        batch_size: int,
-        samples_per_prompt: int = 1,
-    ) -> None:
-        self.model = model
-        self.vocabulary = vocabulary
-        self.pad_id = pad_id
-        self.batch_size = batch_size
-        self.samples_per_prompt = samples_per_prompt
-        sampled = temperature > 0
-        self.generation_config = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=sampled,
-            temperature=temperature if sampled else 1.0,
-            top_p=top_p if sampled else 1.0,
-            top_k=0 if sampled else 50,
-            eos_token_id=list(vocabulary.stop_ids),
-            pad_token_id=pad_id,
-            bos_token_id=vocabulary.start_id,
-        )
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.model: Any = None
 
-    def __call__(self, table: pa.Table, seed: int = 0, progress: Callable[[int], None] | None = None) -> pa.Table:
-        rows = [i for i in range(len(table)) for _ in range(self.samples_per_prompt)]
+    def take(self, weights: Weights) -> None:
+        self.model = weights.model()
+
+    def stream(
+        self, requests: Iterable[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """As `Engine.stream`; `progress` is told after each batch."""
+        for number, table, seed in requests:
+            yield number, self._answer(number, table, sampling, seed, progress)
+
+    def _answer(self, number: int, table: pa.Table, sampling: Sampling, seed: int, progress: Progress | None) -> pa.Table:
+        rows = [i for i in range(len(table)) for _ in range(sampling.samples_per_prompt)]
         prompts: list[list[int]] = table["prompt_ids"].to_pylist()
         order = sorted(range(len(rows)), key=lambda j: -len(prompts[rows[j]]))
         responses: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices), self._own_generation_config():
+        batch_size = self.setting.config.rollout.batch_size
+        with torch.random.fork_rng(devices=devices), self._as_policy(sampling):
             torch.manual_seed(seed)
-            for start in range(0, len(order), self.batch_size):
-                batch = order[start : start + self.batch_size]
+            for start in range(0, len(order), batch_size):
+                batch = order[start : start + batch_size]
                 answered = self._generate([prompts[rows[j]] for j in batch])
                 for j, (ids, values) in zip(batch, answered, strict=True):
                     responses[j], logprobs[j] = ids, values
                 if progress:
-                    progress(len(batch))
-        return add_answers(table, responses, self.vocabulary.stop_ids, logprobs)
+                    progress(number, start + len(batch))
+        return add_answers(table, responses, self.setting.vocabulary.stop_ids, logprobs)
+
+    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+        sampled = sampling.temperature > 0
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=sampled,
+            temperature=sampling.temperature if sampled else 1.0,
+            top_p=sampling.top_p if sampled else 1.0,
+            top_k=0 if sampled else 50,
+            eos_token_id=list(self.setting.vocabulary.stop_ids),
+            pad_token_id=self.setting.pad_id,
+            bos_token_id=self.setting.vocabulary.start_id,
+        )
+
+    def rest(self) -> None:
+        self.model = None
 
     @contextmanager
-    def _own_generation_config(self) -> Iterator[None]:
+    def _as_policy(self, sampling: Sampling) -> Iterator[None]:
         # generate() fills whatever a call leaves open from the model's generation_config, which often carries a top-k or a
         # repetition penalty; the behaviour policy must be the model itself.
-        theirs, self.model.generation_config = self.model.generation_config, self.generation_config
+        model = self.model
+        theirs, model.generation_config = model.generation_config, self._generation_config(sampling)
+        training = model.training
+        model.eval()
         try:
             yield
         finally:
-            self.model.generation_config = theirs
+            model.generation_config = theirs
+            model.train(training)
 
     @torch.no_grad()
     def _generate(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
         width = max(map(len, prompts))
-        ids = torch.tensor([[self.pad_id] * (width - len(p)) + p for p in prompts], device=self.model.device)
+        ids = torch.tensor([[self.setting.pad_id] * (width - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
-        recorder = _BehaviorLogprobs(self.vocabulary.size)
+        recorder = _BehaviorLogprobs(self.setting.vocabulary.size)
         out: Any = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -95,7 +99,7 @@ class TransformersRollout:
         )
         tokens = out[:, width:].tolist()
         values = torch.stack(recorder.logprobs, dim=1).tolist()
-        stops = set(self.vocabulary.stop_ids)
+        stops = set(self.setting.vocabulary.stop_ids)
         answered = []
         for row, row_values in zip(tokens, values, strict=True):
             end = next((i + 1 for i, token in enumerate(row) if token in stops), len(row))

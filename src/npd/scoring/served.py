@@ -1,35 +1,54 @@
-"""Scoring by a teacher behind a server: the same readings as by a model in this process."""
+"""A teacher behind a server: the same readings as by a model in this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from npd.config import ModelConfig, TeacherConfig
+from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.errors import RunError, UserError
 from npd.models import PROBES, Vocabulary, check_compatible, load_tokenizer
+from npd.schedule import derive_seed
+from npd.scoring import Advance, Identity, Question, Setting, Teacher
 from npd.scoring.prefill import Reading
-from npd.server import Server, TokenLogprobs
+from npd.scoring.server import Server, TokenLogprobs
+from npd.store.schema import add_answers
 
 CHECK_SECONDS = 5.0  # that a server may be busy before anything has begun
 
 
-class ServedPrefill:
-    """Reads responses behind their contexts on a server, `teacher.concurrency` of them at once."""
+class ServedTeacher(Teacher):
+    """Reads and writes on a server, `teacher.concurrency` requests at once."""
 
-    def __init__(self, server: Server, vocabulary: Vocabulary) -> None:
-        self.server, self.vocabulary = server, vocabulary
+    elsewhere = True
 
-    def __call__(
+    def __init__(self, config: TeacherConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self.server = Server(config, setting.say)
+
+    @classmethod
+    def takes(cls, config: TeacherConfig) -> bool:
+        return config.server is not None
+
+    @classmethod
+    def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
+        return check_server(config, question)
+
+    @classmethod
+    def plan(cls, config: TeacherConfig, identity: Identity) -> str:
+        return f"{config.model} on {config.server}, {config.concurrency} requests at once"
+
+    def read(
         self,
         contexts: Sequence[Sequence[int]],
         responses: Sequence[Sequence[int]],
         top_k: int = 0,
-        progress: Callable[[int], None] | None = None,
+        progress: Advance | None = None,
     ) -> list[Reading]:
-        """As `Prefill`: log-probabilities of every response token, and the model's top-k at its position.
+        """As `Teacher.read`.
 
         Raises:
             UserError: the server refuses, or answers something else than was asked.
@@ -37,32 +56,59 @@ class ServedPrefill:
         """
 
         def read(i: int) -> Reading:
-            reading = self._read([*contexts[i], *responses[i]], len(contexts[i]), top_k)
+            reading = _read(self.server, self.vocabulary, [*contexts[i], *responses[i]], len(contexts[i]), top_k)
             if progress:
                 progress(len(responses[i]))
             return reading
 
         return self.server.each(read, len(responses))
 
-    def _read(self, ids: list[int], start: int, top_k: int) -> Reading:
-        """Ask for more than top-k where ids of the teacher alone, which pad its vocabulary, are among them."""
-        asked = top_k
-        while True:
-            said = self.server.read(ids, start, asked)
-            shared = [[pair for pair in token.top if pair[0] < self.vocabulary.size][:top_k] for token in said]
-            fewest = min((len(top) for top in shared), default=top_k)
-            if fewest == top_k:
-                return _reading(said, shared, top_k)
-            asked += top_k - fewest
+    def write(self, table: pa.Table, sampling: Sampling, seed: int = 0, progress: Advance | None = None) -> pa.Table:
+        """As `Teacher.write`; raises as `read`."""
+        prompts: list[list[int]] = [
+            ids for ids in table["prompt_ids"].to_pylist() for _ in range(sampling.samples_per_prompt)
+        ]
+
+        def write(i: int) -> list[int]:
+            written = self.server.write(
+                prompts[i],
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=derive_seed(seed, i) % (1 << 31),
+                stop_ids=self.vocabulary.stop_ids,
+            )
+            if progress:
+                progress(1)
+            return written
+
+        responses = self.server.each(write, len(prompts))
+        highest = max(map(max, responses), default=0)
+        if highest >= self.vocabulary.size:
+            raise UserError(
+                f"The teacher on {self.server.url} wrote token {highest}, but the student has only {self.vocabulary.size}: "
+                "their tokenizers are not the same."
+            )
+        return add_answers(table, responses, self.vocabulary.stop_ids)
+
+    def stop(self) -> None:
+        self.server.stop()
 
 
-def check_server(
-    config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, top_k: int, tokens: int, vocabulary: Vocabulary
-) -> list[str]:
+def _read(server: Server, vocabulary: Vocabulary, ids: list[int], start: int, top_k: int) -> Reading:
+    """Ask for more than top-k where ids of the teacher alone, which pad its vocabulary, are among them."""
+    asked = top_k
+    while True:
+        said = server.read(ids, start, asked)
+        shared = [[pair for pair in token.top if pair[0] < vocabulary.size][:top_k] for token in said]
+        fewest = min((len(top) for top in shared), default=top_k)
+        if fewest == top_k:
+            return _reading(said, shared, top_k)
+        asked += top_k - fewest
+
+
+def check_server(config: TeacherConfig, question: Question) -> list[str]:
     """See, before anything is generated, that a server can do what a run will ask of it.
-
-    Args:
-        tokens: of the longest prompt and response together.
 
     Returns:
         What could not be checked.
@@ -72,14 +118,13 @@ def check_server(
             fewer log-probabilities than scoring.top_k.
     """
     try:
-        return _check(config, tokenizer, top_k, tokens, vocabulary)
+        return _check(config, question)
     except RunError as error:
         raise UserError(f"{str(error).split(' Nothing that was')[0]} Start it, or correct teacher.server.") from None
 
 
-def _check(
-    config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, top_k: int, tokens: int, vocabulary: Vocabulary
-) -> list[str]:
+def _check(config: TeacherConfig, question: Question) -> list[str]:
+    tokens, vocabulary = question.prompt + question.response, question.vocabulary
     server = Server(config.model_copy(update={"retry_seconds": min(config.retry_seconds, CHECK_SECONDS)}))
     cards = server.models(patience=0)
     if config.model not in cards:
@@ -93,9 +138,9 @@ def _check(
             f"{context - 1}. Start it with a higher --max-model-len, or lower data.max_prompt_tokens or "
             "rollout.max_new_tokens."
         )
-    notes = _check_tokenizer(config, server, tokenizer)
+    notes = _check_tokenizer(config, server, question.tokenizer)
     # The real question, once: it shows a cap on top-k, a wrong key, and whether it is a server of a kind that is known.
-    ServedPrefill(server, vocabulary)([[vocabulary.start_id]], [[vocabulary.stop_ids[0]]], top_k)
+    _read(server, vocabulary, [vocabulary.start_id, vocabulary.stop_ids[0]], 1, question.top_k)
     return notes
 
 

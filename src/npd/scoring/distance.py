@@ -1,0 +1,60 @@
+"""How far a student is from its teacher on given responses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from npd.losses import sparse_soft_cross_entropy
+from npd.models import head_weight
+from npd.scoring.prefill import Prefill, Reading
+
+Lists = Sequence[Sequence[int]]
+
+
+class Distance(NamedTuple):
+    """Sums over some response tokens."""
+
+    kl: float
+    """KL(teacher || student), nats, over the token ids that both models have."""
+    agreed: int
+    """Tokens at whose position both rank the same token first."""
+    tokens: int
+
+
+@torch.no_grad()
+def exact(student: Prefill, teacher: Prefill, contexts: Lists, responses: Lists) -> Iterator[Distance]:
+    """The KL itself, chunk by chunk."""
+    # Chunks follow from the vocabulary, which the two may pad differently; here they must agree.
+    size, chunk = student.vocabulary.size, min(student.chunk_tokens, teacher.chunk_tokens)
+    for packed in student.batches(contexts, responses):
+        ours, theirs = (prefill.logits(prefill.hidden(packed), chunk) for prefill in (student, teacher))
+        for (_, a_CV), (_, b_CV) in zip(ours, theirs, strict=True):
+            log_s, log_t = a_CV[:, :size].log_softmax(-1), b_CV[:, :size].log_softmax(-1)
+            same = int((log_s.argmax(-1) == log_t.argmax(-1)).sum())
+            yield Distance(float((log_t.exp() * (log_t - log_s)).sum()), same, len(log_s))
+
+
+@torch.no_grad()
+def at_least(student: Prefill, readings: list[Reading], contexts: Lists, responses: Lists) -> Iterator[Distance]:
+    """A lower bound, with all that is outside the teacher's top-k as one symbol: joining symbols only lowers a KL."""
+    for packed in student.batches(contexts, responses):
+        hidden_TD = student.hidden(packed)
+        ids, logprobs = (
+            torch.from_numpy(np.concatenate([getattr(readings[i], name) for i in packed.samples])).to(hidden_TD.device)
+            for name in ("topk_ids", "topk_logprobs")
+        )
+        loss = sparse_soft_cross_entropy(
+            hidden_TD,
+            head_weight(student.model),
+            packed.labels.to(hidden_TD.device),
+            ids.long(),
+            logprobs,
+            kd_weight=1.0,
+            top_k_mass="tail",
+        )
+        first = torch.cat([z_CV[:, : student.vocabulary.size].argmax(-1) for _, z_CV in student.logits(hidden_TD)])
+        yield Distance(float(loss.kd), int((first == ids[:, 0]).sum()), len(ids))

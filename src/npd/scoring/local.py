@@ -1,0 +1,106 @@
+"""A teacher that is loaded in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from npd import models
+from npd.config import Sampling, TeacherConfig
+from npd.errors import UserError
+from npd.scoring import Advance, Identity, Question, Setting, Teacher
+from npd.scoring.distance import Distance, exact
+from npd.scoring.prefill import Prefill, Reading
+
+
+class LocalTeacher(Teacher):
+    """Reads in packed rows; writes through an engine, as the student does. Its weights are loaded at once."""
+
+    exact = True
+
+    def __init__(self, config: TeacherConfig, setting: Setting) -> None:
+        super().__init__(config, setting)
+        self._model: PreTrainedModel | None = models.load_model(config, on=setting.device)
+        self._engine: Any = None
+
+    @classmethod
+    def takes(cls, config: TeacherConfig) -> bool:
+        return config.server is None
+
+    @classmethod
+    def identify(cls, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: str) -> Identity:
+        models.check_compatible(tokenizer, models.load_tokenizer(config), (student, config.model))
+        return Identity(models.load_model_config(config), tuple(models.stop_ids_of(config)))
+
+    @classmethod
+    def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
+        assert identity.config is not None, "a teacher that is loaded here has a configuration"
+        models.check_context(config.model, identity.config, question.prompt, question.response, question.option)
+        return []
+
+    @classmethod
+    def plan(cls, config: TeacherConfig, identity: Identity) -> str:
+        count = models.parameter_count(identity.config, trust_remote_code=config.trust_remote_code)  # type: ignore[arg-type]
+        held = count * models.resolve_dtype(config, trained=False).itemsize
+        return f"{count:,} parameters, {held / (1 << 30):.2f} GiB"
+
+    @property
+    def prefill(self) -> Prefill:
+        return Prefill(self.model(), self.vocabulary, self.setting.pad_id, self.setting.batch_tokens)
+
+    def read(
+        self,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        top_k: int = 0,
+        progress: Advance | None = None,
+    ) -> list[Reading]:
+        return self.prefill(contexts, responses, top_k, progress)
+
+    def write(self, table: pa.Table, sampling: Sampling, seed: int = 0, progress: Advance | None = None) -> pa.Table:
+        if self._engine is None:
+            assert self.setting.start_engine is not None, "only a run's teachers write"
+            self._engine = self.setting.start_engine(self.config)
+        self._engine.take(self)
+        # No snapshot of the student is behind what a teacher writes.
+        return self._engine.answer(table, sampling, seed, progress).drop_columns("behavior_logprobs")
+
+    def distance(
+        self, student: Prefill, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], top_k: int
+    ) -> Iterator[Distance]:
+        return exact(student, self.prefill, contexts, responses)
+
+    def model(self) -> PreTrainedModel:
+        """Its weights as a model, for an engine."""
+        assert self._model is not None, "a teacher is not asked once it is closed"
+        return self._model
+
+    def path(self) -> Path:
+        """Its weights as files, for an engine.
+
+        Raises:
+            UserError: they are no directory here that an engine could load.
+        """
+        path = models.directory_of(self.config)
+        if path is None:
+            raise UserError(
+                f"The teacher {self.config.model} is no directory of weights here, which rollout.engine "
+                "needs to write with it. Download it, or choose another engine."
+            )
+        return path
+
+    def move(self, device: str) -> None:
+        self.model().to(device)  # type: ignore[arg-type]
+
+    def rest(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
+    def close(self) -> None:
+        self.rest()
+        self._model = None
