@@ -35,8 +35,8 @@ import npd.store
 from npd.jobs import Jobs
 from npd.observe.display import Display
 from npd.observe.events import read_events
-from npd.observe.facts import gather
 from npd.refresher import Refresher
+from npd.report.facts import gather
 from npd.run import Run
 from npd.store import Store
 from npd.trainer import Trainer

@@ -16,7 +16,7 @@ import npd
 from npd.config import load_config
 from npd.loop import Position
 from npd.observe.display import Display, Task, Whole
-from npd.observe.live import RunView
+from npd.report.live import RunView
 from npd.store import Store
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from fake_run import HOSTILE, make_run
 
-from npd.observe.report import write_comparison, write_report
+from npd.report.page import write_comparison, write_report
 from npd.store import Store
 
 BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)

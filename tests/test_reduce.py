@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npd.observe.reduce import bucket_means, edges_for, few_digits, histogram, m4, smoothed_kl, spread
+from npd.report.reduce import bucket_means, edges_for, few_digits, histogram, m4, smoothed_kl, spread
 
 numbers = st.lists(st.floats(width=32), max_size=300)
 finite = st.floats(-1e6, 1e6)

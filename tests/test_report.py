@@ -29,15 +29,15 @@ import npd
 from npd.cli import main
 from npd.errors import RunError, UserError
 from npd.evaluation.verify import wilson_interval
-from npd.observe import reporter
-from npd.observe.browse import Browser
 from npd.observe.display import Display
 from npd.observe.events import Events, read_events, seconds_by_role
-from npd.observe.facts import gather, ranges, tail
-from npd.observe.figures import label
-from npd.observe.pictures import delta_overlay, lengths
-from npd.observe.report import comparison_page, render, run_page, write_comparison, write_report
-from npd.observe.tables import duration, generation_table, tiles
+from npd.report import keeper
+from npd.report.facts import gather, ranges, tail
+from npd.report.figures import label
+from npd.report.page import comparison_page, render, run_page, write_comparison, write_report
+from npd.report.pictures import delta_overlay, lengths
+from npd.report.samples import Browser
+from npd.report.tables import duration, generation_table, tiles
 from npd.store import Store
 
 
@@ -252,7 +252,7 @@ def test_samples_are_left_out_of_a_page_that_would_be_too_large(fake, tmp_path, 
     small = make_run(tmp_path / "run")
     whole = len(island_of(write_report(small).read_text())["samples"])
     size = (small / "report.html").stat().st_size
-    monkeypatch.setattr("npd.observe.report.MOST_BYTES", size - 1000)
+    monkeypatch.setattr("npd.report.page.MOST_BYTES", size - 1000)
     assert len(island_of(write_report(small).read_text())["samples"]) < whole
 
 
@@ -399,7 +399,7 @@ def test_a_span_that_has_not_ended_counts(tmp_path, monkeypatch, going_on):
     events = Events(path / "events.jsonl")
     events.write("checkpoint", 1150.0, 1160.0)
     os.utime(path / "metrics.jsonl", (1400.0, 1400.0))
-    monkeypatch.setattr("npd.observe.facts.time.time", lambda: 1500.0)
+    monkeypatch.setattr("npd.report.facts.time.time", lambda: 1500.0)
     facts = gather(path, going_on)
     wall = 500.0 if going_on else 400.0
     shown = {tile.title: tile for tile in tiles(facts)}
@@ -413,8 +413,8 @@ def test_a_span_that_has_not_ended_counts(tmp_path, monkeypatch, going_on):
 
 def test_a_report_is_written_while_the_run_goes_on(tmp_path, monkeypatch):
     path = make_run(tmp_path / "run", finished=False)
-    monkeypatch.setattr(reporter, "FIRST", 0.05)
-    pages = reporter.Pages(path)
+    monkeypatch.setattr(keeper, "FIRST", 0.05)
+    pages = keeper.Pages(path)
     deadline = time.monotonic() + 60
     while not (path / "report.html").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -435,9 +435,9 @@ def test_a_writer_that_starts_while_pages_stop_is_given_up(tmp_path, monkeypatch
         (tmp_path / f".report.html.host.{process.pid}.tmp").write_text("half")
         return process
 
-    monkeypatch.setattr(reporter.subprocess, "Popen", popen)
-    monkeypatch.setattr(reporter, "FIRST", 0.0)
-    pages = reporter.Pages(tmp_path)
+    monkeypatch.setattr(keeper.subprocess, "Popen", popen)
+    monkeypatch.setattr(keeper, "FIRST", 0.0)
+    pages = keeper.Pages(tmp_path)
     begun.wait()
     threading.Timer(0.3, late.set).start()
     began = time.monotonic()
@@ -452,8 +452,8 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, cap
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr("npd.observe.output.write_text", broken)
-    with reporter.observed(Events(path / "events.jsonl"), Display(), report=True):
+    monkeypatch.setattr("npd.report.output.write_text", broken)
+    with keeper.observed(Events(path / "events.jsonl"), Display(), report=True):
         pass
     said = capsys.readouterr().out.replace("\n", " ")
     assert "cannot be written (no space)" in said
@@ -546,7 +546,7 @@ def test_a_page_is_measured_in_bytes(tmp_path, monkeypatch):
     (path / "logs").mkdir()
     (path / "logs/refresh-0.log").write_text("€" * 20_000)
     size = write_report(path).stat().st_size
-    monkeypatch.setattr("npd.observe.report.MOST_BYTES", size - 20_000)
+    monkeypatch.setattr("npd.report.page.MOST_BYTES", size - 20_000)
     assert len(island_of(write_report(path).read_text())["samples"]) < 80
 
 
@@ -559,13 +559,13 @@ def test_the_tokens_of_parts_that_were_not_read_are_told(tmp_path, monkeypatch):
     path = make_run(tmp_path / "run")
     total = sum(len(row["response_ids"]) for row in rows_of(path))
     assert f"Response tokens on disk, {total}" in read(write_report(path))[0].said
-    monkeypatch.setattr("npd.observe.facts.MOST_TOKENS", total // 2)
+    monkeypatch.setattr("npd.report.facts.MOST_TOKENS", total // 2)
     assert f"Response tokens of the parts that were read, out of {total} on disk" in read(write_report(path))[0].said
 
 
 def test_every_verdict_of_a_generation_that_is_shown_has_a_column(tmp_path, monkeypatch):
-    monkeypatch.setattr("npd.observe.tables.middle_left_out", lambda numbers: [numbers[0], None, numbers[-1]])
-    monkeypatch.setattr("npd.observe.tables.MOST_ROWS", 2)
+    monkeypatch.setattr("npd.report.tables.middle_left_out", lambda numbers: [numbers[0], None, numbers[-1]])
+    monkeypatch.setattr("npd.report.tables.MOST_ROWS", 2)
     facts = gather(make_run(tmp_path / "run", generations=3))
     facts.manifests[2]["selection"]["verdicts"]["undefined"] = 7
     table = generation_table(facts, Browser())

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from test_events import nested, span
 
 from npd.observe.events import own_seconds
-from npd.observe.timeline import chrome_trace, coarser, innermost, lanes, write_trace
+from npd.report.timeline import chrome_trace, coarser, innermost, lanes, write_trace
 
 
 @given(nested())

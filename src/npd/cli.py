@@ -17,8 +17,8 @@ from pydantic_core import PydanticUndefined
 
 from npd.config import Config, KindOf, leaves, load_config
 from npd.errors import NpdError, UserError
-from npd.observe.command import report
 from npd.observe.display import Display
+from npd.report.command import report
 
 EPILOG = "Exit status: 0 done; 2 what you gave is wrong (the message says how to mend it); 1 anything else."
 

@@ -22,8 +22,8 @@ from npd.config import Config, config_tree, differing_keys, load_config
 from npd.errors import NpdError, RunError, UserError
 from npd.observe.display import Display
 from npd.observe.events import Events
-from npd.observe.reporter import failure_facts, mark
 from npd.placement import Placement
+from npd.report.keeper import failure_facts, mark
 from npd.store import REFERENCE, Store
 
 POLL = 0.1  # seconds between looks at the directory

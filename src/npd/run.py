@@ -27,12 +27,12 @@ from npd.loaded import Loaded, warn_of_engine
 from npd.loop import Loop, Trained
 from npd.observe.display import Advance, Display
 from npd.observe.events import Events, read_events, seconds_by_role
-from npd.observe.live import RunView
-from npd.observe.reporter import observed
 from npd.observe.trackers import selection_figures, start_trackers
 from npd.placement import Placement
 from npd.prompts import Prompts
 from npd.refresher import Generation, Refresher, show_generation
+from npd.report.keeper import observed
+from npd.report.live import RunView
 from npd.reselect import reselect as reselection
 from npd.rollout.vllm import check_options
 from npd.samples import Samples, clear_cache

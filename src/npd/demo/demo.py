@@ -17,7 +17,7 @@ from npd.config import Config, ModelConfig, load_config
 from npd.demo.task import make_problems
 from npd.errors import UserError
 from npd.observe.display import Display
-from npd.observe.report import write_comparison, write_report
+from npd.report.page import write_comparison, write_report
 from npd.schedule import derive_seed
 from npd.store import Store, write_json, write_text, writing
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from npd.evaluation.verify import wilson_interval
-from npd.observe.browse import Browser
 from npd.observe.events import seconds_by_role
-from npd.observe.facts import RunFacts
-from npd.observe.figures import VERDICTS, has_interval, label, number, smooth_near_policy
+from npd.report.facts import RunFacts
+from npd.report.figures import VERDICTS, has_interval, label, number, smooth_near_policy
+from npd.report.samples import Browser
 from npd.selection import KEPT
 from npd.store import REFERENCE
 

@@ -13,8 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from npd.errors import UserError
-from npd.observe.facts import RunFacts
-from npd.observe.reduce import spread
+from npd.report.facts import RunFacts
+from npd.report.reduce import spread
 from npd.store import Store
 
 MOST_SAMPLES = 400

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from npd.config import Config
 from npd.observe.display import Task
-from npd.observe.facts import part_tokens, tail
+from npd.report.facts import part_tokens, tail
 from npd.selection import KEPT
 from npd.store import Store
 

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from npd.loop import SMOOTHING
-from npd.observe.facts import RunFacts
-from npd.observe.reduce import bucket_means, few_digits, m4, smoothed_kl
-from npd.observe.text import plot_text
+from npd.report.facts import RunFacts
+from npd.report.reduce import bucket_means, few_digits, m4, smoothed_kl
+from npd.report.text import plot_text
 
 VERDICTS = ("proximal", "degenerate", "disconnect", "undefined", "reference")
 RUNS = [f"@run{i}" for i in range(8)]

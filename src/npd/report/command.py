@@ -24,9 +24,9 @@ With --compare, one page about several runs: the same pictures, figures with int
 @click.option("--out", type=click.Path(path_type=Path), help="File to write  [default: RUN_DIR/report.html; compare.html]")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write the run's spans as a Chrome/Perfetto trace here.")
 def report(runs: tuple[Path, ...], compare: bool, out: Path | None, trace: Path | None) -> None:
-    from npd.observe.facts import gather
-    from npd.observe.report import write_comparison, write_report
-    from npd.observe.timeline import write_trace
+    from npd.report.facts import gather
+    from npd.report.page import write_comparison, write_report
+    from npd.report.timeline import write_trace
 
     if compare and trace:
         raise UserError("--compare and --trace are two things to write; give one of them.")

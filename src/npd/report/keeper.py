@@ -59,7 +59,7 @@ def mark(events: Events, name: str, **facts: object) -> None:
 
 
 def _write_last(run_dir: Path, display: Display, error: BaseException | None) -> None:
-    from npd.observe.report import write_report
+    from npd.report.page import write_report
 
     try:
         path = write_report(run_dir, going_on=False)
@@ -87,7 +87,7 @@ class Pages:
             began = time.monotonic()
             with suppress(OSError):
                 self.process = process = subprocess.Popen(
-                    [sys.executable, "-m", "npd.observe.reporter", str(self.run_dir)],
+                    [sys.executable, "-m", "npd.report.keeper", str(self.run_dir)],
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     stderr=subprocess.DEVNULL,  # the last report says what is wrong with all of them
@@ -115,7 +115,7 @@ def main() -> None:
     """Write the report of a run that goes on: RUN_DIR."""
     with suppress(OSError, AttributeError):
         os.nice(19)
-    from npd.observe.report import write_report
+    from npd.report.page import write_report
 
     write_report(sys.argv[1])
 

@@ -24,13 +24,13 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from npd.errors import UserError
-from npd.observe import figures as fig
-from npd.observe import pictures as pic
-from npd.observe import tables as tab
-from npd.observe.browse import MOST_SAMPLES, MOST_TOKENS, Browser, browse
-from npd.observe.facts import RunFacts, clock, gather, how_it_ended
-from npd.observe.output import check_output, write_output
-from npd.observe.text import island, visible
+from npd.report import figures as fig
+from npd.report import pictures as pic
+from npd.report import tables as tab
+from npd.report.facts import RunFacts, clock, gather, how_it_ended
+from npd.report.output import check_output, write_output
+from npd.report.samples import MOST_SAMPLES, MOST_TOKENS, Browser, browse
+from npd.report.text import island, visible
 from npd.store import Store
 
 MOST_BYTES = 5_900_000  # of a page; samples are left out until it fits
@@ -296,7 +296,7 @@ def render(page: Page) -> str:
         "responses": page.browser.responses,
     }
     environment = Environment(
-        loader=PackageLoader("npd.observe", "page"),
+        loader=PackageLoader("npd.report", "templates"),
         autoescape=select_autoescape(default=True, default_for_string=True),
         finalize=lambda value: visible(value) if type(value) is str else value,
         trim_blocks=True,

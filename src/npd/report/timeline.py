@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npd.observe.events import MARKS
-from npd.observe.output import check_output, write_output
+from npd.report.output import check_output, write_output
 
 Event = dict[str, Any]
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from npd.observe.facts import RunFacts
-from npd.observe.figures import RUNS, VERDICTS, Figure, Trace, axis, label, named
-from npd.observe.reduce import edges_for, few_digits, histogram, spread
-from npd.observe.text import plot_text
-from npd.observe.timeline import coarser, innermost, lanes
+from npd.report.facts import RunFacts
+from npd.report.figures import RUNS, VERDICTS, Figure, Trace, axis, label, named
+from npd.report.reduce import edges_for, few_digits, histogram, spread
+from npd.report.text import plot_text
+from npd.report.timeline import coarser, innermost, lanes
 
 SYMBOLS = {"proximal": "circle", "degenerate": "triangle-down", "disconnect": "diamond", "undefined": "x"}
 MOST_POINTS = 1500  # of a scatter

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from npd.observe.browse import browse, choose_parts, pieces, strata, token_gaps
-from npd.observe.facts import gather
-from npd.observe.text import island, plot_text, visible
+from npd.report.facts import gather
+from npd.report.samples import browse, choose_parts, pieces, strata, token_gaps
+from npd.report.text import island, plot_text, visible
 from npd.store import Store
 
 
@@ -152,7 +152,7 @@ def test_every_stratum_is_shown(tmp_path):
 
 
 def test_text_has_a_budget(tmp_path, monkeypatch):
-    monkeypatch.setattr("npd.observe.browse.MOST_TEXT", 300)
+    monkeypatch.setattr("npd.report.samples.MOST_TEXT", 300)
     samples = browse(gather(make_run(tmp_path / "run"))).samples
     assert 1 <= len(samples) < 80
     assert sum(len(s["prompt"]) + len("".join(s["pieces"])) for s in samples) <= 300
