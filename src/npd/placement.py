@@ -8,15 +8,14 @@ from dataclasses import dataclass
 
 import torch
 
-from npd.config import PlacementConfig, ScheduleConfig
+from npd.config import Config, PlacementConfig, ScheduleConfig
 from npd.errors import UserError
-
-EXTERNAL = "external"
+from npd.registry import ENGINES, PRODUCERS
 
 
 @dataclass(frozen=True)
-class Job:
-    """A refresh process."""
+class WorkerDevices:
+    """Devices of a process that makes generations beside the trainer."""
 
     rollout: str
     teacher: str
@@ -33,8 +32,10 @@ class Job:
 class Placement:
     train: list[str]
     """One device for each training process."""
-    jobs: list[Job]
+    workers: list[WorkerDevices]
     """Processes that make generations beside the trainer; empty where it makes them itself, in turns, or others do."""
+    producer: str | None
+    """The producer that placement.rollout names, instead of devices."""
     turns: bool
     """Do training and generation take turns? Then `lead` is 0."""
     lead: float
@@ -65,7 +66,36 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def place(
+def resolve_placement(
+    config: Config, *, take_turns: bool = False, processes: int = 1, generates: bool = True
+) -> Placement:
+    """Where a run's parts stand on this machine.
+
+    Args:
+        take_turns: nothing runs beside the trainer, whatever schedule.lead says.
+        processes: trainers.
+        generates: the student writes responses, with the rollout's engine.
+
+    Raises:
+        UserError: as `assign_devices`.
+    """
+    engine = ENGINES[config.rollout.engine]
+    size = engine.devices(config.rollout.engine_options) if generates else 1
+    placement, schedule = config.placement, config.schedule
+    if take_turns:
+        schedule = schedule.model_copy(update={"lead": 0.0})
+        if names_producer(placement):
+            placement = placement.model_copy(update={"rollout": "auto"})
+    first = generates and engine.takes_first_gpus
+    return assign_devices(placement, schedule, processes=processes, engine_gpus=size, engine_first=first)
+
+
+def names_producer(config: PlacementConfig) -> bool:
+    """Does placement.rollout name who makes the generations, instead of devices here?"""
+    return isinstance(config.rollout, str) and config.rollout in PRODUCERS and bool(PRODUCERS[config.rollout].elsewhere)
+
+
+def assign_devices(
     config: PlacementConfig,
     schedule: ScheduleConfig,
     *,
@@ -98,7 +128,8 @@ def place(
         )
     if gpus and processes > gpus:
         raise UserError(f"{processes} training processes run, but this machine has {gpus} GPUs; start no more than that.")
-    external = config.rollout == EXTERNAL
+    producer = str(config.rollout) if names_producer(config) else None
+    external = producer is not None
     rollout = [] if external else _devices("rollout", config.rollout, gpus)
     if not rollout and not external:
         free = [f"cuda:{i}" for i in range(gpus) if f"cuda:{i}" not in train]
@@ -122,8 +153,8 @@ def place(
         raise UserError(
             f"placement.teacher names {len(teacher)} devices for {len(rollout)} of placement.rollout; name one, or as many."
         )
-    jobs = [Job(engine[0], teacher[i % len(teacher)], engine[1:]) for i, engine in enumerate(engines)]
-    used = {device for job in jobs for device in (job.rollout, *job.beside, job.teacher)}
+    workers = [WorkerDevices(engine[0], teacher[i % len(teacher)], engine[1:]) for i, engine in enumerate(engines)]
+    used = {device for worker in workers for device in (worker.rollout, *worker.beside, worker.teacher)}
     shared = sorted(device for device in used & set(train) if device != "cpu")
     why = ""
     if shared and schedule.lead:
@@ -135,11 +166,12 @@ def place(
     if not turns:
         on_gpu = all("cuda" in device for device in train)
         mine = mine or (None if on_gpu or external else max(1, -(-cpus // 2)))
-        first = first or max(1, cpus // max(1, len(jobs)))
-        each = each or max(1, (cpus - (mine or 0)) // max(1, len(jobs)))
+        first = first or max(1, cpus // max(1, len(workers)))
+        each = each or max(1, (cpus - (mine or 0)) // max(1, len(workers)))
     return Placement(
         train=train,
-        jobs=[] if turns else jobs,
+        workers=[] if turns else workers,
+        producer=producer,
         turns=turns,
         lead=0.0 if turns else schedule.lead,
         rollout=(rollout or train)[0],

@@ -1,6 +1,6 @@
 """Load and save models, check that teacher and student fit each other, cut a student out of a teacher."""
 
-from npd.models.devices import device, fast_bfloat16, place_on, resolve_dtype
+from npd.models.devices import device, fast_bfloat16, resolve_dtype, use_device
 from npd.models.loading import (
     check_context,
     context_length,
@@ -43,11 +43,11 @@ __all__ = [
     "load_model_config",
     "load_tokenizer",
     "parameter_count",
-    "place_on",
     "quiet_transformers",
     "resolve_dtype",
     "save_model",
     "shared_vocabulary",
     "snapshot_config",
     "stop_ids_of",
+    "use_device",
 ]

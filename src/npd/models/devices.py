@@ -9,7 +9,7 @@ from npd.config import ModelConfig, StudentConfig
 _placed: torch.device | None = None
 
 
-def place_on(name: str | None) -> None:
+def use_device(name: str | None) -> None:
     """Make this process's models run on a device; None: the first CUDA device if there is one, else the CPU."""
     global _placed
     _placed = None if name is None else torch.device(name)
