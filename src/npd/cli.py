@@ -146,12 +146,18 @@ def sft(config: Config, dry_run: bool) -> None:
 
 
 def _train(config: Config, command: str, dry_run: bool) -> None:
-    from npd import run, setup
-    from npd.plan import show_plan
+    from npd import run
 
     display = Display()
     if dry_run:
-        show_plan(setup.prepare(config, command), display)
+        from npd.observe.console import show_plan
+        from npd.plan import make_plan, plan_notes, plan_rows
+        from npd.preflight import prepare
+
+        setup = prepare(config, command)
+        show_plan(
+            f"npd {command}: the plan for {config.run_dir}", plan_rows(setup, make_plan(setup)), plan_notes(setup), display
+        )
         return
     result = getattr(run, command)(config, display=display)
     show_result(result, display)
@@ -171,7 +177,8 @@ def _train(config: Config, command: str, dry_run: bool) -> None:
     click.Option(["--reselect"], is_flag=True, help="Apply selection.* to the newest generation before it is trained on."),
 )
 def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
-    from npd import jobs, run
+    from npd import run
+    from npd.refresh.follower import follow as follow_run
 
     display = Display()
     if follow and reselect:
@@ -181,7 +188,7 @@ def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
         part, whole = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= part <= whole:
             raise UserError(f"--share is {share!r}; give I/N with I from 1 to N, such as 1/2 and 2/2 for two machines.")
-        jobs.follow(Path(config.run_dir), None, part - 1, whole, display, 1.0, config=config)
+        follow_run(Path(config.run_dir), None, part - 1, whole, display, 1.0, config=config)
         click.echo(f"All that {config.run_dir} asks for is made.")
         return
     generation = run.reselect(config, display=display) if reselect else run.refresh(config, display=display)
@@ -259,7 +266,7 @@ def demo(out: str, seed: int) -> None:
 
 def show_figures(title: str, columns: dict[str, dict[str, float]], display: Display) -> None:
     """Evaluation figures as a table, an accuracy with its interval."""
-    from npd.run import shows
+    from npd.observe.console import shows
 
     names = list(dict.fromkeys(key for figures in columns.values() for key in figures if shows(key)))
     rows = [[name.removeprefix("eval/"), *(_figure(figures, name) for figures in columns.values())] for name in names]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -55,6 +55,10 @@ class Placement:
     why: str = ""
     """Why turns are taken though `lead` asks for none."""
 
+    def on(self, device: str) -> Placement:
+        """The same, with rollout and teacher of this process on one device."""
+        return replace(self, rollout=device, teacher=device)
+
     @property
     def shared_gpu(self) -> bool:
         """Must models leave the GPU while others use it?"""
@@ -66,9 +70,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def resolve_placement(
-    config: Config, *, take_turns: bool = False, processes: int = 1, generates: bool = True
-) -> Placement:
+def resolve_placement(config: Config, *, take_turns: bool = False, processes: int = 1, generates: bool = True) -> Placement:
     """Where a run's parts stand on this machine.
 
     Args:
@@ -88,6 +90,35 @@ def resolve_placement(
             placement = placement.model_copy(update={"rollout": "auto"})
     first = generates and engine.takes_first_gpus
     return assign_devices(placement, schedule, processes=processes, engine_gpus=size, engine_first=first)
+
+
+def check_engine(config: Config, placed: Placement, processes: int, *, trains: bool) -> None:
+    """See that the rollout's engine can be had, and can stand where the placement puts it.
+
+    Args:
+        processes: trainers.
+        trains: does this process train as well?
+
+    Raises:
+        UserError: it is not installed, does not know its options, or can't stand there.
+    """
+    engine = ENGINES[config.rollout.engine]
+    engine.check(config)
+    if placed.turns:
+        engine.check_shared(config, placed.rollout, processes=processes, trains=trains)
+    for worker in placed.workers:
+        engine.check_device(config, worker.rollout)
+
+
+def engine_beside_training(config: Config, placed: Placement, processes: int, *, trains: bool = True) -> str:
+    """The engine that writes in a process that evaluates or makes references: the rollout's where it can stand there."""
+    try:
+        if placed.turns:
+            ENGINES[config.rollout.engine].check_shared(config, placed.rollout, processes=processes, trains=trains)
+            return config.rollout.engine
+    except UserError:
+        pass
+    return ENGINES.default
 
 
 def names_producer(config: PlacementConfig) -> bool:

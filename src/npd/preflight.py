@@ -1,86 +1,147 @@
-"""What can be known and checked before any weights are loaded: models' configurations, tokenizers, data, servers, places."""
+"""What can be known and checked before any weights are loaded; nothing is changed. Each part brings its own check."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from npd import models
 from npd.config import Config, load_config
 from npd.errors import UserError
-from npd.evaluation import Task, load_task
-from npd.placement import EXTERNAL, Placement, place
+from npd.evaluation import Benchmark, benchmark_kind
+from npd.evaluation import Setting as BenchmarkSetting
+from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
 from npd.prompts import Prompts, count_sources, load_prompts
-from npd.refresher import usable_references
-from npd.rollout.vllm import check_options, devices_per_engine
-from npd.scoring.served import check_server
+from npd.refresh.generation import Generations, ReferenceGenerations, tuning, usable_references
+from npd.refresh.models import Tokens, load_tokenizers
+from npd.registry import ENGINES
+from npd.scoring import Question, teacher_kind
 from npd.store import Store
 
 AnyConfig = Config | Mapping[str, Any] | str | Path
 
+DISTILL, SFT, EVAL = "distill", "sft", "eval"
+
 
 @dataclass
 class Setup:
-    """What can be known and checked before any weights are loaded."""
+    """What was found."""
 
     config: Config
+    """As the command takes it: for fine-tuning on references see npd.refresh.generation.tuning."""
+    given: Config
+    """As the user gave it."""
     command: str
-    tokenizer: Any
-    vocabulary: models.Vocabulary
+    tokens: Tokens
     prompts: Prompts | None
     """None where nothing is trained."""
     held_out: Prompts | None
-    tasks: list[Task]
-    student_config: Any
-    teacher_configs: dict[str | None, Any]
-    """Of teachers that are loaded here, by their keys in `Config.all_teachers`."""
+    tasks: list[Benchmark]
+    placement: Placement
+    longest_prompt: int
+    """Tokens, over all that is asked."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before it begins."""
 
+    @property
+    def generations(self) -> Generations:
+        """What the run's generations are, from the prompts as they are now."""
+        assert self.prompts is not None, "only what trains has generations"
+        kind = ReferenceGenerations if self.command == SFT else Generations
+        return kind(self.config, self.prompts)
+
 
 def as_config(config: AnyConfig) -> Config:
+    """A configuration, read if need be."""
     return config if isinstance(config, Config) else load_config(config)
 
 
-def placement_of(config: Config, *, turns: bool = False, processes: int = 1, writes: bool = True) -> Placement:
-    """Where a run's parts stand; with `turns` nothing runs beside the trainer, whatever schedule.lead says.
+def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
+    """Load configuration, tokenizers and data, and check all that can be checked without weights, servers among it.
 
-    `writes`: the student writes responses, by the rollout's engine.
-    """
-    vllm = writes and config.rollout.engine == "vllm"
-    engine: dict[str, Any] = {"engine_gpus": devices_per_engine(config.rollout.vllm) if vllm else 1, "engine_first": vllm}
-    if not turns:
-        return place(config.placement, config.schedule, processes=processes, **engine)
-    here = config.placement.model_copy(update={"rollout": "auto"} if config.placement.rollout == EXTERNAL else {})
-    return place(here, config.schedule.model_copy(update={"lead": 0.0}), processes=processes, **engine)
-
-
-def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, dict[str | None, Any]]:
-    """Tokenizer, what the models share, the student's configuration and those of the teachers that are loaded here.
+    Args:
+        command: distill, sft or eval.
+        take_turns: nothing runs beside this process, and it does not train: `npd refresh`.
 
     Raises:
-        UserError: they cannot be loaded, or do not fit each other.
+        UserError: whatever is wrong with what the user gave.
     """
-    tokenizer = models.load_tokenizer(config.student)
-    student_config = models.load_model_config(config.student)
-    stop_ids = models.stop_ids_of(config.student)
-    teacher_configs = {}
-    for key, teacher in config.all_teachers.items():
-        if teacher.server is None:
-            models.check_compatible(tokenizer, models.load_tokenizer(teacher), (config.student.model, teacher.model))
-            teacher_configs[key] = models.load_model_config(teacher)
-            stop_ids += models.stop_ids_of(teacher)
-    vocabulary = models.shared_vocabulary(tokenizer, student_config, *teacher_configs.values(), stop_ids=stop_ids)
-    if len(teacher_configs) < len(config.all_teachers):  # how far a served teacher's vocabulary is padded is not known
-        vocabulary = replace(vocabulary, size=min(vocabulary.size, 1 + max(tokenizer.get_vocab().values())))
-    if config.scoring.top_k > vocabulary.size:
-        raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
-    return tokenizer, vocabulary, student_config, teacher_configs
+    config = tuning(given) if command == SFT else given
+    needs_teacher = command == DISTILL or (command == SFT and config.data.references == "teacher")
+    if needs_teacher and not config.has_teacher:
+        raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    generates = command == DISTILL
+    placed = resolve_placement(
+        config, take_turns=take_turns or command == EVAL, processes=processes, generates=generates or command == EVAL
+    )
+    if generates:
+        check_engine(config, placed, processes, trains=not take_turns)
+    elif config.evaluation.tasks or config.data.eval is not None or needs_teacher:
+        beside = engine_beside_training(config, placed, processes, trains=command != EVAL)
+        ENGINES[beside].check(config)
+    models.use_device(placed.train[0] if processes == 1 else None)
+    if config.training.compile and command != EVAL:
+        models.check_compiler()
+    tokens = load_tokenizers(config)
+    prompts = None if command == EVAL else _load_train(config, command, tokens.tokenizer)
+    held_out, tasks = _load_tasks(config, tokens.tokenizer)
+    longest = max([0, *(p.longest for p in (prompts, held_out) if p is not None), *(task.longest_prompt for task in tasks)])
+    option, response = max(
+        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
+        ("evaluation.max_new_tokens", config.evaluation.max_new_tokens or 0),
+        key=lambda pair: pair[1],
+    )
+    models.check_context(config.student.model, tokens.student, longest, response, option)
+    notes = []
+    compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
+    for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
+        if read is not None:
+            notes += check_sources(config, read, name)
+    reads = (needs_teacher or compared is not None) and not (command != EVAL and Store(config.run_dir).finished)
+    question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, longest, response, option)
+    for key, teacher in config.all_teachers.items() if reads else ():
+        notes += teacher_kind(teacher).check(teacher, tokens.teachers[key], question)
+    if command != EVAL:
+        Store(config.run_dir).check(given, command)
+    return Setup(config, given, command, tokens, prompts, held_out, tasks, placed, longest, notes)
+
+
+def _load_train(config: Config, command: str, tokenizer: Any) -> Prompts:
+    given = command == SFT and config.data.references == "given"
+    prompts = load_prompts(
+        config.data.train,
+        tokenizer,
+        split=config.data.split,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_completion_tokens=config.rollout.max_new_tokens if given else None,
+        need="completion" if given else None,
+    )
+    if config.schedule.references and not len(usable_references(config, prompts)):
+        raise UserError(
+            "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
+            "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
+        )
+    return prompts
+
+
+def _load_tasks(config: Config, tokenizer: Any) -> tuple[Prompts | None, list[Benchmark]]:
+    """data.eval, and the benchmarks that evaluation.tasks names."""
+    kinds = [benchmark_kind(task) for task in config.evaluation.tasks]
+    held_out = None
+    if config.data.eval is not None:
+        held_out = load_prompts(
+            config.data.eval,
+            tokenizer,
+            split=config.data.split,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            need=next((kind.needs for kind in kinds if kind.needs is not None), None),
+        )
+    setting = BenchmarkSetting(config, tokenizer, held_out)
+    return held_out, [kind(task, setting) for kind, task in zip(kinds, config.evaluation.tasks, strict=True)]
 
 
 def check_sources(config: Config, prompts: Prompts, name: str) -> list[str]:
@@ -102,102 +163,3 @@ def check_sources(config: Config, prompts: Prompts, name: str) -> list[str]:
         )
     idle = [source for source in config.teachers if source not in counts]
     return [f"No prompt of {name} has the source {source!r}, which teachers has a teacher for." for source in idle]
-
-
-def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
-    """Load configuration, tokenizers and data, and check all that can be checked without weights, servers among it.
-
-    Raises:
-        UserError: whatever is wrong with what the user gave.
-    """
-    needs_teacher = command in ("distill", "refresh") or (command == "sft" and config.data.references == "teacher")
-    if needs_teacher and not config.has_teacher:
-        raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    writes = command == "distill"
-    placed = placement_of(config, turns=turns or not writes, processes=processes, writes=writes)
-    if config.rollout.engine == "vllm" and writes:
-        check_options(config.rollout.vllm)
-        check_engine_place(config, placed, processes, trains=not turns)
-    models.place_on(placed.train[0] if processes == 1 else None)
-    if config.training.compile and command in ("distill", "sft"):
-        models.check_compiler()
-    tokenizer, vocabulary, student_config, teacher_configs = load_tokenizers(config)
-    given = command == "sft" and config.data.references == "given"
-    prompts = None
-    if command != "eval":
-        prompts = load_prompts(
-            config.data.train,
-            tokenizer,
-            split=config.data.split,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_completion_tokens=config.rollout.max_new_tokens if given else None,
-            need="completion" if given else None,
-        )
-        if command == "distill" and config.schedule.references and not len(usable_references(config, prompts)):
-            raise UserError(
-                "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
-                "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
-            )
-    held_out = None
-    if config.data.eval is not None:
-        held_out = load_prompts(
-            config.data.eval,
-            tokenizer,
-            split=config.data.split,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            need="answer" if any(task.name == "answer" for task in config.evaluation.tasks) else None,
-        )
-    tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
-    asked = [p.longest for p in (prompts, held_out) if p is not None]
-    longest = max([0, *asked, *(max(map(len, task.prompts["prompt_ids"].to_pylist())) for task in tasks)])
-    option, new = max(
-        ("rollout.max_new_tokens", config.rollout.max_new_tokens),
-        ("evaluation.max_new_tokens", config.evaluation.max_new_tokens or 0),
-        key=lambda pair: pair[1],
-    )
-    for model, model_config in (
-        (config.student, student_config),
-        *((config.all_teachers[k], c) for k, c in teacher_configs.items()),
-    ):
-        context = models.context_length(model_config)
-        if context is not None and longest + new > context:
-            raise UserError(
-                f"The longest prompt ({longest} tokens) and {option} ({new}) together pass the context of "
-                f"{model.model} ({context} tokens). Lower data.max_prompt_tokens or {option}."
-            )
-    notes = []
-    compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
-    for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
-        if read is not None:
-            notes += check_sources(config, read, name)
-    reads = (needs_teacher or compared is not None) and not (command != "eval" and Store(config.run_dir).finished)
-    for teacher in config.all_teachers.values() if reads else ():
-        if teacher.server is not None:
-            notes += check_server(teacher, tokenizer, config.scoring.top_k, longest + new, vocabulary)
-    if command != "eval":
-        Store(config.run_dir).check(config, command)
-    return Setup(config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_configs, notes)
-
-
-def check_engine_place(config: Config, placed: Placement, processes: int, *, trains: bool) -> None:
-    """See that vLLM can stand where the placement puts it.
-
-    Args:
-        trains: does this process train as well?
-
-    Raises:
-        UserError: it would share its process with several trainers, or with one on another GPU than the first, or stand on
-            the CPU of a machine with GPUs, where vLLM takes a GPU all the same.
-    """
-    where = [placed.rollout] if placed.turns else [job.rollout for job in placed.jobs]
-    if "cpu" in where and torch.cuda.is_available():
-        raise UserError("placement.rollout is cpu, but vLLM takes a GPU where there is one; name a GPU, or leave it auto.")
-    size = devices_per_engine(config.rollout.vllm)
-    if placed.turns and (processes > 1 or (trains and size > 1) or placed.rollout not in ("cpu", "cuda:0")):
-        raise UserError(
-            "Where training and generation take turns, and in `npd refresh`, rollout.engine vllm shares the process and its "
-            f"first GPU; here it would be {processes} trainers, {size} GPUs an engine, the first on {placed.rollout}. "
-            "Give the rollout GPUs of its own (placement.rollout) and a schedule.lead above 0, choose GPUs by "
-            "CUDA_VISIBLE_DEVICES, or generate elsewhere (placement.rollout external)."
-        )

@@ -20,6 +20,11 @@ from rich.text import Text
 
 Advance = Callable[..., None]
 
+
+def untold(steps: float = 1, note: str = "") -> None:
+    """An `Advance` of what nobody is shown."""
+
+
 PLAIN_SECONDS = 15.0  # between lines of a long task when the output is not a terminal
 FRAMES = 2  # a second, of the live view; each takes some milliseconds from the training
 
@@ -126,7 +131,7 @@ class Display:
             first = not (self.busy or self.console.quiet)
             self.busy = self.busy or first
         if not first:
-            yield lambda steps=1, note="": None
+            yield untold
             return
         show = self._in_view if self.view is not None else self._bar if self.redraws else self._lines
         try:

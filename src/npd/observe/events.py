@@ -7,14 +7,17 @@ import math
 import os
 import threading
 import time
+import traceback
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from npd.errors import NpdError
 from npd.store import explained_full_disk, json_lines
 
+TRACEBACK_LINES = 60
 MARKS = ("started", "ended", "failed")  # of a command's work on a run: not spans, but moments
 
 
@@ -110,3 +113,18 @@ def seconds_by_role(source: Path | Iterable[dict[str, Any]]) -> dict[str, dict[s
         roles[role]["wall"] += max(0.0, end - max(start, until.get(role, start)))
         until[role] = max(end, until.get(role, end))
     return {role: dict(seconds) for role, seconds in roles.items()}
+
+
+def failure_facts(error: BaseException) -> dict[str, object]:
+    """What a `failed` event says: the kind of error, its message, whether npd explains it, and the end of its traceback."""
+    lines = "".join(traceback.format_exception(error)).splitlines()
+    explained = isinstance(error, NpdError)
+    facts: dict[str, object] = {"error": type(error).__name__, "message": str(error), "explained": explained}
+    return facts if explained else facts | {"traceback": "\n".join(lines[-TRACEBACK_LINES:])}
+
+
+def mark(events: Events, name: str, **facts: object) -> None:
+    """A moment of a command's work, on record if that is possible."""
+    now = time.time()
+    with suppress(OSError, NpdError):  # a full disk, of which there will be a better message
+        events.write(name, now, now, **facts)

@@ -1,33 +1,94 @@
-"""The models that a refresh works with: the student as a snapshot has it, what answers with it, and the teachers."""
+"""The models that make generations: the student as a snapshot has it, the engine that writes with it, the teachers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from npd.config import Config
+from npd.config import Config, ModelConfig, Sampling
 from npd.errors import UserError
-from npd.models import Vocabulary, load_model, load_model_config, resolve_dtype, snapshot_config
+from npd.evaluation import Gap
+from npd.models import (
+    Vocabulary,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    shared_vocabulary,
+    snapshot_config,
+    stop_ids_of,
+)
 from npd.observe.display import Display
 from npd.placement import Placement
-from npd.rollout import TransformersRollout
-from npd.rollout.served import ServedRollout
-from npd.scoring import Prefill, Reader, ServedPrefill
-from npd.server import Server
-from npd.store import REFERENCE, Store
-
-if TYPE_CHECKING:
-    from npd.rollout.vllm import VllmRollout
+from npd.registry import ENGINES
+from npd.rollout import Engine, Setting, Weights
+from npd.scoring import Identity, Prefill, Teacher, teacher_kind
+from npd.scoring import Setting as TeacherSetting
+from npd.scoring.routed import Routed
+from npd.store import Store
 
 
-class Loaded:
-    """Loads each model when it is first asked for, and keeps it: of the student's snapshots, the one asked for last."""
+class Tokens(NamedTuple):
+    """What is known of a run's models before weights are loaded."""
+
+    tokenizer: Any
+    """The student's."""
+    vocabulary: Vocabulary
+    student: Any
+    """The student's own configuration."""
+    teachers: dict[str | None, Identity]
+    """By their keys in `Config.all_teachers`."""
+
+
+def load_tokenizers(config: Config) -> Tokens:
+    """The student's tokenizer and configuration, and what its teachers share with it.
+
+    Raises:
+        UserError: they cannot be loaded, or do not fit each other.
+    """
+    tokenizer = load_tokenizer(config.student)
+    student = load_model_config(config.student)
+    stop_ids = list(stop_ids_of(config.student))
+    teachers = {
+        key: teacher_kind(teacher).identify(teacher, tokenizer, config.student.model)
+        for key, teacher in config.all_teachers.items()
+    }
+    for identity in teachers.values():
+        stop_ids += identity.stop_ids
+    known = [identity.config for identity in teachers.values() if identity.config is not None]
+    vocabulary = shared_vocabulary(tokenizer, student, *known, stop_ids=stop_ids)
+    if len(known) < len(teachers):  # how far another one's vocabulary is padded is not known
+        vocabulary = replace(vocabulary, size=min(vocabulary.size, 1 + max(tokenizer.get_vocab().values())))
+    if config.scoring.top_k > vocabulary.size:
+        raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
+    return Tokens(tokenizer, vocabulary, student, teachers)
+
+
+class Snapshot:
+    """Weights of a published snapshot, for an engine."""
+
+    def __init__(self, models: Models, version: int) -> None:
+        self.models, self.version = models, version
+
+    def path(self) -> Path:
+        return self.models.snapshot(self.version)
+
+    def model(self) -> PreTrainedModel:
+        return self.models.student(self.version)
+
+
+class Models:
+    """Loads each model when it is first asked for, and keeps it: of the student's snapshots, the one asked for last.
+
+    Args:
+        engine: the kind of engine that writes; None: the rollout's.
+    """
 
     def __init__(
         self,
@@ -38,151 +99,187 @@ class Loaded:
         longest_prompt: int,
         display: Display,
         placement: Placement,
+        *,
+        engine: str | None = None,
     ) -> None:
         self.config, self.store, self.vocabulary, self.pad_id = config, store, vocabulary, pad_id
         self.longest_prompt, self.display, self.placement = longest_prompt, display, placement
-        self._student: tuple[int, PreTrainedModel | None] = (REFERENCE, None)
-        self._whole = REFERENCE  # the version whose checksums were compared last
-        self._vllm: VllmRollout | None = None
-        self._teachers: dict[str | None, PreTrainedModel | Server] = {}
+        self.engine_kind: type[Engine] = ENGINES[engine or config.rollout.engine]
+        self._student: tuple[int, PreTrainedModel] | None = None  # version, model
+        self._whole: int | None = None  # the version whose checksums were compared last
+        self._engine: Engine | None = None
+        self._teachers: dict[str | None, Teacher] = {}
 
-    def teacher(self, key: str | None) -> PreTrainedModel | Server:
-        """A teacher by its key in `Config.all_teachers`: loaded when first asked for, or the server that has it."""
+    # -- teachers
+
+    def teacher(self, key: str | None) -> Teacher:
+        """A teacher by its key in `Config.all_teachers`, made ready when first asked for."""
         if key not in self._teachers:
             config = self.config.all_teachers[key]
-            if config.server is not None:
-                self._teachers[key] = Server(config, self.display.say)
-            else:
-                self._teachers[key] = load_model(config, on=self.placement.teacher)
+            setting = TeacherSetting(
+                self.vocabulary,
+                self.pad_id,
+                self.placement.teacher,
+                self.config.scoring.batch_tokens,
+                self.display.say,
+                self._start_engine,
+            )
+            self._teachers[key] = teacher_kind(config)(config, setting)
         return self._teachers[key]
-
-    def reader(self, key: str | None) -> Reader:
-        """What reads with a teacher."""
-        teacher = self.teacher(key)
-        return ServedPrefill(teacher, self.vocabulary) if isinstance(teacher, Server) else self.prefill(teacher)
-
-    def writer(self, key: str | None) -> Callable[..., pa.Table]:
-        """What lets a teacher write references."""
-        options = self.config.rollout
-        teacher = self.teacher(key)
-        if not isinstance(teacher, Server):
-            write = self._rollout(teacher, samples_per_prompt=1)
-            # No snapshot of the student is behind what a teacher writes.
-            return lambda *args: write(*args).drop_columns("behavior_logprobs")
-        return ServedRollout(
-            teacher,
-            self.vocabulary,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-        )
 
     def move_teachers(self, device: str) -> None:
         """Move those that are loaded here."""
         for teacher in self._teachers.values():
-            if not isinstance(teacher, Server):
-                teacher.to(device)  # type: ignore[arg-type]
+            teacher.move(device)
 
-    def student(self, policy_version: int) -> PreTrainedModel:
+    # -- the student
+
+    def student(self, version: int) -> PreTrainedModel:
         """The student as a snapshot has it; the one used last stays loaded."""
-        version, model = self._student
-        if model is None or version != policy_version:
-            self._student = REFERENCE, None  # before the next one takes its memory
-            path = self._snapshot(policy_version)
-            model = load_model(snapshot_config(self.config.student, path), on=self.placement.rollout)
-            self._student = policy_version, model
-        return model
+        if self._student is None or self._student[0] != version:
+            self._student = None  # before the next one takes its memory
+            config = snapshot_config(self.config.student, self.snapshot(version))
+            self._student = version, load_model(config, on=self.placement.rollout)
+        return self._student[1]
 
-    def _snapshot(self, policy_version: int) -> Path:
+    def snapshot(self, version: int) -> Path:
         """A snapshot's directory, whole.
 
         Raises:
             UserError: it is damaged, or no longer kept.
         """
-        path = self.store.policy(policy_version)
+        path = self.store.policy(version)
         if not path.is_dir():
             raise UserError(
                 f"A part must be made again, but the snapshot {path} that writes it is no longer kept (checkpoint.keep "
-                f"{self.config.checkpoint.keep}). Delete the run directory and start over, keeping more."
+                f"{self.config.checkpoint.keep}).",
+                "Delete the run directory and start over, keeping more.",
             )
-        if self._whole != policy_version:
+        if self._whole != version:
             self.store.check_model(path)
-            self._whole = policy_version
+            self._whole = version
         return path
+
+    def prefill(self, model: PreTrainedModel) -> Prefill:
+        """What reads with a model."""
+        return Prefill(model, self.vocabulary, self.pad_id, self.config.scoring.batch_tokens)
+
+    # -- who writes
+
+    def engine(self, version: int) -> Engine:
+        """What answers with a snapshot's weights."""
+        weights = Snapshot(self, version)
+        weights.path()
+        weights.model()  # here: loading is no work for a thread beside the engine
+        return self.engine_with(weights)
+
+    def engine_with(self, weights: Weights) -> Engine:
+        """What answers with these weights."""
+        if self._engine is None:
+            if self.engine_kind.holds_weights:
+                # What shares the engine's device is loaded first: the engine takes a share of what is left.
+                for key in self.config.all_teachers:
+                    self.teacher(key)
+            self._engine = self._start_engine(self.config.student)
+        self._engine.take(weights)
+        return self._engine
+
+    def _start_engine(self, model: ModelConfig) -> Engine:
+        lora = getattr(model, "lora", None) is not None
+        setting = Setting(
+            self.config,
+            model,
+            self.vocabulary,
+            self.pad_id,
+            self.placement.rollout,
+            self.longest_prompt,
+            shares_device=self.placement.shared_gpu,
+            base=self.store.policy(0) if lora else None,  # where adapters have changed nothing yet
+        )
+        return self.engine_kind(setting)
+
+    # -- letting go
 
     def release(self) -> None:
         """Let go of the student, and of the GPU's memory that student and engine took."""
-        self._student = REFERENCE, None
-        if self._vllm is not None:
-            self._vllm.rest()
+        self._student = None
+        for teacher in self._teachers.values():
+            teacher.rest()
+        if self._engine is not None:
+            self._engine.rest()
+        self.free()
+
+    def free(self) -> None:
+        """Give memory of the GPU that nothing uses back to the system, for other processes and engines."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-
-    def close(self) -> None:
-        """Let go of everything."""
-        self._student, self._teachers = (REFERENCE, None), {}
-        if self._vllm is not None:
-            self._vllm.close()
-            self._vllm = None
-
-    def engine(self, policy_version: int) -> TransformersRollout | VllmRollout:
-        """What answers with a snapshot's weights."""
-        if self.config.rollout.engine == "transformers":
-            return self._rollout(self.student(policy_version))
-        path = self._snapshot(policy_version)
-        self.student(policy_version)  # here: loading is no work for a thread beside the engine
-        if self._vllm is None:
-            # What shares the engine's device is loaded first: the engine takes a share of what is left.
-            for key in self.config.all_teachers:
-                self.teacher(key)
-            self._vllm = self._start_vllm(path)
-        self._vllm.take(path)
-        return self._vllm
 
     def stop(self) -> None:
         """End what teachers are asked in another thread."""
         for teacher in self._teachers.values():
-            if isinstance(teacher, Server):
-                teacher.stop()
+            teacher.stop()
 
-    def _start_vllm(self, path: Path) -> VllmRollout:
-        from npd.rollout.vllm import VllmRollout
+    def close(self) -> None:
+        """Let go of everything."""
+        for teacher in self._teachers.values():
+            teacher.close()
+        self._student, self._teachers = None, {}
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
-        options, student = self.config.rollout, self.config.student
-        if student.lora is not None:
-            path = self.store.policy(0)  # where adapters have changed nothing yet
-        return VllmRollout(
-            path,
-            load_model_config(snapshot_config(student, path)),
-            self.vocabulary,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            samples_per_prompt=options.samples_per_prompt,
-            context=self.longest_prompt + options.max_new_tokens,
-            batch_size=options.batch_size,
-            dtype=resolve_dtype(snapshot_config(student, path), trained=False, on=self.placement.rollout),
-            lora_rank=student.lora.r if student.lora is not None else None,
-            trust_remote_code=student.trust_remote_code,
-            options=options.vllm,
-            sleeps=self.placement.shared_gpu,
-        )
 
-    def _rollout(self, model: PreTrainedModel, samples_per_prompt: int | None = None) -> TransformersRollout:
-        options = self.config.rollout
-        return TransformersRollout(
-            model,
-            self.vocabulary,
-            self.pad_id,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            batch_size=options.batch_size,
-            samples_per_prompt=samples_per_prompt or options.samples_per_prompt,
-        )
+class Evaluated:
+    """A student under evaluation: the rollout's engine writes with its weights, its model is compared with the teachers.
 
-    def prefill(self, model: PreTrainedModel) -> Prefill:
-        return Prefill(model, self.vocabulary, self.pad_id, self.config.scoring.batch_tokens)
+    Args:
+        around: context in which the engine works, for instance with the trainer out of its way.
+    """
+
+    def __init__(self, models: Models, weights: Weights, around: Callable[[], Any]) -> None:
+        self.models, self.weights, self.around = models, weights, around
+
+    def write(self, table: pa.Table, sampling: Sampling, seed: int, title: str) -> pa.Table:
+        total = len(table) * sampling.samples_per_prompt
+        with self.around(), self.models.display.task(title, total, "responses") as advance:
+            answered = self.models.engine_with(self.weights).answer(table, sampling, seed, advance)
+            if self.models.placement.shared_gpu:
+                self.models.release()
+        return answered
+
+    def gap(self, answered: pa.Table) -> Gap:
+        config, model = self.models.config, self.weights.model()
+        contexts, responses = answered["prompt_ids"].to_pylist(), answered["response_ids"].to_pylist()
+        keys = [config.teacher_of(source) for source in answered["source"].to_pylist()]
+        student = self.models.prefill(model)
+        kl, agreed, tokens, exact = 0.0, 0, 0, True
+        training = model.training
+        model.eval()
+        for key in dict.fromkeys(keys):
+            mine = [i for i, k in enumerate(keys) if k == key]
+            teacher = self.models.teacher(key)
+            exact = exact and teacher.exact
+            pieces = teacher.distance(
+                student, [contexts[i] for i in mine], [responses[i] for i in mine], config.scoring.top_k
+            )
+            for piece in pieces:
+                kl, agreed, tokens = kl + piece.kl, agreed + piece.agreed, tokens + piece.tokens
+        model.train(training)
+        return Gap(kl, agreed, tokens, exact)
+
+
+class AskedTeacher:
+    """The teacher under evaluation: what it can do is what the student aims at."""
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+
+    def write(self, table: pa.Table, sampling: Sampling, seed: int, title: str) -> pa.Table:
+        with self.models.display.task(title, len(table) * sampling.samples_per_prompt, "responses") as advance:
+            return self.models.teacher(None).write(table, sampling, seed, advance)
+
+    def gap(self, answered: pa.Table) -> Gap:
+        return Gap(0.0, len(answered), len(answered), True)
 
 
 def engine_difference(table: pa.Table, prefill: Prefill) -> dict[str, float]:
@@ -198,12 +295,10 @@ def engine_difference(table: pa.Table, prefill: Prefill) -> dict[str, float]:
     }
 
 
-def warn_of_engine(check: dict[str, Any], bound: float, display: Display) -> None:
-    """Say so if an engine is further from transformers than its kernels explain."""
-    if not check["mean_abs_difference"] <= bound:
-        display.say(
-            f"Warning: the engine's log-probabilities differ from the snapshot's in transformers by "
-            f"{check['mean_abs_difference']:.3g} nats per token on average (rollout.check_bound {bound:g}, "
-            f"{check['tokens']:.0f} tokens of {check['samples']:.0f} responses). Precision and kernels explain some 0.01: it "
-            "may answer with other weights, or in a precision that is too low for this model."
-        )
+def routed_writer(models: Models, sampling: Sampling) -> Routed:
+    """Stage: each row is answered by the teacher of its source."""
+
+    def writer(key: str | None) -> Callable[..., pa.Table]:
+        return lambda table, seed, advance: models.teacher(key).write(table, sampling, seed, advance)
+
+    return Routed(models.config.teacher_of, writer)

@@ -1,14 +1,14 @@
-"""Refreshes beside the trainer: processes that follow the run, and their supervisor.
+"""Generations made beside the trainer by processes of this machine, and their supervisor.
 
-A job is told nothing but where the run is; its queue is the directory. It ends by itself when there is nothing left to
-make, and at once when the trainer is gone, because a pipe between them then closes.
+A worker is told nothing but where the run is; its queue is the directory. It ends by itself when there is nothing left to
+make, and at once when the trainer is gone, because a pipe between them then closes. Through another pipe it says what went
+wrong, so that a full disk does not keep that from anybody.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import threading
@@ -18,132 +18,169 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from npd.config import Config, config_tree, differing_keys, load_config
 from npd.errors import NpdError, RunError, UserError
 from npd.observe.display import Display
-from npd.observe.events import Events
+from npd.observe.events import Events, failure_facts, mark
 from npd.placement import Placement
-from npd.report.keeper import failure_facts, mark
-from npd.store import REFERENCE, Store
+from npd.refresh.producer import Beside, Workshop
+from npd.registry import ENGINES
+from npd.store import REFERENCE
 
 POLL = 0.1  # seconds between looks at the directory
-LAST_WORDS = 40  # lines shown of a job that died
-ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way
-USER_ERROR, RUN_ERROR = 2, 3  # exit statuses of a job that can say what went wrong; it would go wrong again
+LAST_WORDS = 40  # lines shown of a worker that died
+MOST_WORDS = 8000  # characters through the pipe, which holds so much before anybody reads it
+# What tells a trainer its place among others, and would mislead a process that is none of them.
+OF_TRAINERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
 
 @dataclass
-class Job:
+class Worker:
+    """A process that follows the run."""
+
     process: subprocess.Popen[bytes]
+    said: int
+    """The end of a pipe through which it says how it failed."""
     log: Path
     start: int
     """Where in the log this process begins."""
 
     def last_words(self) -> str:
+        """The last lines of its log, for a person."""
         with self.log.open("rb") as file:
             file.seek(max(self.start, self.log.stat().st_size - (1 << 16)))
             return "\n".join(file.read().decode("utf-8", "replace").strip().splitlines()[-LAST_WORDS:])
 
+    def failure(self) -> NpdError | None:
+        """What it says it failed with, once it has ended; None if it said nothing."""
+        said, self.said = self.said, -1
+        with suppress(OSError, ValueError, TypeError, KeyError), os.fdopen(said, "rb") as pipe:
+            end = json.loads(pipe.read())
+            kind = UserError if end["user"] else RunError
+            return kind(str(end["what"]), str(end["remedy"]))
+        return None
 
-class Jobs:
-    """Supervises the refresh processes of a run.
+    def end(self) -> None:
+        """Close the pipes, which ends it, and wait for that; kill it if it takes long."""
+        if self.process.stdin is not None:
+            with suppress(OSError):
+                self.process.stdin.close()
+        try:
+            self.process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        if self.said >= 0:
+            os.close(self.said)
 
-    Used as a context manager: nothing is left running when it ends.
-    """
 
-    def __init__(self, store: Store, config: Config, placement: Placement, events: Events, display: Display) -> None:
-        self.store, self.config, self.placement = store, config, placement
-        self.events, self.display = events, display
-        self.jobs: list[Job] = []
-        self.deaths: Counter[int] = Counter()
+class Workers(Beside):
+    """One process for each engine; a worker that dies is started again, a few times."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        super().__init__(workshop)
+        self.workers: list[Worker] = []
+        self._deaths: Counter[int] = Counter()
         self._made: dict[int, set[tuple[int, int]]] = {}
 
-    def __enter__(self) -> Jobs:
-        for rank in range(len(self.placement.jobs)):
-            self.jobs.append(self._start(rank))
-        return self
+    @classmethod
+    def takes(cls, placed: Placement) -> bool:
+        return bool(placed.workers)
 
-    def __exit__(self, *_: object) -> None:
-        for job in self.jobs:
-            if job.process.stdin is not None:
+    @property
+    def in_order(self) -> bool:  # type: ignore[override]
+        return len(self.shop.placement.workers) == 1
+
+    def open(self, generation: int) -> None:
+        """Start them: they load their models while the trainer loads its own."""
+        self.shop.store.current = generation
+        for rank in range(len(self.shop.placement.workers)):
+            self.workers.append(self._start(rank))
+
+    def want(self, generation: int, part: int) -> None:
+        """Start the worker that makes this part again if it had nothing left to make: the part was there before."""
+        rank = part % len(self.workers)
+        if self.workers[rank].process.poll() == 0:
+            self.workers[rank].end()
+            self.workers[rank] = self._start(rank)
+
+    def check(self) -> None:
+        """See that every worker lives; start one that died again.
+
+        Raises:
+            UserError, RunError: a worker failed for a reason that it can name, or died too often.
+        """
+        shop = self.shop
+        for rank, worker in enumerate(self.workers):
+            code = worker.process.poll()
+            if code is None or code == 0:
+                continue
+            failure = worker.failure()
+            if failure is not None:  # it would fail again
+                raise self._failed(rank, failure)
+            words = worker.last_words()
+            how = f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "") if code < 0 else "failed"
+            made = self._parts_made(rank)
+            self._deaths[rank] = 1 if made - self._made.get(rank, set()) else self._deaths[rank] + 1
+            self._made[rank] = made
+            most = shop.config.checkpoint.restarts
+            story = f"The refresh {how} (process {worker.process.pid}, log {worker.log})" + (f":\n{words}" if words else ".")
+            if self._deaths[rank] > most:
+                story += f"\nIt died {self._deaths[rank]} times without finishing a part (checkpoint.restarts {most})."
+                again = "What was finished is kept: mend what the log names and run the same command again."
+                raise self._failed(rank, RunError(story, again))
+            shop.display.say(f"{story}\nIt is started again from the first missing part ({self._deaths[rank]} of {most}).")
+            with shop.events.span("restart", rank=rank, code=code):
+                self.workers[rank] = self._start(rank)
+
+    def close(self) -> None:
+        for worker in self.workers:
+            if worker.process.stdin is not None:
                 with suppress(OSError):
-                    job.process.stdin.close()  # which ends it
-        for job in self.jobs:
-            try:
-                job.process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                job.process.kill()
-                job.process.wait()
-        self.store.sweep()  # what they, or those of a trainer that was killed, were writing
+                    worker.process.stdin.close()  # all are told before any is waited for
+        for worker in self.workers:
+            worker.end()
+        self.workers = []
+        self.shop.store.sweep()  # what they, or those of a trainer that was killed, were writing
 
-    def _start(self, rank: int) -> Job:
-        where, world = self.placement.jobs[rank], len(self.placement.jobs)
-        # vLLM takes the first GPUs that it sees.
-        visible = where.gpus if self.config.rollout.engine == "vllm" else []
+    def _start(self, rank: int) -> Worker:
+        shop = self.shop
+        where, world = shop.placement.workers[rank], len(shop.placement.workers)
+        visible = where.gpus if ENGINES[shop.config.rollout.engine].takes_first_gpus else []
         names = {device: f"cuda:{i}" for i, device in enumerate(visible)}
         rollout, teacher = (names.get(device, device) for device in (where.rollout, where.teacher))
-        placed = replace(self.placement, rollout=rollout, teacher=teacher, jobs=[])
-        log = self.store.path / "logs" / f"refresh-{rank}.log"
+        placed = replace(shop.placement, rollout=rollout, teacher=teacher, workers=[])
+        log = shop.store.path / "logs" / f"refresh-{rank}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         threads = max(placed.rollout_threads or 1, placed.teacher_threads or 1, placed.first_threads or 1)
-        arguments = self.store.path, json.dumps(asdict(placed)), rank, world, time.time()
+        said, says = os.pipe()
+        arguments = shop.store.path, json.dumps(asdict(placed)), rank, world, time.time(), says
+        inherited = {k: v for k, v in os.environ.items() if k not in OF_TRAINERS and not k.startswith("ACCELERATE_")}
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "npd.jobs", *map(str, arguments)],
+                [sys.executable, "-m", "npd.refresh.workers", *map(str, arguments)],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)} | visible_gpus(visible),
-                start_new_session=True,  # Ctrl-C is for the trainer, which ends its jobs
+                env=inherited | {"OMP_NUM_THREADS": str(threads)} | visible_gpus(visible),
+                pass_fds=(says,),
+                start_new_session=True,  # Ctrl-C is for the trainer, which ends its workers
             )
-            return Job(process, log, file.tell())
-
-    def check(self) -> None:
-        """See that every job lives; start one that died again.
-
-        Raises:
-            UserError, RunError: a job failed for a reason that it can name, or died too often.
-        """
-        for rank, job in enumerate(self.jobs):
-            code = job.process.poll()
-            if code is None or code == 0:
-                continue
-            words = job.last_words()
-            if code in (USER_ERROR, RUN_ERROR):
-                message = words[words.rfind("npd: ") + len("npd: ") :]
-                raise self._failed(rank, UserError(message) if code == USER_ERROR else RunError(message))
-            how = f"was killed by signal {-code}" + (" (out of memory?)" if code == -9 else "") if code < 0 else "failed"
-            made = self._parts_made(rank)
-            self.deaths[rank] = 1 if made - self._made.get(rank, set()) else self.deaths[rank] + 1
-            self._made[rank] = made
-            most = self.config.checkpoint.restarts
-            story = f"The refresh {how} (process {job.process.pid}, log {job.log})" + (f":\n{words}" if words else ".")
-            if self.deaths[rank] > most:
-                story += f"\nIt died {self.deaths[rank]} times without finishing a part (checkpoint.restarts {most})."
-                again = " What was finished is kept: mend what the log names and run the same command again."
-                raise self._failed(rank, RunError(story + again))
-            self.display.say(f"{story}\nIt is started again from the first missing part ({self.deaths[rank]} of {most}).")
-            with self.events.span("restart", rank=rank, code=code):
-                self.jobs[rank] = self._start(rank)
+            os.close(says)
+            return Worker(process, said, log, file.tell())
 
     def _failed(self, rank: int, error: NpdError) -> NpdError:
-        """Put on record that it was this job that failed, not the trainer which says so."""
-        events = Events(self.events.path, f"refresh-{rank}")
-        mark(events, "failed", process=self.jobs[rank].process.pid, **failure_facts(error))
+        """Put on record that it was this worker that failed, not the trainer which says so."""
+        error.role = f"refresh-{rank}"
+        events = Events(self.shop.events.path, error.role)
+        mark(events, "failed", process=self.workers[rank].process.pid, **failure_facts(error))
         return error
 
-    def wake(self, part: int) -> None:
-        """Start the job that makes this part again if it had nothing left to make: the part was there before."""
-        if self.jobs:
-            rank = part % len(self.jobs)
-            if self.jobs[rank].process.poll() == 0:
-                self.jobs[rank] = self._start(rank)
-
     def _parts_made(self, rank: int) -> set[tuple[int, int]]:
-        """The parts that are there of those that this job has made lately."""
-        current = self.store.current
+        """The parts that are there of those that this worker has made lately."""
+        store, world = self.shop.store, len(self.workers)
+        current = store.current
         generations = (REFERENCE, current - 1, current, current + 1)
-        return {(g, part) for g in {*generations} for part in self.store.parts(g) if part % len(self.jobs) == rank}
+        return {(g, part) for g in {*generations} for part in store.parts(g) if part % world == rank}
 
 
 def visible_gpus(devices: list[str]) -> dict[str, str]:
@@ -162,61 +199,25 @@ def _end_with_the_trainer(pipe: int) -> None:
     os._exit(1)
 
 
-def follow(
-    run_dir: Path,
-    placement: Placement | None,
-    rank: int,
-    world: int,
-    display: Display,
-    poll: float,
-    *,
-    config: Config | None = None,
-    began: float | None = None,
-) -> None:
-    """Make the generations of a run from its directory alone, as their snapshots appear: of every `world` parts one.
-
-    Args:
-        placement: None: as the configuration says for this machine.
-        config: the run's, but with this machine's placement, paths of models and evaluation; None: the run's.
-
-    Raises:
-        UserError: there is no run to follow, `config` differs in more, or something in the run is damaged.
-    """
-    from npd.run import follower
-
-    file = run_dir / "config.yaml"
-    if not file.exists() or not (run_dir / "prompts.arrow").exists():
-        raise UserError(f"{run_dir} holds no run of `npd distill`; start one there first.")
-    theirs = load_config(file, {"run_dir": str(run_dir)})
-    if (theirs.provenance or {}).get("command") != "distill":
-        raise UserError(f"{run_dir} holds no run of `npd distill`, and only those have generations to make.")
-    config = config or theirs
-    changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not ELSEWHERE.match(c)]
-    if changes:
-        raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")
-    refresher = follower(config, placement, rank, world, display)
-    refresher.events.write("load", began or time.time(), time.time())
-    try:
-        refresher.follow(poll)
-    except Exception as error:
-        if began is None:  # nobody else would put it on record
-            mark(refresher.events, "failed", **failure_facts(error))
-        raise
-
-
 def main() -> None:
-    """The process of a job: RUN_DIR PLACEMENT RANK WORLD BEGAN."""
+    """The process of a worker: RUN_DIR PLACEMENT RANK WORLD BEGAN PIPE."""
     from rich.console import Console
 
-    run_dir, placed, rank, world, began = sys.argv[1:]
+    from npd.refresh.follower import follow
+
+    run_dir, placed, rank, world, began, says = sys.argv[1:]
     threading.Thread(target=_end_with_the_trainer, args=(sys.stdin.fileno(),), daemon=True).start()
     display = Display(Console(file=sys.stdout, width=120))
+    tree = json.loads(placed)
     status = 0
     try:
-        follow(Path(run_dir), Placement(**json.loads(placed)), int(rank), int(world), display, POLL, began=float(began))
-    except (UserError, RunError) as error:
+        follow(Path(run_dir), Placement(**tree), int(rank), int(world), display, POLL, began=float(began))
+    except NpdError as error:
         print(f"npd: {error}", file=sys.stderr, flush=True)
-        status = USER_ERROR if isinstance(error, UserError) else RUN_ERROR
+        end = {"user": isinstance(error, UserError), "what": error.what[:MOST_WORDS], "remedy": error.remedy[:MOST_WORDS]}
+        with suppress(OSError):
+            os.write(int(says), json.dumps(end).encode())
+        status = error.exit_status
     sys.stdout.flush()
     if status:
         os._exit(status)

@@ -7,18 +7,16 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from npd.errors import NpdError
 from npd.observe.display import Display
-from npd.observe.events import Events
+from npd.observe.events import Events, failure_facts, mark
 
 FIRST = 60.0  # seconds into a run at which its report is first written
 SHARE = 0.01  # of the wall-clock that writing it may take
-TRACEBACK_LINES = 60
 
 
 @contextmanager
@@ -41,21 +39,6 @@ def observed(events: Events, display: Display, *, report: bool, command: str = "
         if pages is not None:
             pages.stop()
             _write_last(run_dir, display, sys.exc_info()[1])
-
-
-def failure_facts(error: BaseException) -> dict[str, object]:
-    """What a `failed` event says: the kind of error, its message, whether npd explains it, and the end of its traceback."""
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    explained = isinstance(error, NpdError)
-    facts: dict[str, object] = {"error": type(error).__name__, "message": str(error), "explained": explained}
-    return facts if explained else facts | {"traceback": "\n".join(lines[-TRACEBACK_LINES:])}
-
-
-def mark(events: Events, name: str, **facts: object) -> None:
-    """A moment of a command's work, on record if that is possible."""
-    now = time.time()
-    with suppress(OSError, NpdError):  # a full disk, of which there will be a better message
-        events.write(name, now, now, **facts)
 
 
 def _write_last(run_dir: Path, display: Display, error: BaseException | None) -> None:

@@ -194,7 +194,7 @@ def teacher_kind(config: TeacherConfig) -> type[Teacher]:
         UserError: there is no such kind.
     """
     if config.kind is not None:
-        return TEACHERS[config.kind]  # type: ignore[no-any-return]
+        return TEACHERS[config.kind]
     return next(kind for kind in TEACHERS.values() if kind.takes(config))
 
 

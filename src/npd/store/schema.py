@@ -8,7 +8,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 REFERENCE = -1
-"""The generation of reference responses, and the policy_version of text that no student snapshot wrote."""
+"""The generation of reference responses."""
+NO_POLICY = -1
+"""The policy_version of text that no student snapshot wrote."""
 
 SCHEMA = pa.schema(
     [
@@ -38,6 +40,9 @@ SCHEMA = pa.schema(
 SPLIT = [f"{name}.list.element" for name in ("behavior_logprobs", "topk_ids", "topk_logprobs")]
 OTHERS = [f"{f.name}.list.element" if pa.types.is_list(f.type) else f.name for f in SCHEMA]
 OTHERS = [path for path in OTHERS if path not in SPLIT]
+
+SCALARS = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
+"""Columns of one value a response."""
 
 
 def add_answers(

@@ -163,7 +163,7 @@ class Store:
             return read()
         except Exception as error:
             raise UserError(
-                f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}). {remedy}"
+                f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}).", remedy
             ) from error
 
     def _point_latest(self, newest: Path) -> None:
@@ -322,7 +322,8 @@ class Store:
 
     def _damaged_part(self, path: Path, why: str) -> UserError:
         return UserError(
-            f"The part {path} is damaged ({why}). Delete it and run the same command again: it will be made again, identical."
+            f"The part {path} is damaged ({why}).",
+            "Delete it and run the same command again: it will be made again, identical.",
         )
 
     def drop_damaged_parts(self, generation: int) -> list[str]:

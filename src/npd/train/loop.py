@@ -7,10 +7,10 @@ resumed run decides alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -26,7 +26,7 @@ PASSES, KL_BUDGET, MAX_STEPS, MAX_TOKENS = "passes", "kl_budget", "max_steps", "
 
 @dataclass
 class Position:
-    """Where in the run the trainer stands: everything before it is done."""
+    """Where in the run the trainer stands: everything before it is done. The loop alone changes it."""
 
     generation: int = 0
     passes: int = 0
@@ -54,6 +54,15 @@ class Position:
     def near_policy_kl(self) -> float | None:
         """Smoothed over the steps on this generation, nats per token; None while there is none."""
         return self.kl / self.kl_tokens if self.kl_tokens else None
+
+    @classmethod
+    def from_facts(cls, facts: Mapping[str, Any]) -> Position:
+        """As a checkpoint has it.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        return cls(**{field.name: facts[field.name] for field in fields(cls)})
 
     def next_generation(self) -> None:
         self.generation += 1

@@ -10,10 +10,9 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,29 +23,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npd import models
-from npd.config import Config
+from npd.config import Config, LossConfig
 from npd.errors import RunError, UserError
-from npd.loop import Position, Trained
-from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
+from npd.losses import LossOutput, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events
-from npd.observe.trackers import Trackers
 from npd.packing import pack_tokens, short_rows
-from npd.samples import Samples
 from npd.schedule import derive_seed, learning_rate
 from npd.store import Store
+from npd.train.samples import Samples
+
+T = TypeVar("T")
 
 
 class LossModel(nn.Module):
     """Student and loss as one module, so that DDP sees a single forward pass."""
 
-    def __init__(self, model: nn.Module, kd_weight: float, top_k_mass: TopKMass, *, compiled: bool = False) -> None:
+    def __init__(self, model: nn.Module, loss: LossConfig, *, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
         # The loss stays outside: it works in place and in chunks, which is what a compiler would make of it.
         self.decoder = torch.compile(models.backbone(model).forward, dynamic=True) if compiled else None
-        self.kd_weight = kd_weight
-        self.top_k_mass = top_k_mass
+        self.loss = loss
 
     def forward(
         self,
@@ -66,8 +64,8 @@ class LossModel(nn.Module):
             labels,
             topk_ids,
             topk_logprobs,
-            kd_weight=self.kd_weight,
-            top_k_mass=self.top_k_mass,
+            kd_weight=self.loss.kd_weight,
+            top_k_mass=self.loss.top_k_mass,
         )
 
 
@@ -78,8 +76,27 @@ def resolve_precision(config: Config) -> str:
     return {"bfloat16": "bf16", "float32": "no"}[config.training.precision]
 
 
+class StepFigures(NamedTuple):
+    """What an optimiser step found."""
+
+    loss: float
+    """Mean nats per response token, and so are ce and kd."""
+    ce: float
+    kd: float
+    kl: float
+    """Near-policy KL, summed over `kl_tokens`."""
+    kl_tokens: int
+    """Response tokens that a snapshot of the student wrote."""
+    lr: float
+    grad_norm: float
+    """Before clipping."""
+    fill: float
+    """Share of the computed rows that is no padding."""
+    tokens_per_second: float
+
+
 class Trainer:
-    """Owns the student that learns, its optimiser and its place in the run."""
+    """Owns the student that learns, and its optimiser."""
 
     def __init__(
         self,
@@ -89,13 +106,8 @@ class Trainer:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         events: Events,
-        *,
-        kd_weight: float,
-        say: Callable[[str], None] = print,
     ) -> None:
-        self.trackers = Trackers(accelerator, say)
         self.config, self.store, self.tokenizer, self.events = config, store, tokenizer, events
-        self.position = Position()
         torch.manual_seed(derive_seed(config.seed, "adapters"))
         self.student: nn.Module = add_lora(model, config.student) if config.student.lora else model
         if config.training.gradient_checkpointing:
@@ -110,10 +122,10 @@ class Trainer:
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.training.learning_rate)
         self.accelerator = accelerator
         self.loss_model, self.optimizer = accelerator.prepare(
-            LossModel(self.student, kd_weight, config.loss.top_k_mass, compiled=config.training.compile), optimizer
+            LossModel(self.student, config.loss, compiled=config.training.compile), optimizer
         )
 
-    # -- place and state
+    # -- state
 
     @property
     def base(self) -> PreTrainedModel:
@@ -147,65 +159,58 @@ class Trainer:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def save_checkpoint(self) -> None:
-        """Write model, optimiser and place."""
+    def save_checkpoint(self, step: int, facts: dict[str, Any]) -> None:
+        """Write model and optimiser as they are after a step, with `facts` beside them."""
 
         def save(path: Path) -> None:
             with quiet_transformers():
                 self.accelerator.save_state(str(path), safe_serialization=True)
 
-        with self.events.span("checkpoint", step=self.position.step):
+        with self.events.span("checkpoint", step=step):
             self.store.save_checkpoint(
-                self.position.step,
+                step,
                 save,
-                asdict(self.position),
+                facts,
                 self.config.checkpoint.keep,
                 main=self.accelerator.is_main_process,
                 wait=self.accelerator.wait_for_everyone,
             )
 
-    def resume(self) -> bool:
-        """Go on from the newest whole checkpoint, if there is one.
+    def resume(self, read: Callable[[dict[str, Any]], T]) -> T | None:
+        """Go on from the newest whole checkpoint, if there is one; what `read` makes of the facts saved with it.
 
         Raises:
             UserError: the checkpoint is damaged.
         """
         steps = self.store.checkpoints()
         if not steps:
-            return False
+            return None
         path = self.store.checkpoint(steps[-1])
         remedy = "Delete it and run the same command again: the run goes on from the one before."
         facts = self.store.check_model(path, "checkpoint", remedy)
         try:
             self.accelerator.load_state(str(path))
-            self.position = Position(**{field.name: facts[field.name] for field in fields(Position)})
+            return read(facts)
         except Exception as error:
             detail = " ".join(str(error).split())[:200]
-            raise UserError(f"The checkpoint {path} is damaged ({type(error).__name__}: {detail}). {remedy}") from error
-        return True
+            raise UserError(f"The checkpoint {path} is damaged ({type(error).__name__}: {detail}).", remedy) from error
 
     # -- training
 
-    def step(
-        self, samples: Samples, rows: list[list[int]], tokens: int, progress: float, facts: dict[str, Any]
-    ) -> tuple[Trained, float]:
-        """One optimiser step on packed rows with `tokens` response tokens; the position is already that after it.
+    def step(self, samples: Samples, rows: list[list[int]], tokens: int, step: int, progress: float) -> StepFigures:
+        """One optimiser step on packed rows with `tokens` response tokens.
 
         Rows say which samples share the step. Its gradient is a sum over them, so for the forward passes they are laid
         into shorter rows.
 
         Args:
-            progress: share of the run that is done after this step, which decides the learning rate.
-            facts: further figures for the step's line of metrics.
-
-        Returns:
-            What the loop wants to know, and the loss.
+            step: its number, from 1.
+            progress: share of the run that is done after it, which decides the learning rate.
 
         Raises:
             RunError: the loss is not finite; the student is then unchanged.
         """
         began = time.perf_counter()
-        at = self.position
         world = self.accelerator.num_processes
         ids = [i for row in rows for i in row]
         budget = self.config.training.micro_batch_rows * self.config.packing.length
@@ -215,7 +220,7 @@ class Trainer:
         turns = -(-len(chunks) // world)
         mine = [(chunks[i], 1.0) if i < len(chunks) else (chunks[0], 0.0) for i in self._turns(turns)]
 
-        torch.manual_seed(derive_seed(self.config.seed, "step", at.step - 1, self.accelerator.process_index))  # for dropout
+        torch.manual_seed(derive_seed(self.config.seed, "step", step - 1, self.accelerator.process_index))  # for dropout
         self.loss_model.train()
         sums = torch.zeros(4, dtype=torch.float64)  # loss, ce, kd, near-policy KL
         counted = 0
@@ -235,7 +240,7 @@ class Trainer:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             names = [samples.id(i) for i in ids]
             raise RunError(
-                f"The loss of step {at.step} is not finite (loss {loss}, gradient norm {norm}); the student was not "
+                f"The loss of step {step} is not finite (loss {loss}, gradient norm {norm}); the student was not "
                 f"updated. Samples in it: {', '.join(names[:12])}{', ...' if len(names) > 12 else ''}. Lower "
                 "training.learning_rate, or look at those samples; the last checkpoint is whole."
             )
@@ -246,32 +251,18 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-        line: dict[str, Any] = {
-            "step": at.step,
-            "generation": at.generation,
-            "pass": at.passes,
-            "tokens": at.tokens,
-            "loss": loss,
-            "ce": ce,
-            "kd": kd,
-            "near_policy_kl": totals[3] / totals[4] if totals[4] else None,
-            "lr": rate,
-            "grad_norm": norm,
-            "fill": int(samples.lengths[ids].sum()) / sum(len(chunk) * length for chunk, length in chunks),
-            "tokens_per_second": tokens / (time.perf_counter() - began),
-            **facts,
-        }
-        if line["near_policy_kl"] is not None and self.near_policy_is_proxy:
-            line["near_policy_kl_is_proxy"] = True
-        if totals[4] < tokens:
-            line["reference_tokens"] = tokens - int(totals[4])
-        self.log(line)
-        return Trained(totals[3], int(totals[4])), loss
-
-    @property
-    def near_policy_is_proxy(self) -> bool:
-        """Samples not drawn from the plain policy make the near-policy KL a proxy."""
-        return self.config.rollout.temperature != 1.0 or self.config.rollout.top_p != 1.0
+        padded = sum(len(chunk) * length for chunk, length in chunks)
+        return StepFigures(
+            loss,
+            ce,
+            kd,
+            kl=totals[3],
+            kl_tokens=int(totals[4]),
+            lr=rate,
+            grad_norm=norm,
+            fill=int(samples.lengths[ids].sum()) / padded,
+            tokens_per_second=tokens / (time.perf_counter() - began),
+        )
 
     def _turns(self, turns: int) -> Iterator[int]:
         return (turn * self.accelerator.num_processes + self.accelerator.process_index for turn in range(turns))
@@ -295,12 +286,6 @@ class Trainer:
         by_student = torch.from_numpy(np.repeat(written, samples.response_lengths[packed.samples]))
         logprobs = out.label_logprobs.detach().cpu()[by_student]
         return out, near_policy_kl(logprobs, torch.from_numpy(behavior)).sum().item(), len(behavior)
-
-    def log(self, line: dict[str, Any]) -> None:
-        """One line of metrics.jsonl, and the same figures to every tracker."""
-        if self.accelerator.is_main_process:
-            self.store.append_metrics(line)
-        self.trackers.log(line)
 
 
 def make_accelerator(config: Config, store: Store) -> Accelerator:

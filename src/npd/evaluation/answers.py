@@ -1,0 +1,26 @@
+"""The `answer` column of data.eval, compared with what a response says last."""
+
+from __future__ import annotations
+
+from npd.config import TaskConfig
+from npd.errors import UserError
+from npd.evaluation import Setting, VerifiedTask
+from npd.evaluation.verify import is_correct
+
+
+class Answers(VerifiedTask):
+    """The prompts of data.eval, and what its `answer` column has for each."""
+
+    needs = "answer"
+
+    def __init__(self, task: TaskConfig, setting: Setting) -> None:
+        if setting.held_out is None:
+            raise UserError("evaluation.tasks has `answer`, which compares with data.eval's answer column; set data.eval.")
+        table = setting.held_out.table.slice(0, task.size)
+        self.answers = table["answer"].to_pylist()
+        if None in self.answers:
+            raise UserError(f"evaluation.tasks has `answer`, but row {self.answers.index(None) + 1} of data.eval has none.")
+        super().__init__(task, setting, table["prompt_ids"].to_pylist())
+
+    def score(self, problem: int, text: str) -> float:
+        return float(is_correct(text, self.answers[problem]))

@@ -1,0 +1,1 @@
+"""Generations: what they are, who makes them, and how. Here rollout, scoring and selection meet."""

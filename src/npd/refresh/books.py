@@ -1,0 +1,126 @@
+"""What is there of a generation, what is missing or damaged, and the manifest that closes it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pyarrow.compute as pc
+
+from npd.config import Config, SelectionConfig
+from npd.errors import UserError
+from npd.observe.display import Display
+from npd.observe.events import Events, read_events
+from npd.refresh.generation import Generations
+from npd.registry import ENGINES
+from npd.selection import Summary, check_some_kept
+from npd.store import Store
+from npd.store.schema import NO_POLICY, SCALARS, count_tokens
+
+
+class Books:
+    """The parts and manifests of a run's generations.
+
+    Args:
+        selection: the selection that holds now; it may change while a run is followed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        generations: Generations,
+        display: Display,
+        events: Events,
+        selection: Callable[[], SelectionConfig] | None = None,
+    ) -> None:
+        self.config, self.store, self.generations = config, store, generations
+        self.display, self.events = display, events
+        self.selection = selection or (lambda: config.selection)
+
+    def missing(self, generation: int) -> list[int]:
+        """Parts that are not there."""
+        return self.store.missing_parts(generation, len(self.generations.parts(generation)))
+
+    def begun_by(self, generation: int) -> int | None:
+        """The snapshot that wrote what there is of a generation (NO_POLICY for references); None if there is nothing."""
+        for part in sorted(self.store.parts(generation)):
+            try:
+                return int(self.store.read_part(generation, part, ["policy_version"])["policy_version"][0].as_py())
+            except (UserError, FileNotFoundError):  # damaged; it is made again
+                continue
+        manifest = self.store.manifest(generation)
+        return None if manifest is None else int(manifest["policy_version"])
+
+    def mend(self, generation: int) -> None:
+        """Delete damaged parts, so that they are made again: by the manifest if there is one, else by reading them."""
+        if self.store.manifest(generation) is None:
+            for part in self.store.parts(generation):
+                self.drop_if_damaged(generation, part)
+        for name in self.store.drop_damaged_parts(generation):
+            self.display.say(f"{self.store.generation(generation) / name} was damaged; it is made again.")
+
+    def drop_if_damaged(self, generation: int, part: int) -> None:
+        """Delete a part that can't be read."""
+        try:
+            self.store.read_part(generation, part)
+        except FileNotFoundError:
+            return
+        except UserError:
+            self.display.say(f"{self.store.part(generation, part)} was damaged; it is made again.")
+            self.store.part(generation, part).unlink(missing_ok=True)
+
+    def finish(self, generation: int) -> dict[str, Any]:
+        """Write the manifest of a generation whose parts are all there; returns it.
+
+        Raises:
+            UserError: a part is damaged.
+            FileNotFoundError: a part is gone.
+        """
+        count = len(self.generations.parts(generation))
+        prompts = self.generations.prompts
+        with self.events.span("finish", generation=generation):
+            summary, tokens, stops = Summary(self.selection()), 0, 0
+            for part in range(count):
+                table = self.store.read_part(generation, part, [*SCALARS, "response_ids"])
+                summary.add(table)
+                tokens += count_tokens(table["response_ids"])
+                stops += int(pc.sum(pc.equal(table["finish_reason"], "length")).as_py())
+            version = self.begun_by(generation)
+            facts: dict[str, Any] = {
+                "policy_version": NO_POLICY if version is None else version,
+                "selection": summary.result(),
+                "prompts": {"read": prompts.rows, "used": len(prompts), "left_out": prompts.report()},
+                "response_tokens": tokens,
+                "length_stops": stops,
+            }
+            if self.config.teachers:
+                facts["teachers"] = self._rows_by_teacher(facts["selection"])
+            if not ENGINES[self.config.rollout.engine].exact:
+                facts |= self._engine_facts(generation)
+            return self.store.finish_generation(generation, count, facts)
+
+    def check_some_kept(self, generation: int) -> None:
+        """See that a finished generation's selection left something.
+
+        Raises:
+            RunError: it did not.
+        """
+        manifest = self.store.manifest(generation)
+        if manifest is not None:
+            check_some_kept(manifest["selection"], self.selection())
+
+    def _engine_facts(self, generation: int) -> dict[str, Any]:
+        """The worst of what the checks of this generation's engines found."""
+        found = [e for e in read_events(self.events.path, "engine") if e["generation"] == generation]
+        worst = max(found, key=lambda event: event["mean_abs_difference"], default=None)
+        names = ("samples", "tokens", "mean_difference", "mean_abs_difference")
+        return {"engine": {name: worst[name] for name in names}} if worst else {}
+
+    def _rows_by_teacher(self, selection: dict[str, Any]) -> dict[str, int]:
+        rows: Counter[str] = Counter()
+        for source, counts in selection["sources"].items():
+            key = self.config.teacher_of(source)
+            rows["teacher" if key is None else f"teachers.{key}"] += counts["rows"]
+        return dict(sorted(rows.items()))

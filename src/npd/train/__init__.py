@@ -1,0 +1,1 @@
+"""Learning from generations: what is trained on next (`loop`), and how it is done (`work`, `trainer`, `samples`)."""

@@ -1,0 +1,72 @@
+"""Snapshots of the student, written beside the training."""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+from functools import partial
+
+from npd.models import State
+from npd.observe.events import Events
+from npd.store import Store
+from npd.train.trainer import Trainer
+
+
+class Publisher:
+    """Copies the student's weights and writes them in a thread, one snapshot at a time."""
+
+    def __init__(self, store: Store, trainer: Trainer, events: Events) -> None:
+        self.store, self.trainer, self.events = store, trainer, events
+        self._thread: threading.Thread | None = None
+        self._failed: BaseException | None = None
+
+    def publish(self, version: int, step: int) -> None:
+        """Begin to write the weights as they are after a step; a snapshot that is there already is pointed to.
+
+        Raises:
+            RunError: the snapshot before could not be written.
+        """
+        self.join()
+        with self.events.span("publish", version=version):
+            if version in self.store.policies():
+                self.store.point_to_newest_policy()  # if a crash came between
+                return
+            state = self.trainer.copy_policy()
+            self._thread = threading.Thread(target=self._write, args=(version, state, step), name="publisher")
+            self._thread.start()
+
+    def _write(self, version: int, state: State, step: int) -> None:
+        try:
+            with self.events.span("write", version=version):
+                self.store.publish(version, partial(self.trainer.save_policy, state=state), step)
+        except BaseException as error:
+            self._failed = error
+
+    def check(self) -> None:
+        """Hear whether a snapshot that is no longer being written has failed; does not wait.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._thread is not None and not self._thread.is_alive():
+            self.join()
+
+    def join(self) -> None:
+        """Wait until the snapshot that is being written is whole.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        if self._thread is None:
+            return
+        with self.events.span("publish") if self._thread.is_alive() else nullcontext():
+            self._thread.join()
+        self._thread = None
+        failed, self._failed = self._failed, None
+        if failed is not None:
+            raise failed
+
+    def close(self) -> None:
+        """Let what is being written end, where something else went wrong."""
+        if self._thread is not None:
+            self._thread.join()

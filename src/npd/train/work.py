@@ -1,0 +1,421 @@
+"""What the loop asks for, done with models: parts taken as they land, steps, snapshots, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from npd.config import Config
+from npd.errors import UserError
+from npd.observe.console import show_generation, shown_figures, warn_of_engine
+from npd.observe.display import Advance, Display, untold
+from npd.observe.events import Events
+from npd.observe.trackers import Trackers, selection_figures
+from npd.placement import Placement
+from npd.store import REFERENCE, Store
+from npd.train.loop import KL_BUDGET, Loop, Position, Trained
+from npd.train.publisher import Publisher
+from npd.train.samples import Samples, clear_cache
+from npd.train.trainer import Trainer
+
+PAUSE = 0.025  # seconds between looks at what is waited for
+MANY_PASSES = 100  # in all: such a run shows one bar, not tables and bars for each
+
+T = TypeVar("T")
+
+
+class Contents(Protocol):
+    """What generations hold: see npd.refresh.generation.Generations."""
+
+    @property
+    def by_student(self) -> bool: ...
+
+    @property
+    def mixed(self) -> bool: ...
+
+    def is_reference(self, generation: int) -> bool: ...
+
+    def parts(self, generation: int) -> list[slice]: ...
+
+    def per_prompt(self, generation: int) -> int: ...
+
+    def responses(self, generation: int) -> int: ...
+
+
+class Supply(Protocol):
+    """Who makes generations: see npd.refresh.producer.Producer."""
+
+    @property
+    def in_turns(self) -> bool: ...
+
+    @property
+    def waits_for(self) -> str: ...
+
+    def begin(self, generation: int) -> None: ...
+
+    def landed(self, generation: int, taken: list[int]) -> int | None: ...
+
+    def want(self, generation: int, part: int) -> None: ...
+
+    def check(self) -> None: ...
+
+    def complete(self, generation: int, pause: Callable[[], None]) -> None: ...
+
+
+class Measures(Protocol):
+    """What is measured of the student along the way."""
+
+    def __bool__(self) -> bool: ...
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Figures of the student as it is after a step."""
+
+    def of_teacher(self) -> dict[str, float]:
+        """The teacher's figures on the same tasks."""
+
+
+class RunWork:
+    """Does what the loop decides, in each process that trains.
+
+    `at` is where the loop stands; it is read here and never changed.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        accelerator: Accelerator,
+        trainer: Trainer,
+        placement: Placement,
+        contents: Contents,
+        supply: Supply,
+        measures: Measures,
+        at: Position,
+        events: Events,
+        display: Display,
+        shown: set[int],
+    ) -> None:
+        self.config, self.store, self.accelerator, self.trainer = config, store, accelerator, trainer
+        self.placement, self.contents, self.supply, self.measures = placement, contents, supply, measures
+        self.at, self.events, self.display = at, events, display
+        self.main, self.world = accelerator.is_main_process, accelerator.num_processes
+        self.wait = accelerator.wait_for_everyone
+        self.trackers = Trackers(accelerator, display.say)
+        self.publisher = Publisher(store, trainer, events)
+        self.loop = Loop(config, self, at, generations=config.schedule.generations, lead=placement.lead)
+        self.samples = Samples(store)
+        self.threads = torch.get_num_threads()
+        self._shown = shown  # generations whose table was shown
+        self._logged: set[int] | None = None  # generations whose selection is in the metrics
+        self._facts: dict[str, Any] = {}  # for the next step's line of metrics
+        self._advance: Advance = untold
+        self._advance_run: Callable[[], None] = untold
+        self._advanced = 0.0
+
+    def run(self) -> None:
+        """From the position to the end of the run; the student is then what is to be saved."""
+        if self.at.step == 0:  # a resumed trainer's weights are no longer those it started with
+            self.publish(0)
+        self._evaluate()
+        with self._overall_progress():
+            self.loop.run()
+        self.publisher.join()
+        torch.set_num_threads(self.threads)
+        self._evaluate(last=True)
+
+    def close(self) -> None:
+        """Let what is being written end, and give the threads back."""
+        self.publisher.close()
+        torch.set_num_threads(self.threads)
+
+    # -- what the loop asks for
+
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.samples.lengths
+
+    @property
+    def response_lengths(self) -> np.ndarray:
+        return self.samples.response_lengths
+
+    def begin(self, generation: int) -> tuple[int, int, np.ndarray]:
+        if self.main:
+            self.publisher.join()
+            self.store.tidy(resumed_generation(self.store, oldest=True), self.config.checkpoint.keep)
+            self.store.current = generation
+            clear_cache(self.store)
+        self.wait()
+        self.supply.begin(generation)
+        self.samples = Samples(self.store)
+        references = []
+        if self.contents.mixed:
+            references = [self._fetched(REFERENCE, part) for part in range(len(self.contents.parts(REFERENCE)))]
+        return (
+            len(self.contents.parts(generation)),
+            self.contents.responses(generation),
+            np.concatenate([np.empty(0, np.int64), *references]),
+        )
+
+    def next_part(self, taken: list[int]) -> int:
+        generation = self.at.generation
+
+        def find() -> int:
+            part = self.supply.landed(generation, taken)
+            if part is None:
+                with self._waiting(generation) as show:
+                    while (part := self.supply.landed(generation, taken)) is None:
+                        show()
+                        self._pause()
+            return part
+
+        return self._decided_by_main(find)
+
+    def take(self, part: int) -> tuple[np.ndarray, int]:
+        generation = self.at.generation
+        rows = self.contents.parts(generation)[part]
+        return self._fetched(generation, part), (rows.stop - rows.start) * self.contents.per_prompt(generation)
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        at, passes = self.at, self.config.schedule.passes
+        name = f"generation {at.generation}, pass {at.passes + 1}/{passes}: train"
+        with (
+            self.events.span("train", generation=at.generation, passes=at.passes),
+            self.display.task(name, 100, "%") as self._advance,
+        ):
+            self._advanced = 0.0
+            yield
+        self._advance_run()
+
+    def step(self, rows: list[list[int]], tokens: int, progress: float, steps: float) -> Trained:
+        if self.placement.train_threads is not None and self.world == 1:
+            beside = min(self.threads, self.placement.train_threads)
+            torch.set_num_threads(self.threads if self.loop.alone else beside)
+        if self.main:
+            self.supply.check()
+        at = self.at
+        found = self.trainer.step(self.samples, rows, tokens, at.step, progress)
+        facts, self._facts = self._facts, {}
+        line: dict[str, Any] = {
+            "step": at.step,
+            "generation": at.generation,
+            "pass": at.passes,
+            "tokens": at.tokens,
+            "loss": found.loss,
+            "ce": found.ce,
+            "kd": found.kd,
+            "near_policy_kl": found.kl / found.kl_tokens if found.kl_tokens else None,
+            "lr": found.lr,
+            "grad_norm": found.grad_norm,
+            "fill": found.fill,
+            "tokens_per_second": found.tokens_per_second,
+            **facts,
+        }
+        if found.kl_tokens and self.near_policy_is_proxy:
+            line["near_policy_kl_is_proxy"] = True
+        if found.kl_tokens < tokens:
+            line["reference_tokens"] = tokens - found.kl_tokens
+        self._log(line)
+        self._advance(100 * steps - self._advanced, note=f"loss {found.loss:.4f}")
+        self._advanced = 100 * steps
+        return Trained(found.kl, found.kl_tokens)
+
+    def publish(self, version: int) -> None:
+        if self.contents.by_student and self.main:
+            began = time.perf_counter()
+            self.publisher.publish(version, self.at.step)
+            self._facts = {"published": version, "publish_seconds": time.perf_counter() - began}
+        if self.supply.in_turns:
+            self.publisher.join()
+        self.wait()
+
+    def checkpoint(self) -> None:
+        self.publisher.join()  # a resumed run never finds a snapshot missing that was due before
+        self.trainer.save_checkpoint(self.at.step, asdict(self.at))
+
+    def pass_done(self) -> None:
+        if not len(self.loop.kept):
+            self._complete()  # which says what selection did
+        self._log_selection()
+        self._show_finished()
+        self._evaluate()
+
+    def generation_done(self, reason: str, passes: float) -> None:
+        at = self.at
+        taken = len(at.parts) == self.loop.part_count
+        if taken:
+            self._complete()
+        self._show_finished()
+        line: dict[str, Any] = {"generation": at.generation, "generation_ended": reason, "passes": passes}
+        if at.near_policy_kl is not None and self.near_policy_is_proxy:
+            line["near_policy_kl_is_proxy"] = True
+        self._log({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
+        if self.main and self.placement.workers and not taken and reason == KL_BUDGET:
+            self.display.say(
+                f"Generation {at.generation} passed schedule.kl_budget in its first pass, after {passes:.2f} passes: its "
+                "responses were too old before all were read. A smaller schedule.lead, or a larger budget, wastes less."
+            )
+
+    # -- how it is done
+
+    @property
+    def near_policy_is_proxy(self) -> bool:
+        """Samples not drawn from the plain policy make the near-policy KL a proxy."""
+        return self.config.rollout.temperature != 1.0 or self.config.rollout.top_p != 1.0
+
+    def _log(self, line: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and the same figures to every tracker."""
+        if self.main:
+            self.store.append_metrics(line)
+        self.trackers.log(line)
+
+    def _log_selection(self) -> None:
+        """A generation's selection as metrics, at the end of the first pass over it."""
+        at = self.at
+        if self.contents.is_reference(at.generation) or not self.main or at.passes != 1:
+            return
+        self._complete()
+        manifest = self.store.manifest(at.generation)
+        if self._logged is None:  # a resumed run has logged some
+            lines = self.store.read_metrics()
+            self._logged = {line["selection/generation"] for line in lines if "selection/generation" in line}
+        if manifest is not None and at.generation not in self._logged:
+            self._logged.add(at.generation)
+            self._log({"step": at.step, "selection": True, **selection_figures(manifest)})
+
+    def _complete(self) -> None:
+        """See that a generation whose parts have all landed has its manifest; usually it was written meanwhile."""
+        if self.main:
+            self.supply.complete(self.at.generation, self._pause)
+
+    def _decided_by_main(self, decide: Callable[[], T]) -> T:
+        """The main process's answer, on every process."""
+        if self.world == 1:
+            return decide()
+        answer = [decide() if self.main else None]
+        broadcast_object_list(answer)
+        return answer[0]  # type: ignore[return-value]
+
+    def _fetched(self, generation: int, part: int) -> np.ndarray:
+        """Indices of a part's kept samples, once it is there and whole."""
+
+        def fetch() -> None:
+            path = self.store.part(generation, part)
+            while True:
+                if not path.exists():
+                    with self._waiting(generation) as show:
+                        while not path.exists():
+                            show()
+                            self.supply.want(generation, part)
+                            if not path.exists():
+                                self._pause()
+                try:
+                    return self.samples.fetch(generation, part)
+                except FileNotFoundError:
+                    continue
+                except UserError as error:
+                    if self.supply.in_turns and self.world > 1:
+                        raise
+                    self.display.say(f"{error.what} It is made again.")
+                    path.unlink(missing_ok=True)
+
+        self._decided_by_main(fetch)
+        return self.samples.take(generation, part)
+
+    def _pause(self) -> None:
+        self.supply.check()
+        self.publisher.check()
+        time.sleep(PAUSE)
+
+    @contextmanager
+    def _waiting(self, generation: int) -> Iterator[Callable[[], None]]:
+        """Around waiting; call the result now and then to show how many parts have landed."""
+        whose = "the references" if generation == REFERENCE else f"generation {generation}"
+        if self.supply.waits_for:
+            whose += f" ({self.supply.waits_for})"
+        count, shown = len(self.contents.parts(generation)), 0
+        with (
+            self.events.span("wait", generation=generation),
+            self.display.task(f"wait for {whose}", count, "parts") as advance,
+        ):
+
+            def show() -> None:
+                nonlocal shown
+                there = len(self.store.parts(generation))
+                advance(there - shown)
+                shown = there
+
+            yield show
+
+    # -- evaluation
+
+    def _evaluate(self, last: bool = False) -> None:
+        """Evaluate if it is due here and was not done before."""
+        at = self.at
+        passes = at.generation * self.config.schedule.passes + at.passes
+        due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
+        if self.measures and due and self.main and not self._evaluated(at.step):
+            self.publisher.join()  # generation changes the model's generation_config, which a snapshot has too
+            with self.events.span("evaluate", step=at.step):
+                self._evaluate_teacher()
+                figures = self.measures(at.step)
+            self._log({"step": at.step, "eval": True, **figures})
+            self.display.say(f"step {at.step}: {shown_figures(figures)}")
+        self.wait()
+
+    def _evaluate_teacher(self) -> None:
+        """The teacher's own figures on the tasks, once a run, where evaluation.teacher asks for them."""
+        options = self.config.evaluation
+        if not (options.teacher and options.tasks):
+            return
+        if not any("teacher" in line for line in self.store.read_metrics()):
+            figures = self.measures.of_teacher()
+            self._log({"step": self.at.step, "teacher": True, **figures})
+            self.display.say(f"teacher: {shown_figures(figures)}")
+
+    def _evaluated(self, step: int) -> bool:
+        return any(line["step"] == step and "eval" in line for line in self.store.read_metrics())
+
+    # -- what is shown
+
+    @contextmanager
+    def _overall_progress(self) -> Iterator[None]:
+        """One bar for a run of many short generations, such as strict on-policy; each shows its own otherwise."""
+        if self.loop.generations * self.config.schedule.passes <= MANY_PASSES:
+            yield
+            return
+        with self.display.task("train", 100, "%") as show:
+            done = 0.0
+
+            def advance() -> None:
+                nonlocal done
+                share = 100 * self.loop.progress()
+                show(share - done, note=f"step {self.at.step}, generation {self.at.generation}")
+                done = share
+
+            self._advance_run = advance
+            yield
+
+    def _show_finished(self) -> None:
+        """The table of a generation that was made beside the training, once it is whole."""
+        generation = self.at.generation
+        manifest = None if generation in self._shown or not self.main else self.store.manifest(generation)
+        if manifest is not None:
+            self._shown.add(generation)
+            show_generation(generation, manifest, self.display)
+            if "engine" in manifest:
+                warn_of_engine(manifest["engine"], self.config.rollout.check_bound, self.display)
+
+
+def resumed_generation(store: Store, *, oldest: bool = False) -> int:
+    """The generation that a resumed run would go on with, from its newest or its oldest checkpoint."""
+    steps = store.checkpoints()
+    return int(store.checkpoint_facts(steps[0 if oldest else -1])["generation"]) if steps else 0
