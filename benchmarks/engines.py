@@ -32,7 +32,7 @@ from npd.prompts import load_prompts
 from npd.rollout import TransformersRollout
 from npd.rollout.vllm import VllmRollout
 from npd.scoring import Prefill, ScoreTeacher, ServedPrefill
-from npd.server import Server
+from npd.scoring.server import Server
 from npd.store import write_json
 
 

@@ -25,7 +25,7 @@ from npd.models import head_weight
 from npd.packing import pack_tokens, short_rows
 from npd.rollout import TransformersRollout
 from npd.scoring import Prefill
-from npd.trainer import LossModel
+from npd.train.trainer import LossModel
 
 
 def attention(case: Case, contexts: list[list[int]]) -> float:

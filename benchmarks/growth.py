@@ -31,11 +31,11 @@ from npd import run
 from npd.demo import demo
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
-from npd.loop import PassPlan
 from npd.observe.display import Display
 from npd.prompts import load_prompts
-from npd.samples import Samples
 from npd.store import Store
+from npd.train.loop import PassPlan
+from npd.train.samples import Samples
 
 WHAT = ("distill", "prompts", "samples")
 

@@ -10,8 +10,8 @@ import argparse
 import numpy as np
 
 from benchmarks.common import interleaved, record, timed
-from npd.loop import BLOCK
 from npd.packing import pack
+from npd.train.loop import BLOCK
 
 
 def lengths_of(kind: str, count: int, capacity: int) -> np.ndarray:

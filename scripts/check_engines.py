@@ -29,7 +29,7 @@ import npd
 from npd.config import ModelConfig
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
-from npd.loaded import engine_difference
+from npd.generations.models import engine_difference
 from npd.models import (
     Vocabulary,
     load_model,

@@ -28,18 +28,18 @@ from transformers import AutoModelForCausalLM
 
 import npd
 import npd.cli
-import npd.jobs
+import npd.generations.workers
 import npd.placement
 import npd.run
 import npd.store
-from npd.jobs import Jobs
+from npd.generations.generation import Refresher
+from npd.generations.workers import Jobs
 from npd.observe.display import Display
 from npd.observe.events import read_events
-from npd.refresher import Refresher
 from npd.report.facts import gather
 from npd.run import Run
 from npd.store import Store
-from npd.trainer import Trainer
+from npd.train.trainer import Trainer
 
 Tree = dict[str, Any]
 
@@ -74,7 +74,7 @@ class Forked:
     """A file with the process id of every job of a test."""
 
     def __init__(self, command: list[str], *, stdout: IO[bytes], **_: Any) -> None:
-        assert command[:3] == [sys.executable, "-m", "npd.jobs"]
+        assert command[:3] == [sys.executable, "-m", "npd.generations.workers"]
         theirs, mine = os.pipe()
         self.returncode: int | None = None
         self.pid = os.fork()
@@ -87,7 +87,7 @@ class Forked:
                 os.closerange(3, 4096)  # as Popen does: the pipe's other end, the run's lock, ...
                 sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", 1, closefd=False), open(2, "w", 1)  # noqa: SIM115
                 sys.argv = command[2:]
-                npd.jobs.main()
+                npd.generations.workers.main()
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -135,7 +135,7 @@ def forked_jobs(monkeypatch, tmp_path) -> Iterator[None]:
     """Jobs are forks, whatever the machine; none outlives its test."""
     monkeypatch.setattr(npd.placement, "cores", lambda: 2)
     monkeypatch.setattr(
-        npd.jobs,
+        npd.generations.workers,
         "subprocess",
         SimpleNamespace(Popen=Forked, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired),
     )
@@ -884,7 +884,7 @@ def test_every_kept_checkpoint_leads_to_the_same_end(make, states, tmp_path, lea
 
 @pytest.fixture
 def real_jobs(monkeypatch) -> None:
-    monkeypatch.setattr(npd.jobs, "subprocess", subprocess)
+    monkeypatch.setattr(npd.generations.workers, "subprocess", subprocess)
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("with one core training and generation take turns")
 

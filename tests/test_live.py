@@ -14,10 +14,10 @@ from rich.console import Console
 
 import npd
 from npd.config import load_config
-from npd.loop import Position
 from npd.observe.display import Display, Task, Whole
 from npd.report.live import RunView
 from npd.store import Store
+from npd.train.loop import Position
 
 
 class Terminal(io.StringIO):

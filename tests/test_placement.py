@@ -6,7 +6,7 @@ import pytest
 
 from npd.config import PlacementConfig, ScheduleConfig
 from npd.errors import UserError
-from npd.jobs import visible_gpus
+from npd.generations.workers import visible_gpus
 from npd.placement import Job, Placement, cores, place
 
 

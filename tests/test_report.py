@@ -260,16 +260,16 @@ def test_samples_are_left_out_of_a_page_that_would_be_too_large(fake, tmp_path, 
 
 
 def fail_at(step: int, error: BaseException, monkeypatch) -> None:
-    import npd.trainer
+    import npd.train.trainer
 
-    real = npd.trainer.Trainer.step
+    real = npd.train.trainer.Trainer.step
 
     def broken(self, *args: Any) -> Any:
         if self.position.step == step:
             raise error
         return real(self, *args)
 
-    monkeypatch.setattr(npd.trainer.Trainer, "step", broken)
+    monkeypatch.setattr(npd.train.trainer.Trainer, "step", broken)
 
 
 @pytest.mark.parametrize(
@@ -309,13 +309,13 @@ def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
     script = (
-        "import sys, time, npd, npd.trainer\n"
-        "real = npd.trainer.Trainer.step\n"
+        "import sys, time, npd, npd.train.trainer\n"
+        "real = npd.train.trainer.Trainer.step\n"
         "def slow(self, *a):\n"
         "    if self.position.step == 4:\n"
         "        print('here', flush=True); time.sleep(600)\n"
         "    return real(self, *a)\n"
-        "npd.trainer.Trainer.step = slow\n"
+        "npd.train.trainer.Trainer.step = slow\n"
         "npd.distill(sys.argv[1])\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, str(config)], stdout=subprocess.PIPE)
@@ -335,10 +335,10 @@ def test_a_run_that_was_asked_to_stop_has_it_on_record(make_tree, tmp_path):
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
     script = (
-        "import sys, time, npd.cli, npd.trainer\n"
+        "import sys, time, npd.cli, npd.train.trainer\n"
         "def slow(self, *a):\n"
         "    print('here', flush=True); time.sleep(600)\n"
-        "npd.trainer.Trainer.step = slow\n"
+        "npd.train.trainer.Trainer.step = slow\n"
         "npd.cli.entry()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", script, "distill", str(config)], stdout=subprocess.PIPE)

@@ -28,10 +28,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import npd
+import npd.preflight
 import npd.run
-import npd.setup
 import npd.store
-import npd.trainer
+import npd.train.trainer
 from npd.config import load_config
 from npd.store import SCHEMA, Store
 
@@ -489,7 +489,7 @@ def hook_steps(nth: int, when: str) -> None:
 
         torch.optim.AdamW.step = step  # type: ignore[method-assign]
     else:
-        real = npd.trainer.Trainer.step
+        real = npd.train.trainer.Trainer.step
 
         def whole_step(self, *args):
             if when == "before":
@@ -499,7 +499,7 @@ def hook_steps(nth: int, when: str) -> None:
                 point()
             return out
 
-        npd.trainer.Trainer.step = whole_step  # type: ignore[method-assign]
+        npd.train.trainer.Trainer.step = whole_step  # type: ignore[method-assign]
 
 
 def hook_file_events(run_dir: Path, nth: int) -> None:
@@ -698,7 +698,7 @@ def test_dry_run_checks_tasks_and_the_run_directory(make_tree):
         ({"placement": {"train": "cuda:99"}}, "placement.train names cuda:99, but this machine has"),
     ):
         with pytest.raises(npd.UserError, match=message):
-            npd.setup.prepare(load_config(make_tree(**options)), "distill")
+            npd.preflight.prepare(load_config(make_tree(**options)), "distill")
 
 
 def test_a_run_dir_that_is_a_file_is_refused(make_tree):
@@ -770,7 +770,7 @@ def test_threads_are_given_back(make_tree, monkeypatch):
         torch.set_num_threads(before + 1)
         raise ValueError("boom")
 
-    monkeypatch.setattr(npd.trainer.Trainer, "step", broken)
+    monkeypatch.setattr(npd.train.trainer.Trainer, "step", broken)
     with pytest.raises(ValueError, match="boom"):
         npd.distill(make_tree())
     assert torch.get_num_threads() == before

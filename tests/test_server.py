@@ -15,18 +15,18 @@ from conftest import save_model
 from fake_server import FakeServer, changed, cut_short, dropped, malformed, reply, serving, slow, status
 from hypothesis import given
 from hypothesis import strategies as st
+from npd.rollout.served import ServedRollout
 
 import npd
+import npd.preflight
 import npd.scoring.served
-import npd.server
-import npd.setup
+import npd.scoring.server
 from npd.config import ModelConfig, TeacherConfig, load_config
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary, load_model, load_tokenizer
-from npd.rollout.served import ServedRollout
 from npd.scoring import Prefill, Routed, ScoreTeacher, ServedPrefill
 from npd.scoring.served import check_server
-from npd.server import Server, _sglang_logprobs, _vllm_logprobs
+from npd.scoring.server import Server, _sglang_logprobs, _vllm_logprobs
 from npd.store import Store
 
 VOCABULARY = Vocabulary(size=20, stop_ids=(2,), start_id=1)
@@ -40,7 +40,7 @@ def server(request, teacher_dir):
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch):
-    monkeypatch.setattr(npd.server, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(npd.scoring.server, "LONGEST_PAUSE", 0.05)
     yield
     while [thread for thread in threading.enumerate() if thread.name.startswith("teacher-")]:  # left behind by an error
         time.sleep(0.01)
@@ -501,7 +501,7 @@ def test_a_source_without_a_teacher_is_named(make_tree, teacher_dir):
     tree = make_tree(teachers={"b": {"model": str(teacher_dir)}})
     tree["teacher"] = None
     with pytest.raises(UserError, match=r"no teacher: 'a' \(6 prompts\)"):
-        npd.setup.prepare(load_config(tree), "distill")
+        npd.preflight.prepare(load_config(tree), "distill")
 
 
 def test_a_run_with_teachers_for_every_source_needs_no_other(make_tree, teacher_dir, data_file):
@@ -515,7 +515,7 @@ def test_a_run_with_teachers_for_every_source_needs_no_other(make_tree, teacher_
 
 def test_a_teacher_for_no_source_is_mentioned(make_tree, teacher_dir):
     tree = make_tree(teachers={"maths": {"model": str(teacher_dir)}})
-    assert any("'maths'" in note for note in npd.setup.prepare(load_config(tree), "distill").notes)
+    assert any("'maths'" in note for note in npd.preflight.prepare(load_config(tree), "distill").notes)
 
 
 def test_unknown_keys_of_teachers_are_named(make_tree):

@@ -8,7 +8,7 @@ import torch
 from npd.config import PlacementConfig, ScheduleConfig, load_config
 from npd.errors import UserError
 from npd.placement import Placement, place
-from npd.setup import check_engine_place, placement_of, prepare
+from npd.preflight import check_engine_place, placement_of, prepare
 
 
 def placed(lead: float, size: int = 1, **options) -> Placement:

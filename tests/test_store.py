@@ -23,7 +23,7 @@ from npd.config import load_config
 from npd.observe.events import Events
 from npd.store import SCHEMA, Store, write_json, write_text, writing
 from npd.store.files import HOST
-from npd.trainer import Trainer
+from npd.train.trainer import Trainer
 
 # -- parts
 

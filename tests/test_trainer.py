@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM
 import npd
 from npd import models
 from npd.config import TrainingConfig, load_config
-from npd.loop import PassPlan
 from npd.observe.events import Events
-from npd.samples import Samples
 from npd.schedule import learning_rate
 from npd.store import Store
-from npd.trainer import Trainer, make_accelerator
+from npd.train.loop import PassPlan
+from npd.train.samples import Samples
+from npd.train.trainer import Trainer, make_accelerator
 
 VOCABULARY, TOP_K = 20, 4
 KD_WEIGHT = 0.9

@@ -26,7 +26,7 @@ from conftest import save_model
 from rich.console import Console
 
 import npd
-import npd.setup
+import npd.preflight
 from npd.config import LoraConfig, ModelConfig, StudentConfig, load_config
 from npd.demo.tokenizer import build_tokenizer
 from npd.errors import RunError, UserError
@@ -38,7 +38,7 @@ from npd.rollout import TransformersRollout
 from npd.rollout.vllm import VllmRollout, check_options
 from npd.run import Run
 from npd.scoring import Prefill
-from npd.server import Server
+from npd.scoring.server import Server
 from npd.store import Store
 
 pytestmark = pytest.mark.skipif(
@@ -499,7 +499,7 @@ def test_an_error_in_scoring_ends_the_engine_at_once(vllm_tree, teacher_server, 
     tree = vllm_tree(
         teacher={"model": "big", "server": teacher_server[1], "concurrency": 1}, rollout={"part_size": 1, "batch_size": 1}
     )
-    setup = npd.setup.prepare(load_config(tree), "distill")
+    setup = npd.preflight.prepare(load_config(tree), "distill")
     assert setup.notes == []
     monkeypatch.setattr(Server, "read", fail)
     with pytest.raises(UserError, match="the teacher says no"):
@@ -526,4 +526,4 @@ def test_options_are_checked(make_tree):
     with pytest.raises(UserError, match="npd sets it"):
         check_options({"logprobs_mode": "raw_logits"})
     with pytest.raises(UserError, match="no option 'foo'"):
-        npd.setup.prepare(load_config(make_tree(rollout={"engine": "vllm", "vllm": {"foo": 1}})), "distill")
+        npd.preflight.prepare(load_config(make_tree(rollout={"engine": "vllm", "vllm": {"foo": 1}})), "distill")

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from npd import losses, packing, selection
     from npd.config import Config, load_config
     from npd.errors import NpdError, RunError, UserError
-    from npd.refresh.generation import Generation
+    from npd.generations.generation import Generation
     from npd.run import DistillResult, distill, evaluate, refresh, sft
 
 _HOMES = {
@@ -18,7 +18,7 @@ _HOMES = {
     "NpdError": "npd.errors",
     "RunError": "npd.errors",
     "UserError": "npd.errors",
-    "Generation": "npd.refresh.generation",
+    "Generation": "npd.generations.generation",
     "DistillResult": "npd.run",
     "distill": "npd.run",
     "evaluate": "npd.run",

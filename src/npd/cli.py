@@ -178,7 +178,7 @@ def _train(config: Config, command: str, dry_run: bool) -> None:
 )
 def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
     from npd import run
-    from npd.refresh.follower import follow as follow_run
+    from npd.generations.follower import follow as follow_run
 
     display = Display()
     if follow and reselect:

@@ -13,10 +13,10 @@ from npd.config import Config, load_config
 from npd.errors import UserError
 from npd.evaluation import Benchmark, benchmark_kind
 from npd.evaluation import Setting as BenchmarkSetting
+from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
+from npd.generations.models import Tokens, load_tokenizers
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
 from npd.prompts import Prompts, count_sources, load_prompts
-from npd.refresh.generation import Generations, ReferenceGenerations, tuning, usable_references
-from npd.refresh.models import Tokens, load_tokenizers
 from npd.registry import ENGINES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store
@@ -31,7 +31,7 @@ class Setup:
     """What was found."""
 
     config: Config
-    """As the command takes it: for fine-tuning on references see npd.refresh.generation.tuning."""
+    """As the command takes it: for fine-tuning on references see npd.generations.generation.tuning."""
     given: Config
     """As the user gave it."""
     command: str

@@ -108,9 +108,9 @@ TEACHERS = Registry(
 PRODUCERS = Registry(
     "placement.rollout",
     {
-        "turns": "npd.refresh.producer:Turns",
-        "workers": "npd.refresh.workers:Workers",
-        "external": "npd.refresh.follower:External",
+        "turns": "npd.generations.producer:Turns",
+        "workers": "npd.generations.workers:Workers",
+        "external": "npd.generations.follower:External",
     },
 )
 RULES = Registry(

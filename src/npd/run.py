@@ -20,17 +20,17 @@ from npd.config import Config, ModelConfig
 from npd.errors import UserError
 from npd.evaluation import Evaluator
 from npd.evaluation import Setting as BenchmarkSetting
+from npd.generations.books import Books
+from npd.generations.generation import Generation
+from npd.generations.models import AskedTeacher, Evaluated, Models
+from npd.generations.pipeline import Pipeline
+from npd.generations.producer import Producer, Workshop, producer_kind
+from npd.generations.reselect import reselect as reselect_generation
 from npd.observe.display import Display
 from npd.observe.events import Events, read_events, seconds_by_role
 from npd.observe.trackers import start_trackers
 from npd.placement import Placement, engine_beside_training
 from npd.preflight import DISTILL, EVAL, SFT, AnyConfig, Setup, as_config, prepare
-from npd.refresh.books import Books
-from npd.refresh.generation import Generation
-from npd.refresh.models import AskedTeacher, Evaluated, Models
-from npd.refresh.pipeline import Pipeline
-from npd.refresh.producer import Producer, Workshop, producer_kind
-from npd.refresh.reselect import reselect as reselect_generation
 from npd.report.keeper import observed
 from npd.report.live import RunView
 from npd.rollout import Weights

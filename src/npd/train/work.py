@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 class Contents(Protocol):
-    """What generations hold: see npd.refresh.generation.Generations."""
+    """What generations hold: see npd.generations.generation.Generations."""
 
     @property
     def by_student(self) -> bool: ...
@@ -51,7 +51,7 @@ class Contents(Protocol):
 
 
 class Supply(Protocol):
-    """Who makes generations: see npd.refresh.producer.Producer."""
+    """Who makes generations: see npd.generations.producer.Producer."""
 
     @property
     def in_turns(self) -> bool: ...

@@ -10,15 +10,15 @@ from pathlib import Path
 from npd import models
 from npd.config import Config, config_tree, differing_keys, load_config
 from npd.errors import UserError
+from npd.generations.books import Books
+from npd.generations.generation import Generations
+from npd.generations.models import Models, load_tokenizers
+from npd.generations.pipeline import Pipeline
+from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
 from npd.observe.events import Events, failure_facts, mark
 from npd.placement import Placement, check_engine, resolve_placement
 from npd.prompts import Prompts
-from npd.refresh.books import Books
-from npd.refresh.generation import Generations
-from npd.refresh.models import Models, load_tokenizers
-from npd.refresh.pipeline import Pipeline
-from npd.refresh.producer import Beside, Workshop
 from npd.store import REFERENCE, Store
 
 ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way

@@ -13,13 +13,13 @@ import pyarrow as pa
 import torch
 
 from npd.config import Config, Sampling
+from npd.generations.books import Books
+from npd.generations.generation import Generations
+from npd.generations.models import Models, engine_difference, routed_writer
 from npd.observe.console import warn_of_engine
 from npd.observe.display import Advance, Display, untold
 from npd.observe.events import Events
 from npd.placement import Placement
-from npd.refresh.books import Books
-from npd.refresh.generation import Generations
-from npd.refresh.models import Models, engine_difference, routed_writer
 from npd.rollout import Engine, Request
 from npd.schedule import derive_seed
 from npd.scoring import ScoreStudent, ScoreTeacher, teacher_kind

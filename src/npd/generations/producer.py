@@ -10,13 +10,13 @@ from typing import ClassVar
 
 from npd.config import Config
 from npd.errors import UserError
+from npd.generations.books import Books
+from npd.generations.generation import Generations
+from npd.generations.pipeline import Pipeline
 from npd.observe.console import show_generation
 from npd.observe.display import Display
 from npd.observe.events import Events
 from npd.placement import Placement
-from npd.refresh.books import Books
-from npd.refresh.generation import Generations
-from npd.refresh.pipeline import Pipeline
 from npd.registry import PRODUCERS
 from npd.store import REFERENCE, Store
 

@@ -19,10 +19,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from npd.errors import NpdError, RunError, UserError
+from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
 from npd.observe.events import Events, failure_facts, mark
 from npd.placement import Placement
-from npd.refresh.producer import Beside, Workshop
 from npd.registry import ENGINES
 from npd.store import REFERENCE
 
@@ -157,7 +157,7 @@ class Workers(Beside):
         inherited = {k: v for k, v in os.environ.items() if k not in OF_TRAINERS and not k.startswith("ACCELERATE_")}
         with log.open("ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "npd.refresh.workers", *map(str, arguments)],
+                [sys.executable, "-m", "npd.generations.workers", *map(str, arguments)],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
@@ -203,7 +203,7 @@ def main() -> None:
     """The process of a worker: RUN_DIR PLACEMENT RANK WORLD BEGAN PIPE."""
     from rich.console import Console
 
-    from npd.refresh.follower import follow
+    from npd.generations.follower import follow
 
     run_dir, placed, rank, world, began, says = sys.argv[1:]
     threading.Thread(target=_end_with_the_trainer, args=(sys.stdin.fileno(),), daemon=True).start()

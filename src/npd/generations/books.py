@@ -10,9 +10,9 @@ import pyarrow.compute as pc
 
 from npd.config import Config, SelectionConfig
 from npd.errors import UserError
+from npd.generations.generation import Generations
 from npd.observe.display import Display
 from npd.observe.events import Events, read_events
-from npd.refresh.generation import Generations
 from npd.registry import ENGINES
 from npd.selection import Summary, check_some_kept
 from npd.store import Store

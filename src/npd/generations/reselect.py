@@ -7,9 +7,9 @@ import yaml
 
 from npd.config import Config, config_tree, differing_keys
 from npd.errors import UserError
+from npd.generations.generation import Generation
 from npd.observe.console import show_generation
 from npd.observe.display import Display
-from npd.refresh.generation import Generation
 from npd.selection import Select, Summary, check_some_kept
 from npd.store import Store, write_text
 
