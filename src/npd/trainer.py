@@ -32,6 +32,7 @@ from npd.models import State, add_lora, base_model, copy_state, head_weight, hid
 from npd.observe.events import Events
 from npd.observe.trackers import Trackers
 from npd.packing import pack_tokens, short_rows
+from npd.registry import DIVERGENCES
 from npd.samples import Samples
 from npd.schedule import derive_seed, learning_rate
 from npd.store import Store
@@ -40,13 +41,22 @@ from npd.store import Store
 class LossModel(nn.Module):
     """Student and loss as one module, so that DDP sees a single forward pass."""
 
-    def __init__(self, model: nn.Module, kd_weight: float, top_k_mass: TopKMass, *, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        kd_weight: float,
+        top_k_mass: TopKMass,
+        *,
+        divergence: str = DIVERGENCES.default,
+        compiled: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         # The loss stays outside: it works in place and in chunks, which is what a compiler would make of it.
         self.decoder = torch.compile(models.backbone(model).forward, dynamic=True) if compiled else None
         self.kd_weight = kd_weight
         self.top_k_mass = top_k_mass
+        self.divergence = divergence
 
     def forward(
         self,
@@ -68,6 +78,7 @@ class LossModel(nn.Module):
             topk_logprobs,
             kd_weight=self.kd_weight,
             top_k_mass=self.top_k_mass,
+            divergence=self.divergence,
         )
 
 
@@ -110,7 +121,14 @@ class Trainer:
         optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.training.learning_rate)
         self.accelerator = accelerator
         self.loss_model, self.optimizer = accelerator.prepare(
-            LossModel(self.student, kd_weight, config.loss.top_k_mass, compiled=config.training.compile), optimizer
+            LossModel(
+                self.student,
+                kd_weight,
+                config.loss.top_k_mass,
+                divergence=config.loss.divergence,
+                compiled=config.training.compile,
+            ),
+            optimizer,
         )
 
     # -- place and state
