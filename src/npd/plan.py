@@ -11,7 +11,7 @@ from npd import models
 from npd.observe.display import Display
 from npd.packing import pack
 from npd.prompts import count_sources
-from npd.selection import ENOUGH
+from npd.registry import RULES
 from npd.setup import Setup, placement_of
 from npd.trainer import resolve_precision
 
@@ -110,9 +110,7 @@ def show_plan(setup: Setup, display: Display) -> None:
     for line in setup.prompts.report():
         display.say(f"data.train: {line}")
     each = min(samples, config.rollout.part_size * (1 if sft else config.rollout.samples_per_prompt))
-    if config.selection.rule == "adaptive" and each < ENOUGH:
-        display.say(
-            f"The adaptive rule needs {ENOUGH} responses in a part to follow them, and parts have {each}: its upper bound "
-            "will be the fixed one. Raise rollout.part_size."
-        )
+    note = RULES[config.selection.rule]().note(config.selection, each)
+    if note:
+        display.say(note)
     display.say("Nothing was run. The configuration, tokenizers and data are in order.")

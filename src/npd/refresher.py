@@ -32,7 +32,7 @@ from npd.rollout import TransformersRollout
 from npd.schedule import derive_seed, generation_size, parts_of_generation, prompts_of_generation
 from npd.scoring import Routed, ScoreStudent, ScoreTeacher
 from npd.selection import Select, Summary, check_some_kept
-from npd.store import REFERENCE, Store
+from npd.store import REFERENCE, SCHEMA, Store
 
 if TYPE_CHECKING:
     from npd.rollout.vllm import VllmRollout
@@ -41,7 +41,7 @@ Answers = Iterator[tuple[int, pa.Table]]
 
 CHECKED_TOKENS = 64  # of each response by which an engine is compared with transformers
 
-SUMMARY = ["verdict", "source", "delta_ifd", "finish_reason", "response_ids", "student_nll_free"]
+SUMMARY = [field.name for field in SCHEMA if not pa.types.is_list(field.type)] + ["response_ids"]
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,10 @@
 Dimensions: T response tokens, D hidden size, V vocabulary, K the teacher's top-k, C tokens in a chunk.
 
 The divergence is a function of the student's log-probabilities on a sheet of K+1 symbols, the top-k and the rest as one. With
-f its derivatives there, which autograd gives, the gradient with respect to the logits is
+f its derivatives there, which autograd gives, its gradient with respect to the logits is
     f_j [j in top-k] + f_rest softmax(z outside the top-k)_j - (Σ f) softmax(z)_j.
-For the forward KL, f = -p_T: with q = (1 - λ) onehot(y) + λ p_T restricted to the top-k, the loss is -Σ_c q_c log p_S(c) plus a
-constant, and its gradient (Σ q) softmax(z) - q. Nothing of size T x V is kept: logits live a chunk at a time, and the gradients
+For the forward KL, f = -p_T: with q = (1 - λ) onehot(y) + λ p_T restricted to the top-k, the loss is -Σ_c q_c log p_S(c) +
+const, and its gradient (Σ q) softmax(z) - q. Nothing of size T x V is kept: logits live a chunk at a time, and the gradients
 of hidden states and weight are produced in that same pass.
 """
 
