@@ -192,7 +192,7 @@ def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bo
     """The teacher's log-probabilities [C, K+1] of its top-k and, last, of the rest."""
     if top_k_mass == "renormalize":
         logprobs_CK = logprobs_CK.log_softmax(-1)
-    rest_C = torch.full_like(logprobs_CK[:, :1], -torch.inf)
+    rest_C = logprobs_CK.new_full((len(logprobs_CK), 1), -torch.inf)
     if top_k_mass == "tail" and rest_exists:
         rest_C = (1 - logprobs_CK.exp().sum(-1, keepdim=True)).clamp(min=0).log()
     return torch.cat((logprobs_CK, rest_C), -1)

@@ -23,7 +23,7 @@ class Bounds(NamedTuple):
 
 class Judgement(NamedTuple):
     verdicts: npt.NDArray[np.str_]
-    """[N]: PROXIMAL for what may be trained on, else why not, in a word."""
+    """[N]: PROXIMAL for what may be trained on, else why not, in a word (mind that numpy cuts strings at the array's width)."""
     bounds: dict[str, Bounds] | None
     """Δ between which responses are kept, for every source in the part; None where the rule draws no bounds."""
 
