@@ -11,8 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from npd.config import SelectionConfig
-from npd.selection import CHANCE, ENOUGH, Bounds, Select, Summary, adaptive_bounds, bounds_by_source
+from npd.config import SelectionConfig, load_config
+from npd.errors import RunError, UserError
+from npd.registry import RULES
+from npd.selection import Bounds, Select, Summary, check_some_kept
+from npd.selection.adaptive import CHANCE, ENOUGH, adaptive_bounds, bounds_by_source
 
 ADAPTIVE = SelectionConfig(rule="adaptive")
 FIXED = SelectionConfig(rule="delta_ifd")
@@ -198,9 +201,6 @@ def test_verdicts_follow_from_the_stored_columns():
         expected = [min(b.lower for b in of_parts), max(b.upper for b in of_parts)]
         assert result["sources"][source]["bounds"] == expected
     assert result["bounds"][0] == min(one["bounds"][0] for one in result["sources"].values())
-    fixed = Summary(FIXED)
-    fixed.add(parts[0])
-    assert "bounds" not in fixed.result()
 
 
 @pytest.mark.parametrize("distance", [0.1, 0.5, 1.0, 2.0])
@@ -221,5 +221,23 @@ def test_chance_alone_seldom_puts_the_teacher_a_hundred_times_ahead(distance):
 
 
 def test_perplexity_ratios_have_no_adaptive_bounds():
-    with pytest.raises(ValueError, match="ifd loss_ratio"):
-        SelectionConfig(rule="adaptive", ifd="perplexity_ratio")
+    tree = {"run_dir": "runs/x", "student": {"model": "m"}, "data": {"train": "p.jsonl"}}
+    with pytest.raises(UserError, match=r"is not a valid configuration: selection: the adaptive rule's .* ifd loss_ratio"):
+        load_config(tree | {"selection": {"rule": "adaptive", "ifd": "perplexity_ratio"}})
+
+
+def test_all_dropped_names_the_adaptive_bounds():
+    part = Select(ADAPTIVE)(table(np.array([-0.9, -0.8, 1.5]), np.full(3, 92.1)))
+    summary = Summary(ADAPTIVE)
+    summary.add(part)
+    with pytest.raises(RunError) as caught:
+        check_some_kept(summary.result(), ADAPTIVE)
+    assert "2 below the adaptive lower bound (-0.050 at the lowest) (degenerate)" in str(caught.value)
+    assert "1 above the adaptive upper bound (0.800 at the highest) (disconnect)" in str(caught.value)
+
+
+def test_a_plan_with_small_parts_says_what_they_cost():
+    rule = RULES[ADAPTIVE.rule]()
+    assert f"needs {ENOUGH} responses in a part" in rule.note(ADAPTIVE, ENOUGH - 1)
+    assert rule.note(ADAPTIVE, ENOUGH) is None
+    assert RULES[FIXED.rule]().note(FIXED, 1) is None

@@ -11,8 +11,8 @@ from npd import models
 from npd.packing import pack
 from npd.preflight import Setup
 from npd.prompts import count_sources
+from npd.registry import RULES
 from npd.scoring import teacher_kind
-from npd.selection import ENOUGH
 from npd.train.trainer import resolve_precision
 
 GIB = 1 << 30
@@ -157,9 +157,7 @@ def plan_notes(setup: Setup) -> list[str]:
     assert setup.prompts is not None, "only what trains is planned"
     notes = [*setup.notes, *(f"data.train: {line}" for line in setup.prompts.report())]
     each = min(contents.responses(0), config.rollout.part_size * contents.per_prompt(0))
-    if config.selection.rule == "adaptive" and each < ENOUGH:
-        notes.append(
-            f"The adaptive rule needs {ENOUGH} responses in a part to follow them, and parts have {each}: its upper bound "
-            "will be the fixed one. Raise rollout.part_size."
-        )
+    note = RULES[config.selection.rule]().note(config.selection, each)
+    if note is not None:
+        notes.append(note)
     return notes

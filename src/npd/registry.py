@@ -116,9 +116,9 @@ PRODUCERS = Registry(
 RULES = Registry(
     "selection.rule",
     {
-        "delta_ifd": "npd.selection.rules:fixed_band",
-        "adaptive": "npd.selection.rules:adaptive_band",
-        "none": "npd.selection.rules:everything",
+        "delta_ifd": "npd.selection.fixed:FixedBand",
+        "adaptive": "npd.selection.adaptive:AdaptiveBand",
+        "none": "npd.selection.fixed:Everything",
     },
 )
 DIVERGENCES = Registry(

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from npd.config.sections import Config, Section
 from npd.errors import UserError
-from npd.registry import load_plugins
+from npd.registry import RULES, load_plugins
 
 # Keys that may differ when a run is continued: they do not change what is computed.
 FREE_KEYS: tuple[tuple[str, ...], ...] = (
@@ -66,9 +66,15 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     if isinstance(plugins, list):  # before kinds are looked up by name
         load_plugins([str(name) for name in plugins])
     try:
-        return Config.model_validate(tree)
+        config = Config.model_validate(tree)
     except ValidationError as error:
         raise UserError(_explain(error, where)) from None
+    if config.selection.rule != RULES.default:  # which the section checks itself, without importing the rule
+        try:
+            RULES[config.selection.rule]().check(config.selection)
+        except ValueError as error:
+            raise UserError(f"{where} is not a valid configuration: selection: {error}.") from None
+    return config
 
 
 def config_tree(config: Config) -> dict[str, Any]:

@@ -236,13 +236,6 @@ class SelectionConfig(Section):
 
     @model_validator(mode="after")
     def _ordered(self) -> SelectionConfig:
-        if self.rule == "adaptive" and not self.adaptive_lower <= self.lower <= 0 < self.upper:
-            raise ValueError(
-                f"the adaptive rule needs adaptive_lower <= lower <= 0 < upper, but they are {self.adaptive_lower}, "
-                f"{self.lower} and {self.upper}"
-            )
-        if self.rule == "adaptive" and self.ifd != "loss_ratio":
-            raise ValueError("the adaptive rule's bounds are those of ifd loss_ratio; choose that, or rule delta_ifd")
         if not self.lower <= self.upper:  # not a number compares with nothing
             raise ValueError(f"lower ({self.lower}) is above upper ({self.upper}): no response could be kept")
         return self

@@ -66,6 +66,7 @@ class LossModel(nn.Module):
             topk_logprobs,
             kd_weight=self.loss.kd_weight,
             top_k_mass=self.loss.top_k_mass,
+            divergence=self.loss.divergence,
         )
 
 

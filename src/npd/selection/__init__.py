@@ -6,10 +6,8 @@ arXiv:2402.00530; the difference of teacher and student and its bands from Near-
 
 from __future__ import annotations
 
-import math
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +16,17 @@ import pyarrow.compute as pc
 
 from npd.config import SelectionConfig
 from npd.errors import RunError
+from npd.registry import RULES
+from npd.selection.rules import DEGENERATE, DISCONNECT, KEPT, PROXIMAL, UNDEFINED, Bounds, Judgement, Rule, bands
+
+__all__ = [
+    "DEGENERATE", "DISCONNECT", "KEPT", "PROXIMAL", "QUANTILES", "UNDEFINED", "Bounds", "Judgement", "Rule", "Select",
+    "Summary", "bands", "check_some_kept", "delta_ifd", "instruction_following_difficulty",
+]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
 
-PROXIMAL, DEGENERATE, DISCONNECT, UNDEFINED = "proximal", "degenerate", "disconnect", "undefined"
-KEPT = (PROXIMAL, "reference")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-
-# Of the adaptive rule.
-CHANCE = 0.01
-"""How probable a sample may at most be, under the student itself, for its likelihood to count as an anomaly."""
-SIGMAS = 3.0
-ENOUGH = 200
-"""Samples from which a spread is estimated; with fewer the bounds are the fixed ones and chance's."""
-_Z10 = 1.2815515655446004  # of the normal distribution's 10% and 90% points
 
 
 def instruction_following_difficulty(
@@ -62,69 +57,12 @@ def delta_ifd(
         )
 
 
-def bands(delta: npt.ArrayLike, lower: npt.ArrayLike, upper: npt.ArrayLike) -> npt.NDArray[np.str_]:
-    """Verdict for each Δ: both edges of the band belong to "proximal"; a Δ that is not a number is "undefined".
-
-    Bounds are numbers, or one for each Δ.
-    """
-    d = np.asarray(delta, np.float64)
-    verdicts = np.full(d.shape, PROXIMAL, dtype="<U10")
-    verdicts[d < np.asarray(lower, np.float64)] = DEGENERATE
-    verdicts[d > np.asarray(upper, np.float64)] = DISCONNECT
-    verdicts[np.isnan(d)] = UNDEFINED
-    return verdicts
-
-
-class Bounds(NamedTuple):
-    lower: float
-    upper: float
-
-
-def adaptive_bounds(delta: npt.ArrayLike, free_nats: npt.ArrayLike, config: SelectionConfig) -> Bounds:
-    """Bounds for Δ that follow N samples: `delta` [N], and `free_nats` [N], nats of each response read without its prompt.
-
-    The lower bound lies where Δ is both improbable by chance and an outlier of these samples. Chance: for y ~ p_S,
-    P(p_T(y)/p_S(y) >= 1/α) <= α (Markov; the mean of the ratio is 1), so with α = 1% a teacher that is ahead by less than
-    ln 100 nats over the whole response says nothing; in units of Δ that is ln 100 / free_nats, at the median response.
-    Outlier: 3 σ below the median, with σ from the median and the 10% point, as of a normal distribution. The upper bound
-    is 3 σ above the median, with σ from the 90% point, but at least half of `config.upper`: few wrong responses among
-    many right ones look like outliers, and are what there is to learn. Never below `config.adaptive_lower` nor above
-    `config.upper`. Up to 10% of outliers on a side, however far out, move a bound only as far as the quantile moves.
-    """
-    d, nats = np.asarray(delta, np.float64), np.asarray(free_nats, np.float64)
-    finite = np.isfinite(d)
-    d, nats = d[finite], nats[finite]
-    lower, upper = config.lower, config.upper
-    if d.size >= ENOUGH:
-        low, middle, high = np.quantile(d, (0.1, 0.5, 0.9))
-        lower = float(middle - SIGMAS * (middle - low) / _Z10)
-        upper = float(middle + SIGMAS * (high - middle) / _Z10)
-    median = float(np.median(nats)) if nats.size else 0.0
-    chance = math.log(1 / CHANCE) / median if median > 0 else math.inf
-    return Bounds(
-        max(config.adaptive_lower, min(lower, -chance, config.lower)),
-        min(config.upper, max(upper, config.upper / 2)),
-    )
-
-
-def bounds_by_source(table: pa.Table, config: SelectionConfig) -> dict[str, Bounds]:
-    """The adaptive bounds of each source in a scored part; sources with too few samples share those of the part."""
-    sources: list[str] = table["source"].unique().to_pylist()
-    delta = table["delta_ifd"].to_numpy()
-    nats = table["student_nll_free"].to_numpy() * pc.list_value_length(table["response_ids"]).to_numpy()
-    of_all = adaptive_bounds(delta, nats, config)
-    bounds = {}
-    for source in sources:
-        mask = pc.equal(table["source"], source).to_numpy(zero_copy_only=False)
-        bounds[source] = adaptive_bounds(delta[mask], nats[mask], config) if mask.sum() >= ENOUGH else of_all
-    return bounds
-
-
 class Select:
     """Stage: adds ifd_student, ifd_teacher, delta_ifd and verdict to a scored table."""
 
     def __init__(self, config: SelectionConfig) -> None:
         self.config = config
+        self.rule: Rule = RULES[config.rule]()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         student, teacher = (
@@ -141,14 +79,7 @@ class Select:
             .append_column("ifd_teacher", pa.array(teacher, pa.float32()))
             .append_column("delta_ifd", pa.array(delta, pa.float32()))
         )
-        if self.config.rule == "adaptive":
-            by_source = bounds_by_source(table, self.config)
-            lower, upper = np.array([by_source[source] for source in table["source"].to_pylist()]).reshape(-1, 2).T
-            verdicts = bands(delta, lower, upper)
-        else:
-            verdicts = bands(delta, self.config.lower, self.config.upper)
-        if self.config.rule == "none":
-            verdicts[:] = PROXIMAL
+        verdicts = self.rule(table, self.config).verdicts
         return table.append_column("verdict", pa.array(verdicts.tolist(), pa.string()))
 
 
@@ -157,14 +88,15 @@ class Summary:
 
     def __init__(self, config: SelectionConfig) -> None:
         self.config = config
+        self.rule: Rule = RULES[config.rule]()
         self.verdicts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.deltas: defaultdict[str, list[npt.NDArray[np.float32]]] = defaultdict(list)
         self.bounds: defaultdict[str, list[Bounds]] = defaultdict(list)
 
     def add(self, table: pa.Table) -> None:
-        """Count a finished part; needs columns source, verdict, delta_ifd, and for adaptive bounds those they follow."""
-        adaptive = self.config.rule == "adaptive" and table["delta_ifd"].null_count < len(table)
-        for source, bounds in (bounds_by_source(table, self.config) if adaptive else {}).items():
+        """Count a finished part; needs columns source, verdict, delta_ifd, and those that the rule reads."""
+        judged = table["delta_ifd"].null_count < len(table)  # references are not
+        for source, bounds in ((self.rule(table, self.config).bounds if judged else None) or {}).items():
             self.bounds[source].append(bounds)
         for source in table["source"].unique().to_pylist():
             mine = table.filter(pc.equal(table["source"], source))
@@ -185,7 +117,7 @@ class Summary:
             "rows": counts.total(),
             "verdicts": dict(sorted(counts.items())),
             "delta_ifd_quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=False)),
-            **({"bounds": [min(b.lower for b in bounds), max(b.upper for b in bounds)]} if bounds else {}),
+            **({"bounds": [float(min(b.lower for b in bounds)), float(max(b.upper for b in bounds))]} if bounds else {}),
         }
 
 
@@ -194,15 +126,14 @@ def check_some_kept(summary: dict[str, Any], config: SelectionConfig) -> None:
     counts = summary["verdicts"]
     if any(counts.get(verdict) for verdict in KEPT):
         return
-    adaptive = config.rule == "adaptive"
-    lower = "the adaptive lower bound" if adaptive else f"selection.lower {config.lower}"
-    upper = "the adaptive upper bound" if adaptive else f"selection.upper {config.upper}"
-    reasons: dict[str, Callable[[int], str]] = {
-        DEGENERATE: lambda n: f"{n} below {lower} (degenerate)",
-        DISCONNECT: lambda n: f"{n} above {upper} (disconnect)",
-        UNDEFINED: lambda n: f"{n} with an undefined delta (a model gives the response alone a likelihood of 1)",
+    rule: Rule = RULES[config.rule]()
+    lower, upper = rule.name_bounds(config, Bounds(*summary["bounds"]) if "bounds" in summary else None)
+    reasons = {
+        DEGENERATE: f"below {lower} (degenerate)",
+        DISCONNECT: f"above {upper} (disconnect)",
+        UNDEFINED: "with an undefined delta (a model gives the response alone a likelihood of 1)",
     }
-    what = ", ".join(say(counts[verdict]) for verdict, say in reasons.items() if counts.get(verdict))
+    what = ", ".join(f"{count} {reasons.get(verdict, verdict)}" for verdict, count in counts.items())
     quantiles = ", ".join(f"{float(q):.0%}: {value:.3f}" for q, value in summary["delta_ifd_quantiles"].items())
     raise RunError(
         f"Selection dropped all {summary['rows']} responses of this generation: {what}. Quantiles of delta: "

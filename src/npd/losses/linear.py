@@ -2,9 +2,12 @@
 
 Dimensions: T response tokens, D hidden size, V vocabulary, K the teacher's top-k, C tokens in a chunk.
 
-METHOD's loss is -Σ_c q_c log p_S(c) + const with q = (1 - λ) onehot(y) + λ p_T restricted to the top-k, and its gradient
-with respect to the logits is (Σ q) softmax(z) - q. Nothing of size T x V is kept: logits live a chunk at a time, and the
-gradients of hidden states and weight are produced in that same pass.
+The divergence is a function of the student's log-probabilities on a sheet of K+1 symbols, the top-k and the rest as one. With
+f its derivatives there, which autograd gives, its gradient with respect to the logits is
+    f_j [j in top-k] + f_rest softmax(z outside the top-k)_j - (Σ f) softmax(z)_j.
+For the forward KL, f = -p_T: with q = (1 - λ) onehot(y) + λ p_T restricted to the top-k, the loss is -Σ_c q_c log p_S(c) +
+const, and its gradient (Σ q) softmax(z) - q. Nothing of size T x V is kept: logits live a chunk at a time, and the gradients
+of hidden states and weight are produced in that same pass.
 """
 
 from __future__ import annotations
@@ -13,6 +16,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from npd.losses.divergences import Divergence
+from npd.registry import DIVERGENCES
 
 TopKMass = Literal["raw", "renormalize", "tail"]
 
@@ -39,9 +45,10 @@ def sparse_soft_cross_entropy(
     *,
     kd_weight: float,
     top_k_mass: TopKMass = "raw",
+    divergence: str | Divergence = DIVERGENCES.default,
     chunk_tokens: int | None = None,
 ) -> LossOutput:
-    """(1 - λ) CE(y) + λ KL(teacher's top-k || student), summed over response tokens.
+    """(1 - λ) CE(y) + λ divergence(teacher's top-k, student), summed over response tokens.
 
     Args:
         hidden: [T, D] hidden states that predict the labels.
@@ -52,13 +59,15 @@ def sparse_soft_cross_entropy(
         kd_weight: λ in 0..1.
         top_k_mass: raw (the paper's formula), renormalize (top-k scaled to sum to one), or tail (the teacher's left-over
             mass against the student's, as one extra symbol).
+        divergence: a name of `npd.registry.DIVERGENCES`, or a divergence itself.
         chunk_tokens: tokens whose logits exist at once; chosen from V by default.
 
     Returns:
-        loss, ce and kd as scalars and label_logprobs [T], in float32 (float64 for float64 input).
+        loss, ce and kd (the divergence) as scalars and label_logprobs [T], in float32 (float64 for float64 input).
 
     Raises:
         ValueError: shapes or options that do not fit together.
+        UserError: there is no divergence of this name.
     """
     T = len(hidden)
     matrices = all(x.ndim == 2 for x in (hidden, weight, topk_ids))
@@ -83,9 +92,10 @@ def sparse_soft_cross_entropy(
         chunk_tokens = max(16, CHUNK_ELEMENTS // weight.shape[0])
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, but it is {chunk_tokens}")
+    kind: Divergence = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     return LossOutput(
         *_SparseSoftCrossEntropy.apply(
-            hidden, weight, labels.long(), topk_ids.long(), topk_logprobs, kd_weight, top_k_mass, chunk_tokens
+            hidden, weight, labels.long(), topk_ids.long(), topk_logprobs, kd_weight, top_k_mass, kind, chunk_tokens
         )
     )
 
@@ -101,15 +111,21 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
         logprobs_TK: Tensor,
         kd_weight: float,
         top_k_mass: TopKMass,
+        divergence: Divergence,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        T = hidden_TD.shape[0]
+        (T, K), V = ids_TK.shape, weight_VD.shape[0]
+        # Is there a rest, and does anything hang on what the student gives it?
+        rest_counts = 0 < K < V and (top_k_mass == "tail" or not getattr(divergence, "on_teacher_support", False))
         exact = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
         head_VD = weight_VD.to(hidden_TD.dtype)
         ce, kd = hidden_TD.new_zeros((), dtype=exact), hidden_TD.new_zeros((), dtype=exact)
         label_logprobs_T = hidden_TD.new_empty(T, dtype=exact)
-        grad_hidden = torch.empty_like(hidden_TD) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if ctx.needs_input_grad[1] else None
+        # Under inference mode nothing is differentiated, whatever its inputs say.
+        need_hidden, need_weight = (need and not torch.is_inference_mode_enabled() for need in ctx.needs_input_grad[:2])
+        grad_hidden = torch.empty_like(hidden_TD) if need_hidden else None
+        grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
+        differentiate = need_hidden or need_weight
 
         for start in range(0, T, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
@@ -117,7 +133,7 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
             z_CV = (h_CD @ head_VD.T).to(exact)
             z_label_C, z_top_CK = z_CV.gather(1, labels_C), z_CV.gather(1, ids_CK)
             # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z.
-            u_rest_CV = z_CV.scatter(1, ids_CK, -torch.inf) if top_k_mass == "tail" else None
+            u_rest_CV = z_CV.scatter(1, ids_CK, -torch.inf) if rest_counts else None
             max_C = z_CV.amax(-1, keepdim=True)
             u_CV = z_CV.sub_(max_C).exp_()
             s_C = u_CV.sum(-1, keepdim=True)
@@ -126,36 +142,31 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
             label_logprobs_T[rows] = label_logprob_C[:, 0]
             ce -= label_logprob_C.sum()
 
-            logp_teacher_CK = logprobs_TK[rows].to(exact)
-            if top_k_mass == "renormalize":
-                logp_teacher_CK = logp_teacher_CK.log_softmax(-1)
-            p_teacher_CK = logp_teacher_CK.exp()
-            # A teacher probability of 0 contributes 0, not 0 * inf.
-            gap_CK = torch.where(p_teacher_CK > 0, logp_teacher_CK - (z_top_CK - lse_C), 0)
-            kd += (p_teacher_CK * gap_CK).sum()
-
-            mass_C = (1 - kd_weight) + kd_weight * p_teacher_CK.sum(-1, keepdim=True)
-            rest_C = s_rest_C = None
+            logp_rest_C = torch.full_like(s_C, torch.finfo(exact).min)
             if u_rest_CV is not None:
                 # The student's distribution outside the top-k, from logits with a maximum of their own: as a ratio of
                 # probabilities it would be 0 / 0 where the student gives the rest less than float32 can hold.
                 max_rest_C = u_rest_CV.amax(-1, keepdim=True)
-                max_rest_C = torch.where(max_rest_C.isinf(), 0, max_rest_C)
                 s_rest_C = u_rest_CV.sub_(max_rest_C).exp_().sum(-1, keepdim=True)
-                lse_rest_C = max_rest_C + s_rest_C.log()
-                rest_C = (1 - p_teacher_CK.sum(-1, keepdim=True)).clamp(min=0)
-                rest_C = torch.where(s_rest_C > 0, rest_C, 0)  # else the top-k is the whole vocabulary
-                gap_C = torch.where(rest_C > 0, rest_C.log() - (lse_rest_C - lse_C), 0)
-                kd += (rest_C * gap_C).sum()
-                mass_C = mass_C + kd_weight * rest_C
+                logp_rest_C = max_rest_C + s_rest_C.log() - lse_C
+            teacher_CS = _teacher_sheet(logprobs_TK[rows].to(exact), top_k_mass, rest_exists=K < V)
+            student_CS = torch.cat((z_top_CK - lse_C, logp_rest_C), -1)
+            value_CS, q_CS = _compare(divergence, teacher_CS, student_CS, differentiate)
+            kd += value_CS[:, :K].contiguous().sum()
+            if u_rest_CV is not None:
+                kd += value_CS[:, K:].contiguous().sum()
 
-            if grad_hidden is None and grad_weight is None:
+            if q_CS is None:
                 continue
-            # d loss / d z = mass * softmax(z) - q, and for the tail - λ rest * softmax(z outside the top-k).
+            # d loss / d z = mass * softmax(z) - q, where the rest's q is spread like softmax(z outside the top-k).
+            q_CK, q_rest_C = q_CS[:, :K].contiguous(), q_CS[:, K:]
+            mass_C = (1 - kd_weight) + kd_weight * q_CK.sum(-1, keepdim=True)
+            if u_rest_CV is not None:
+                mass_C = mass_C + kd_weight * q_rest_C
             g_CV = u_CV.mul_(mass_C / s_C)
-            if u_rest_CV is not None and rest_C is not None and s_rest_C is not None:
-                g_CV.sub_(u_rest_CV.mul_(kd_weight * rest_C / torch.where(s_rest_C > 0, s_rest_C, 1)))
-            g_CV.scatter_add_(1, ids_CK, -kd_weight * p_teacher_CK)
+            if u_rest_CV is not None:
+                g_CV.sub_(u_rest_CV.mul_(kd_weight * q_rest_C / s_rest_C))
+            g_CV.scatter_add_(1, ids_CK, -kd_weight * q_CK)
             g_CV.scatter_add_(1, labels_C, torch.full_like(label_logprob_C, kd_weight - 1))
             if grad_hidden is not None:
                 grad_hidden[rows] = g_CV.to(hidden_TD.dtype) @ head_VD
@@ -174,7 +185,36 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return _scaled(grad_hidden, grads[0]), _scaled(grad_weight, grads[0]), *([None] * 6)
+        return _scaled(grad_hidden, grads[0]), _scaled(grad_weight, grads[0]), *([None] * 7)
+
+
+def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bool) -> Tensor:
+    """The teacher's log-probabilities [C, K+1] of its top-k and, last, of the rest."""
+    if top_k_mass == "renormalize":
+        logprobs_CK = logprobs_CK.log_softmax(-1)
+    rest_C = logprobs_CK.new_full((len(logprobs_CK), 1), -torch.inf)
+    if top_k_mass == "tail" and rest_exists:
+        rest_C = (1 - logprobs_CK.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+    return torch.cat((logprobs_CK, rest_C), -1)
+
+
+def _compare(
+    divergence: Divergence, teacher_CS: Tensor, student_CS: Tensor, differentiate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The contributions [C, K+1], and how strongly each draws the student: minus the derivative by its log-probability."""
+    if teacher_CS.shape[1] == 1:  # no top-k, nothing to compare
+        return torch.zeros_like(student_CS), torch.zeros_like(student_CS) if differentiate else None
+    with torch.set_grad_enabled(differentiate):
+        value_CS = divergence(teacher_CS, student_CS.requires_grad_(differentiate))
+        if value_CS.shape != teacher_CS.shape:
+            raise ValueError(
+                f"a divergence gives what each entry contributes, here {tuple(teacher_CS.shape)}, but this one's result has "
+                f"the shape {tuple(value_CS.shape)}"
+            )
+        if not differentiate:
+            return value_CS, None
+        (slope_CS,) = torch.autograd.grad(value_CS, student_CS, torch.ones_like(value_CS))
+    return value_CS.detach(), -slope_CS
 
 
 # Does the backward pass that runs keep its graph for another one? torch tells only its own compiler.
@@ -187,14 +227,3 @@ def _scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
         return None
     scale = scale.to(grad.dtype)
     return grad * scale if _keeps_graph() else grad.mul_(scale)
-
-
-def near_policy_kl(logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:
-    """Per-token estimate, in nats, of D_KL(π_current || π_gen) from tokens that π_gen sampled.
-
-    With r = π_current(y) / π_gen(y), the mean of r log r - r + 1 is unbiased and never negative. Arguments and result [T].
-    It holds for samples drawn at temperature 1 without truncation.
-    """
-    log_r = logprobs - behavior_logprobs
-    r = log_r.exp()
-    return r * log_r - r + 1

@@ -1,0 +1,190 @@
+"""Divergences that a plug-in brings, against plain autograd over the full vocabulary in float64."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import npd
+from npd.config import load_config
+from npd.errors import UserError
+from npd.losses import TopKMass, sparse_soft_cross_entropy
+from npd.registry import DIVERGENCES, load_plugins
+from npd.store import Store
+
+PLUGIN = Path(__file__).parent / "plugins/divergences.py"
+LEAST = math.exp(-40)
+MASSES: tuple[TopKMass, ...] = ("raw", "renormalize", "tail")
+
+load_plugins([str(PLUGIN)])
+
+
+def make(seed, tokens=6, vocabulary=11, k=4, width=5, scale=1.0):
+    g = torch.Generator().manual_seed(seed)
+    hidden = scale * torch.randn(tokens, width, generator=g, dtype=torch.float64)
+    weight = torch.randn(vocabulary, width, generator=g, dtype=torch.float64)
+    logprobs, ids = torch.randn(tokens, vocabulary, generator=g, dtype=torch.float64).log_softmax(-1).topk(k)
+    return hidden, weight, torch.randint(vocabulary, (tokens,), generator=g), ids, logprobs
+
+
+def dense(name: str, inputs: tuple[Tensor, ...], mass: TopKMass) -> Tensor:
+    """The divergence token by token, from probabilities over the whole vocabulary."""
+    hidden, weight, _, ids, logprobs = inputs
+    value = hidden.new_zeros(())
+    for s, top, teacher in zip((hidden @ weight.T).softmax(-1), ids, logprobs.exp(), strict=True):
+        outside = torch.ones(len(weight), dtype=torch.bool).index_fill(0, top, False)
+        if mass == "renormalize":
+            teacher = teacher / teacher.sum()
+        pairs = list(zip(teacher, s[top], strict=True))
+        if outside.any():
+            pairs.append(((1 - teacher.sum()) if mass == "tail" else teacher.new_zeros(()), s[outside].sum()))
+        for p_teacher, p_student in pairs:
+            p = p_teacher.clamp(min=LEAST)
+            if name == "reverse_kl":
+                value = value + p_student * (p_student / p).log()
+            else:
+                mean = (p + p_student) / 2
+                value = value + p * (p / mean).log() / 2 + p_student * (p_student / mean).log() / 2
+    return value
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(1, 9),
+    vocabulary=st.integers(2, 15),
+    share=st.floats(0, 1),
+    kd_weight=st.sampled_from([0.0, 0.3, 0.9, 1.0]),
+    mass=st.sampled_from(MASSES),
+    chunk=st.integers(1, 10),
+    scale=st.sampled_from([0.1, 1.0, 4.0]),
+)
+def test_values_and_gradients_are_those_of_the_full_vocabulary(
+    name, seed, tokens, vocabulary, share, kd_weight, mass, chunk, scale
+):
+    k = round(1 + share * (vocabulary - 1))
+    inputs = make(seed, tokens, vocabulary, k, scale=scale)
+    ours, theirs = ([x.clone().requires_grad_() for x in inputs[:2]] for _ in range(2))
+    out = sparse_soft_cross_entropy(
+        *ours, *inputs[2:], kd_weight=kd_weight, top_k_mass=mass, divergence=name, chunk_tokens=chunk
+    )
+    kd = dense(name, (*theirs, *inputs[2:]), mass)
+    ce = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].T, inputs[2], reduction="sum")
+    loss = (1 - kd_weight) * ce + kd_weight * kd
+    assert out.kd.item() == pytest.approx(kd.item(), rel=1e-10, abs=1e-10)
+    assert out.loss.item() == pytest.approx(loss.item(), rel=1e-10, abs=1e-10)
+    out.loss.backward()
+    loss.backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert (mine.grad - reference.grad).norm() <= 1e-10 * reference.grad.norm().clamp(min=1)
+
+
+@pytest.mark.parametrize("name", list(DIVERGENCES))
+@pytest.mark.parametrize("mass", MASSES)
+def test_gradcheck(name, mass):
+    hidden, weight, labels, ids, logprobs = make(1, tokens=3, vocabulary=6, k=3, width=3)
+
+    def loss(h, w):
+        return sparse_soft_cross_entropy(
+            h, w, labels, ids, logprobs, kd_weight=0.7, top_k_mass=mass, divergence=name, chunk_tokens=2
+        ).loss
+
+    assert gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("mass", MASSES)
+def test_finite_in_float32_where_a_student_gives_next_to_nothing(name, mass):
+    hidden, weight, labels, ids, logprobs = (x.float() if x.is_floating_point() else x for x in make(2, scale=300.0))
+    hidden.requires_grad_(), weight.requires_grad_()
+    out = sparse_soft_cross_entropy(hidden, weight, labels, ids, logprobs, kd_weight=0.9, top_k_mass=mass, divergence=name)
+    out.loss.backward()
+    assert all(x.isfinite().all() for x in (out.loss, hidden.grad, weight.grad))
+
+
+def test_a_kind_may_be_given_itself():
+    inputs = make(3)
+    by_name = sparse_soft_cross_entropy(*inputs, kd_weight=0.9, top_k_mass="tail", divergence="reverse_kl")
+    itself = sparse_soft_cross_entropy(*inputs, kd_weight=0.9, top_k_mass="tail", divergence=DIVERGENCES["reverse_kl"])
+    assert by_name.loss == itself.loss
+    assert by_name.loss != sparse_soft_cross_entropy(*inputs, kd_weight=0.9, top_k_mass="tail").loss
+
+
+class _Sweeps(TorchDispatchMode):
+    """Counts the operations on whole chunks of logits, by name."""
+
+    def __init__(self, vocabulary: int) -> None:
+        super().__init__()
+        self.vocabulary, self.counts = vocabulary, Counter[str]()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.ndim == 2 and out.shape[1] == self.vocabulary:
+            self.counts[func.overloadpacket.__name__] += 1
+        return out
+
+
+@pytest.mark.parametrize(("name", "mass", "sweeps"), [
+    ("forward_kl", "raw", 1), ("forward_kl", "renormalize", 1), ("forward_kl", "tail", 2),
+    ("reverse_kl", "raw", 2), ("reverse_kl", "renormalize", 2), ("reverse_kl", "tail", 2),
+])  # fmt: skip
+def test_the_logits_are_swept_once_more_only_for_a_rest_that_counts(name, mass, sweeps):
+    hidden, weight, labels, ids, logprobs = make(4, tokens=6, vocabulary=11)
+    with _Sweeps(11) as seen:
+        sparse_soft_cross_entropy(
+            hidden.requires_grad_(), weight, labels, ids, logprobs, kd_weight=0.9, top_k_mass=mass, divergence=name,
+            chunk_tokens=3,
+        )  # fmt: skip
+    assert seen.counts["exp_"] == 2 * sweeps
+
+
+def test_without_a_teacher_no_divergence_is_asked():
+    def broken(teacher: Tensor, student: Tensor) -> Tensor:
+        raise AssertionError
+
+    hidden, weight, labels, _, _ = make(5)
+    none = torch.empty(6, 0)
+    out = sparse_soft_cross_entropy(
+        hidden.requires_grad_(), weight, labels, none.long(), none, kd_weight=0.0, divergence=broken
+    )
+    out.loss.backward()
+    assert float(out.kd) == 0
+
+
+def test_inference_mode_gives_the_same_values():
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in make(6)]
+    expected = sparse_soft_cross_entropy(*inputs, kd_weight=0.9, top_k_mass="tail", divergence="jensen_shannon")
+    with torch.inference_mode():
+        out = sparse_soft_cross_entropy(*inputs, kd_weight=0.9, top_k_mass="tail", divergence="jensen_shannon")
+    assert (out.loss, out.kd) == (expected.loss, expected.kd)
+
+
+def test_what_is_no_sheet_is_refused():
+    with pytest.raises(
+        ValueError, match=r"what each entry contributes, here \(6, 5\), but this one's result has the shape \(\)"
+    ):
+        sparse_soft_cross_entropy(*make(7), kd_weight=0.9, divergence=lambda teacher, student: student.sum())
+    with pytest.raises(UserError, match=r"loss\.divergence is 'revers_kl'.*did you mean 'reverse_kl'"):
+        sparse_soft_cross_entropy(*make(7), kd_weight=0.9, divergence="revers_kl")
+
+
+def test_a_run_minimises_what_its_configuration_names(make_tree):
+    first = {}
+    for name in ("forward_kl", "jensen_shannon"):
+        tree = make_tree(name, loss={"divergence": name, "top_k_mass": "tail"}, training={"max_steps": 2})
+        assert load_config(tree | {"plugins": [str(PLUGIN)]}).loss.divergence == name
+        npd.distill(tree | {"plugins": [str(PLUGIN)]})
+        first[name] = next(line for line in Store(tree["run_dir"]).read_metrics() if "kd" in line)
+    assert first["forward_kl"]["ce"] == first["jensen_shannon"]["ce"]
+    assert 0 < first["jensen_shannon"]["kd"] <= math.log(2)
+    assert first["jensen_shannon"]["kd"] != first["forward_kl"]["kd"]
