@@ -1,8 +1,11 @@
 """Load and save models, check that teacher and student fit each other, cut a student out of a teacher."""
 
 from npd.models.devices import device, fast_bfloat16, resolve_dtype, use_device
+from npd.models.head import AfterHead
+from npd.models.layout import MODES, Layout, Mode, expected_mode, layout_of, prove_layout
 from npd.models.loading import (
     check_context,
+    check_weights,
     context_length,
     directory_of,
     load_model,
@@ -13,36 +16,55 @@ from npd.models.loading import (
     snapshot_config,
     stop_ids_of,
 )
-from npd.models.reading import backbone, base_model, check_compiler, check_model, head_weight, hidden_states
+from npd.models.reading import (
+    after_head_of,
+    backbone,
+    base_model,
+    batches_for,
+    check_compiler,
+    head_bias,
+    head_weight,
+    hidden_states,
+)
 from npd.models.saving import ADAPTER, State, copy_state, save_model
 from npd.models.students import add_lora, cut_student, evenly_spaced
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary
 
 __all__ = [
     "ADAPTER",
+    "MODES",
     "PROBES",
+    "AfterHead",
+    "Layout",
+    "Mode",
     "State",
     "Vocabulary",
     "add_lora",
+    "after_head_of",
     "backbone",
     "base_model",
+    "batches_for",
     "check_compatible",
     "check_compiler",
     "check_context",
-    "check_model",
+    "check_weights",
     "context_length",
     "copy_state",
     "cut_student",
     "device",
     "directory_of",
     "evenly_spaced",
+    "expected_mode",
     "fast_bfloat16",
+    "head_bias",
     "head_weight",
     "hidden_states",
+    "layout_of",
     "load_model",
     "load_model_config",
     "load_tokenizer",
     "parameter_count",
+    "prove_layout",
     "quiet_transformers",
     "resolve_dtype",
     "save_model",

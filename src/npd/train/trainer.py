@@ -28,7 +28,7 @@ from npd.errors import RunError, UserError
 from npd.losses import LossOutput, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events
-from npd.packing import pack_tokens, short_rows
+from npd.packing import pack_tokens
 from npd.schedule import derive_seed, learning_rate
 from npd.store import Store
 from npd.train.samples import Samples
@@ -67,6 +67,8 @@ class LossModel(nn.Module):
             kd_weight=self.loss.kd_weight,
             top_k_mass=self.loss.top_k_mass,
             divergence=self.loss.divergence,
+            bias=models.head_bias(self.model),
+            after_head=models.after_head_of(self.model),
         )
 
 
@@ -215,7 +217,7 @@ class Trainer:
         world = self.accelerator.num_processes
         ids = [i for row in rows for i in row]
         budget = self.config.training.micro_batch_rows * self.config.packing.length
-        batches = short_rows(samples.lengths[ids].tolist(), budget)
+        batches = models.batches_for(self.student, samples.lengths[ids].tolist(), budget)
         chunks = [([[ids[i] for i in row] for row in batch], length) for batch, length in batches]
         # A rank with fewer micro-batches than others repeats one with no weight: all must join in every backward pass.
         turns = -(-len(chunks) // world)
