@@ -32,6 +32,7 @@ import npd.preflight
 import npd.run
 import npd.store
 import npd.train.trainer
+import npd.train.work
 from npd.config import load_config
 from npd.store import SCHEMA, Store
 
@@ -785,7 +786,7 @@ def test_a_snapshot_that_is_wanted_and_gone_is_missed_at_once(make_tree, monkeyp
     store = Store(tree["run_dir"])
     store.part(0, 1).unlink()
     shutil.rmtree(store.path / "policy")
-    monkeypatch.setattr(npd.run.Run, "publish", lambda self, version: None)
+    monkeypatch.setattr(npd.train.work.RunWork, "publish", lambda self, version: None)
     resumed = tree | {"placement": {"rollout": "external"}, "schedule": tree["schedule"] | {"lead": 0.5}}
     file = store.path / "config.yaml"
     file.write_text(file.read_text().replace("lead: 0.0", "lead: 0.5"))

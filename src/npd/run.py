@@ -38,7 +38,7 @@ from npd.store import REFERENCE, Store
 from npd.train.loop import Position
 from npd.train.samples import clear_cache
 from npd.train.trainer import Trainer, make_accelerator
-from npd.train.work import RunWork, resumed_generation
+from npd.train.work import RunWork
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class Run:
         producer: Producer = producer_kind(self.placement)(self.shop)
         self.resources.callback(producer.close)
         if self.main:
-            producer.open(resumed_generation(self.store))
+            producer.open()
         with self.events.span("load"):
             student = models.load_model(self.config.student, trained=True)
             trainer = Trainer(self.config, self.store, self.accelerator, student, self.setup.tokens.tokenizer, self.events)

@@ -105,8 +105,8 @@ class Producer(ABC):
         """Is a producer of this kind meant, where placement.rollout does not name one?"""
         return False
 
-    def open(self, generation: int) -> None:
-        """Begin to work: the run goes on with this generation. Called once, before the trainer's own models are loaded."""
+    def open(self) -> None:
+        """Begin to work: called once, by the main process, before the trainer's own models are loaded."""
 
     @abstractmethod
     def begin(self, generation: int) -> None:
@@ -170,6 +170,9 @@ class Beside(Producer):
 
     in_order: ClassVar[bool] = False
     """Do parts land in the order of their numbers?"""
+
+    def open(self) -> None:
+        self.shop.store.current = self.shop.store.resumed_generation()
 
     def begin(self, generation: int) -> None:
         shop = self.shop

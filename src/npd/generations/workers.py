@@ -90,9 +90,9 @@ class Workers(Beside):
     def in_order(self) -> bool:  # type: ignore[override]
         return len(self.shop.placement.workers) == 1
 
-    def open(self, generation: int) -> None:
+    def open(self) -> None:
         """Start them: they load their models while the trainer loads its own."""
-        self.shop.store.current = generation
+        super().open()
         for rank in range(len(self.shop.placement.workers)):
             self.workers.append(self._start(rank))
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from npd.loop import SMOOTHING
 from npd.report.facts import RunFacts
 from npd.report.reduce import bucket_means, few_digits, m4, smoothed_kl
 from npd.report.text import plot_text
+from npd.schedule import SMOOTHING
 
 VERDICTS = ("proximal", "degenerate", "disconnect", "undefined", "reference")
 RUNS = [f"@run{i}" for i in range(8)]

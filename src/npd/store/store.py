@@ -404,6 +404,11 @@ class Store:
         facts: dict[str, Any] = self._read(path / "npd.json", lambda: json.loads((path / "npd.json").read_text()), remedy)
         return facts
 
+    def resumed_generation(self, *, oldest: bool = False) -> int:
+        """The generation that a resumed run would go on with, from its newest or its oldest checkpoint."""
+        steps = self.checkpoints()
+        return int(self.checkpoint_facts(steps[0 if oldest else -1])["generation"]) if steps else 0
+
     def save_checkpoint(
         self,
         step: int,

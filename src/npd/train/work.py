@@ -149,7 +149,7 @@ class RunWork:
     def begin(self, generation: int) -> tuple[int, int, np.ndarray]:
         if self.main:
             self.publisher.join()
-            self.store.tidy(resumed_generation(self.store, oldest=True), self.config.checkpoint.keep)
+            self.store.tidy(self.store.resumed_generation(oldest=True), self.config.checkpoint.keep)
             self.store.current = generation
             clear_cache(self.store)
         self.wait()
@@ -413,9 +413,3 @@ class RunWork:
             show_generation(generation, manifest, self.display)
             if "engine" in manifest:
                 warn_of_engine(manifest["engine"], self.config.rollout.check_bound, self.display)
-
-
-def resumed_generation(store: Store, *, oldest: bool = False) -> int:
-    """The generation that a resumed run would go on with, from its newest or its oldest checkpoint."""
-    steps = store.checkpoints()
-    return int(store.checkpoint_facts(steps[0 if oldest else -1])["generation"]) if steps else 0
