@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from npd import models
-from npd.config import Config, ModelConfig
+from npd.config import Config
 from npd.errors import UserError
 from npd.evaluation import Evaluator
 from npd.evaluation import Setting as BenchmarkSetting
 from npd.generations.books import Books
 from npd.generations.generation import Generation
-from npd.generations.models import AskedTeacher, Evaluated, Models
+from npd.generations.models import Evaluated, Models
 from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Producer, Workshop, producer_kind
 from npd.generations.reselect import reselect as reselect_generation
+from npd.measures import ModelWeights, StudentMeasures, room_for_a_refresh
 from npd.observe.display import Display
 from npd.observe.events import Events, read_events, seconds_by_role
 from npd.observe.trackers import start_trackers
@@ -226,72 +224,6 @@ class Run:
         )
 
 
-class LiveWeights:
-    """The weights of the student that is trained, for an engine: the model itself, or files of it as it is after a step."""
-
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder
-
-    def model(self) -> PreTrainedModel:
-        return self.trainer.base
-
-    def path(self) -> Path:
-        if not self.folder.exists():
-            self.trainer.save_policy(self.folder)
-        return self.folder
-
-
-class StudentMeasures:
-    """Evaluates the student that is trained, through the same engine as its rollouts where that stands in this process."""
-
-    def __init__(self, setup: Setup, shop: Workshop, trainer: Trainer) -> None:
-        setting = BenchmarkSetting(setup.config, setup.tokens.tokenizer, setup.held_out)
-        self.evaluator = Evaluator(setting, setup.tasks)
-        self.shop, self.trainer = shop, trainer
-
-    def __bool__(self) -> bool:
-        return bool(self.evaluator)
-
-    def __call__(self, step: int) -> dict[str, float]:
-        kept = self.shop.pipeline.models
-        weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
-        # An engine with weights of its own needs the trainer's room on a device that is shared.
-        around = self.shop.room if kept.engine_kind.holds_weights else nullcontext
-        try:
-            with teachers_at_hand(self.shop):
-                return self.evaluator(Evaluated(kept, weights, around))
-        finally:
-            shutil.rmtree(weights.folder, ignore_errors=True)
-
-    def of_teacher(self) -> dict[str, float]:
-        with teachers_at_hand(self.shop):
-            return self.evaluator.of_teacher(AskedTeacher(self.shop.pipeline.models))
-
-
-@contextmanager
-def room_for_a_refresh(trainer: Trainer, shop: Workshop) -> Iterator[None]:
-    """On a GPU that is shared, models are there in turns: the trainer's leave it, and the teacher afterwards."""
-    if not shop.placement.shared_gpu:
-        yield
-        return
-    with trainer.parked():
-        with teachers_at_hand(shop):
-            yield
-        shop.pipeline.models.release()
-
-
-@contextmanager
-def teachers_at_hand(shop: Workshop) -> Iterator[None]:
-    """On a GPU that is shared, teachers are there only meanwhile."""
-    kept = shop.pipeline.models
-    if shop.placement.shared_gpu:
-        kept.move_teachers(shop.placement.teacher)
-    yield
-    if shop.placement.shared_gpu:
-        kept.move_teachers("cpu")
-        kept.free()
-
-
 def publications(events: Iterable[dict[str, Any]]) -> dict[str, float]:
     """How many snapshots were written, how long training stood still for them, and how long the writing took."""
     figures = {"count": 0.0, "blocked": 0.0, "written": 0.0}
@@ -393,25 +325,6 @@ def reselect(config: AnyConfig, *, display: Display | None = None) -> Generation
         raise UserError(f"{store.path} has no finished generation; make one with `npd refresh` first.")
     with store.locked():
         return reselect_generation(config, store, finished[-1], display or Display(quiet=True))
-
-
-class ModelWeights:
-    """A model that is evaluated by itself, for an engine."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self._model: PreTrainedModel | None = None
-
-    def model(self) -> PreTrainedModel:
-        if self._model is None:
-            self._model = models.load_model(self.config)
-        return self._model
-
-    def path(self) -> Path:
-        path = models.directory_of(self.config)
-        if path is None:
-            raise UserError(f"{self.config.model} is no directory of weights here, which rollout.engine needs.")
-        return path
 
 
 def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | None = None) -> tuple[str, dict[str, float]]:

@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from npd.config.sections import Config, Section
+from npd.config.base import Section
+from npd.config.sections import Config
 from npd.errors import UserError
 from npd.registry import RULES, load_plugins
 

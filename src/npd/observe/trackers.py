@@ -11,8 +11,8 @@ from accelerate import Accelerator
 
 from npd.config import Config, config_tree
 from npd.errors import UserError
-from npd.selection import KEPT
 from npd.store import write_text
+from npd.store.schema import KEPT
 
 
 def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> None:

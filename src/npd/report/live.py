@@ -19,8 +19,8 @@ from rich.text import Text
 from npd.config import Config
 from npd.observe.display import Task
 from npd.report.facts import part_tokens, tail
-from npd.selection import KEPT
 from npd.store import Store
+from npd.store.schema import KEPT
 
 LOOK = 1.0  # seconds between looks at the directory
 RECENT = 16  # steps whose speed is averaged

@@ -14,8 +14,8 @@ from npd.observe.events import seconds_by_role
 from npd.report.facts import RunFacts
 from npd.report.figures import VERDICTS, has_interval, label, number, smooth_near_policy
 from npd.report.samples import Browser
-from npd.selection import KEPT
 from npd.store import REFERENCE
+from npd.store.schema import KEPT
 
 MOST_ROWS = 30  # of a table; of more, the first and the last
 

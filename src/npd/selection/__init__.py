@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from npd.config import SelectionConfig
 from npd.errors import RunError
 from npd.registry import RULES
-from npd.selection.rules import DEGENERATE, DISCONNECT, KEPT, PROXIMAL, UNDEFINED, Bounds, Judgement, Rule, bands
+from npd.selection.rules import Bounds, Judgement, Rule, bands
+from npd.store.schema import DEGENERATE, DISCONNECT, KEPT, PROXIMAL, UNDEFINED
 
 __all__ = [
     "DEGENERATE", "DISCONNECT", "KEPT", "PROXIMAL", "QUANTILES", "UNDEFINED", "Bounds", "Judgement", "Rule", "Select",

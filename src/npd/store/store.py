@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -38,6 +37,7 @@ from npd.store.files import (
     write_text,
     writing,
 )  # fmt: skip
+from npd.store.lock import run_lock
 from npd.store.schema import OTHERS, REFERENCE, SCHEMA, SPLIT
 
 MANIFEST_KEYS = {"generation", "rows", "parts", "policy_version", "selection"}
@@ -117,42 +117,13 @@ class Store:
             if abandoned(leftover):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Be the only process that trains or changes this run; the system lets go of the lock when the process ends.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process has it, or the directory cannot be written.
         """
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        existed = self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(f"{self.path} is in use by process {file.read().strip()}. Wait for it or stop it.") from None
-            except OSError:  # a filesystem without locks
-                pass
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {HOST}")
-            file.flush()
-            try:
-                yield
-            finally:
-                if not existed and not (self.path / "config.yaml").exists():  # nothing was begun
-                    with suppress(OSError):
-                        (self.path / ".lock").unlink()
-                        self.path.rmdir()
+        return run_lock(self.path)
 
     @property
     def finished(self) -> bool:
