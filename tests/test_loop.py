@@ -15,7 +15,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from npd.config import Config
-from npd.loop import KL_BUDGET, MAX_STEPS, MAX_TOKENS, PASSES, SMOOTHING, Loop, Position, Trained
+from npd.loop import KL_BUDGET, MAX_STEPS, MAX_TOKENS, PASSES, Loop, Position, Trained
+from npd.schedule import SMOOTHING
 
 CAPACITY = 16
 Name = tuple[int, int, int]  # generation (-1: a reference), part, row

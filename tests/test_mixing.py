@@ -87,5 +87,5 @@ def test_sft_on_the_teachers_answers_knows_no_budget(make_tree):
         placement={"rollout": "external"},
     )
     result = npd.sft(tree)
-    assert result.generations[-1]["generation_ended"] == "passes"
+    assert result.generations[-1].reason == "passes"
     assert all(line["near_policy_kl"] is None for line in lines_of(tree))

@@ -80,7 +80,8 @@ def test_few_digits_are_json_and_near(values):
 
 def test_the_smoothed_kl_is_the_loops():
     """Held against npd.loop's own accounting, two generations, a step of references alone in the first."""
-    from npd.loop import SMOOTHING, Position
+    from npd.loop import Position
+    from npd.schedule import SMOOTHING
 
     steps = [(0, 0.5, 100), (0, 0.1, 300), (0, math.nan, 0), (0, 0.2, 50), (1, 0.0, 10), (1, 0.4, 20)]
     at, wanted = Position(), []

@@ -28,6 +28,7 @@ from npd import models
 from npd.config import TrainingConfig, load_config
 from npd.loop import PassPlan
 from npd.observe.events import Events
+from npd.records import StepLine
 from npd.samples import Samples
 from npd.schedule import learning_rate
 from npd.store import Store
@@ -116,8 +117,8 @@ def train_pass(trainer: Trainer, samples: Samples) -> None:
     at.passes += 1
 
 
-def steps_of(run_dir: Path) -> list[dict]:
-    return [line for line in Store(run_dir).read_metrics() if "loss" in line]
+def steps_of(run_dir: Path) -> list[StepLine]:
+    return [line for line in Store(run_dir).read_metrics() if isinstance(line, StepLine)]
 
 
 def dense_loss(model: torch.nn.Module, samples: Samples, i: int) -> torch.Tensor:
@@ -232,14 +233,14 @@ def hand_gradients(trainer: Trainer, samples: Samples) -> tuple[float, dict[str,
 def test_the_loss_is_the_mean_over_all_response_tokens_of_the_step(make_tree, micro_batch_rows):
     seen: dict[str, torch.Tensor] = {}
     trainer, samples = one_step(make_tree, seen=seen, max_grad_norm=1e9, micro_batch_rows=micro_batch_rows)
-    rows = trainer.store.read_metrics()[0]
+    line = steps_of(trainer.store.path)[0]
     assert trainer.position.step == 1
-    assert rows["fill"] < 1
+    assert line.fill < 1
     assert len(set(samples.response_lengths.tolist())) > 4  # unequal, or a mean of means would do as well
     loss, wanted = hand_gradients(trainer, samples)
-    assert rows["loss"] == pytest.approx(loss, rel=1e-5)
+    assert line.loss == pytest.approx(loss, rel=1e-5)
     assert_close(seen, wanted, 1e-5)
-    assert rows["grad_norm"] == pytest.approx(math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values())), rel=1e-4)
+    assert line.grad_norm == pytest.approx(math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values())), rel=1e-4)
 
 
 def test_clipping(make_tree):
@@ -248,7 +249,7 @@ def test_clipping(make_tree):
     _, wanted = hand_gradients(trainer, samples)
     norm = math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values()))
     assert norm > 0.1
-    assert trainer.store.read_metrics()[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)  # as it was before clipping
+    assert steps_of(trainer.store.path)[0].grad_norm == pytest.approx(norm, rel=1e-4)  # as it was before clipping
     assert_close(seen, {name: g * (0.05 / norm) for name, g in wanted.items()}, 1e-4)
 
 
@@ -317,7 +318,7 @@ def test_the_optimiser_gets_the_schedule(make_tree):
     for wanted in (5e-3, 1e-2, 5.5e-3, 1e-3):
         train_pass(trainer, samples)
         assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
-        assert trainer.store.read_metrics()[-1]["lr"] == pytest.approx(wanted)
+        assert steps_of(trainer.store.path)[-1].lr == pytest.approx(wanted)
 
 
 def test_weight_decay_spares_vectors(make_tree):
@@ -335,10 +336,10 @@ def test_near_policy_kl_is_zero_while_the_weights_are_those_that_sampled(make_tr
     npd.distill(tree)
     lines = steps_of(Path(tree["run_dir"]))
     for generation in (0, 1):
-        mine = [line["near_policy_kl"] for line in lines if line["generation"] == generation]
+        mine = [line.near_policy_kl or 0.0 for line in lines if line.generation == generation]
         assert 0 <= mine[0] < 1e-6
         assert max(mine[1:]) > 1e-4
-    assert not any("near_policy_kl_is_proxy" in line for line in lines)
+    assert not any(line.near_policy_kl_is_proxy for line in lines)
 
 
 @pytest.mark.parametrize("rollout", [{"temperature": 0.7}, {"top_p": 0.9}])
@@ -346,8 +347,9 @@ def test_near_policy_kl_is_marked_a_proxy_where_it_is_one(make_tree, rollout):
     tree = make_tree(rollout=rollout, training={"max_steps": 2})
     npd.distill(tree)
     lines = steps_of(Path(tree["run_dir"]))
-    assert all(line["near_policy_kl_is_proxy"] is True for line in lines)
-    assert lines[0]["near_policy_kl"] < 1e-6  # behaviour log-probabilities are kept at temperature 1 all the same
+    assert all(line.near_policy_kl_is_proxy for line in lines)
+    assert lines[0].near_policy_kl is not None
+    assert lines[0].near_policy_kl < 1e-6  # behaviour log-probabilities are kept at temperature 1 all the same
 
 
 # -- planning
@@ -452,7 +454,7 @@ def test_bfloat16_after_float32_in_one_process(make_tree):
     rough = npd.distill(make_tree("rough", training={"max_steps": 2, "precision": "bfloat16"}))
     losses = []
     for result in (exact, rough):
-        losses.append(steps_of(result.run_dir)[0]["loss"])
+        losses.append(steps_of(result.run_dir)[0].loss)
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     weights = [load_file(result.student / "model.safetensors") for result in (exact, rough)]
@@ -479,11 +481,11 @@ def test_two_processes_train_the_same_weights(make_tree, tmp_path):
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     run_dir = Path(tree["run_dir"])
     lines = [steps_of(d) for d in (one.run_dir, run_dir)]
-    assert [line["tokens"] for line in lines[1]] == [line["tokens"] for line in lines[0]]
+    assert [line.tokens for line in lines[1]] == [line.tokens for line in lines[0]]
     for a, b in zip(*lines, strict=True):
         for name in ("loss", "ce", "kd", "grad_norm", "lr"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
-        assert b["near_policy_kl"] == pytest.approx(a["near_policy_kl"], rel=1e-3, abs=1e-6)
+            assert getattr(b, name) == pytest.approx(getattr(a, name), rel=1e-4), name
+        assert b.near_policy_kl == pytest.approx(a.near_policy_kl, rel=1e-3, abs=1e-6)
     for part in sorted((one.run_dir / "generations/g000").glob("part-*")):
         assert part.read_bytes() == (run_dir / "generations/g000" / part.name).read_bytes()
     mine, theirs = (load_file(d / "student/model.safetensors") for d in (run_dir, one.run_dir))

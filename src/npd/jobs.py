@@ -21,9 +21,8 @@ from pathlib import Path
 from npd.config import Config, config_tree, differing_keys, load_config
 from npd.errors import NpdError, RunError, UserError
 from npd.observe.display import Display
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
 from npd.placement import Placement
-from npd.report.keeper import failure_facts, mark
 from npd.store import REFERENCE, Store
 
 POLL = 0.1  # seconds between looks at the directory
@@ -123,13 +122,14 @@ class Jobs:
                 again = " What was finished is kept: mend what the log names and run the same command again."
                 raise self._failed(rank, RunError(story + again))
             self.display.say(f"{story}\nIt is started again from the first missing part ({self.deaths[rank]} of {most}).")
-            with self.events.span("restart", rank=rank, code=code):
+            with self.events.span(SpanName.RESTART, rank=rank, code=code):
                 self.jobs[rank] = self._start(rank)
 
     def _failed(self, rank: int, error: NpdError) -> NpdError:
         """Put on record that it was this job that failed, not the trainer which says so."""
-        events = Events(self.events.path, f"refresh-{rank}")
-        mark(events, "failed", process=self.jobs[rank].process.pid, **failure_facts(error))
+        role = f"refresh-{rank}"
+        Events(self.events.path, role).failed(error, process=self.jobs[rank].process.pid)
+        error.role = role
         return error
 
     def wake(self, part: int) -> None:
@@ -195,12 +195,12 @@ def follow(
     if changes:
         raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")
     refresher = follower(config, placement, rank, world, display)
-    refresher.events.write("load", began or time.time(), time.time())
+    refresher.events.write(SpanName.LOAD, began or time.time(), time.time())
     try:
         refresher.follow(poll)
     except Exception as error:
         if began is None:  # nobody else would put it on record
-            mark(refresher.events, "failed", **failure_facts(error))
+            refresher.events.failed(error)
         raise
 
 
@@ -210,7 +210,8 @@ def main() -> None:
 
     run_dir, placed, rank, world, began = sys.argv[1:]
     threading.Thread(target=_end_with_the_trainer, args=(sys.stdin.fileno(),), daemon=True).start()
-    display = Display(Console(file=sys.stdout, width=120))
+    progress = Path(run_dir) / "logs" / f"refresh-{rank}.progress.json"
+    display = Display(Console(file=sys.stdout, width=120), progress=progress)
     status = 0
     try:
         follow(Path(run_dir), Placement(**json.loads(placed)), int(rank), int(world), display, POLL, began=float(began))

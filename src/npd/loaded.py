@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +16,7 @@ from npd.errors import UserError
 from npd.models import Vocabulary, load_model, load_model_config, resolve_dtype, snapshot_config
 from npd.observe.display import Display
 from npd.placement import Placement
+from npd.records import EngineCheck
 from npd.rollout import TransformersRollout
 from npd.rollout.served import ServedRollout
 from npd.scoring import Prefill, Reader, ServedPrefill
@@ -185,25 +186,9 @@ class Loaded:
         return Prefill(model, self.vocabulary, self.pad_id, self.config.scoring.batch_tokens)
 
 
-def engine_difference(table: pa.Table, prefill: Prefill) -> dict[str, float]:
+def engine_difference(table: pa.Table, prefill: Prefill) -> EngineCheck:
     """How far an engine's log-probabilities are from those of the same weights in transformers, nats per token."""
     contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
     ours = np.concatenate([reading.logprobs for reading in prefill(contexts, responses)]).astype(np.float64)
     difference = np.concatenate(table["behavior_logprobs"].to_pylist()) - ours
-    return {
-        "samples": len(table),
-        "tokens": len(difference),
-        "mean_difference": float(difference.mean()),
-        "mean_abs_difference": float(np.abs(difference).mean()),
-    }
-
-
-def warn_of_engine(check: dict[str, Any], bound: float, display: Display) -> None:
-    """Say so if an engine is further from transformers than its kernels explain."""
-    if not check["mean_abs_difference"] <= bound:
-        display.say(
-            f"Warning: the engine's log-probabilities differ from the snapshot's in transformers by "
-            f"{check['mean_abs_difference']:.3g} nats per token on average (rollout.check_bound {bound:g}, "
-            f"{check['tokens']:.0f} tokens of {check['samples']:.0f} responses). Precision and kernels explain some 0.01: it "
-            "may answer with other weights, or in a precision that is too low for this model."
-        )
+    return EngineCheck(len(table), len(difference), float(difference.mean()), float(np.abs(difference).mean()))

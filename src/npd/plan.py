@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow.compute as pc
 
 from npd import models
+from npd.observe import console
 from npd.observe.display import Display
 from npd.packing import pack
 from npd.prompts import count_sources
@@ -104,15 +105,12 @@ def show_plan(setup: Setup, display: Display) -> None:
             rows.append(["refresh", "made elsewhere, by `npd refresh --follow`"])
         else:
             rows.append(["next snapshot", f"passes before the end of a generation: {placed.lead:g}"])
-    display.table(f"npd {command}: the plan for {config.run_dir}", ["what", "how much"], rows)
-    for note in setup.notes:
-        display.say(note)
-    for line in setup.prompts.report():
-        display.say(f"data.train: {line}")
+    notes = [*setup.notes, *(f"data.train: {line}" for line in setup.prompts.report())]
     each = min(samples, config.rollout.part_size * (1 if sft else config.rollout.samples_per_prompt))
     if config.selection.rule == "adaptive" and each < ENOUGH:
-        display.say(
+        notes.append(
             f"The adaptive rule needs {ENOUGH} responses in a part to follow them, and parts have {each}: its upper bound "
             "will be the fixed one. Raise rollout.part_size."
         )
-    display.say("Nothing was run. The configuration, tokenizers and data are in order.")
+    notes.append("Nothing was run. The configuration, tokenizers and data are in order.")
+    console.show_plan(command, config.run_dir, rows, notes, display)

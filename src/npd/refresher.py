@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -22,12 +22,14 @@ from transformers import PreTrainedTokenizerBase
 
 from npd.config import Config
 from npd.errors import UserError
-from npd.loaded import Loaded, engine_difference, warn_of_engine
+from npd.loaded import Loaded, engine_difference
 from npd.models import Vocabulary
+from npd.observe.console import show_generation, warn_of_engine
 from npd.observe.display import Advance, Display
-from npd.observe.events import Events, read_events
+from npd.observe.events import Events, SpanName, read_events
 from npd.placement import Placement
 from npd.prompts import Prompts
+from npd.records import EngineCheck, Manifest, SelectionSummary
 from npd.rollout import TransformersRollout
 from npd.schedule import derive_seed, generation_size, parts_of_generation, prompts_of_generation
 from npd.scoring import Routed, ScoreStudent, ScoreTeacher
@@ -51,7 +53,7 @@ class Generation:
     index: int
     path: Path
     policy_version: int
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
 class Refresher:
@@ -144,8 +146,8 @@ class Refresher:
         self.wait()
         manifest = self.store.manifest(generation)
         assert manifest is not None, "a finished generation has a manifest"
-        check_some_kept(manifest["selection"], self.config.selection)
-        return Generation(generation, self.store.generation(generation), manifest["policy_version"], manifest)
+        check_some_kept(manifest.selection, self.config.selection)
+        return Generation(generation, self.store.generation(generation), manifest.policy_version, manifest)
 
     def mend(self, generation: int) -> None:
         """Delete damaged parts, so that they are made again: by the manifest if there is one, else by reading them."""
@@ -168,7 +170,7 @@ class Refresher:
             except (UserError, FileNotFoundError):  # damaged; it is made again
                 continue
         manifest = self.store.manifest(generation)
-        return policy_version if manifest is None else int(manifest["policy_version"])
+        return policy_version if manifest is None else manifest.policy_version
 
     def make_parts(self, generation: int, parts: Iterator[int], policy_version: int) -> None:
         """Make parts, with the snapshot that began the generation or else with `policy_version`.
@@ -177,7 +179,7 @@ class Refresher:
         """
         if self.is_reference(generation):
             for part in parts:
-                with self.events.span("part", generation=generation, part=part):
+                with self.events.span(SpanName.PART, generation=generation, part=part):
                     self._store(generation, part, self._reference_part(generation, part))
             return
         version = self.begun_by(generation, policy_version)
@@ -186,7 +188,7 @@ class Refresher:
                 finish(part, table)
 
     def _store(self, generation: int, part: int, table: pa.Table) -> None:
-        with self.events.span("store", generation=generation, part=part):
+        with self.events.span(SpanName.STORE, generation=generation, part=part):
             self.store.write_part(generation, part, table)
 
     def _answered(self, generation: int, parts: Iterator[int], version: int, check: Callable[[], None]) -> Answers:
@@ -194,7 +196,7 @@ class Refresher:
         first = next(parts, None)
         if first is None:
             return
-        with self.events.span("load"):
+        with self.events.span(SpanName.LOAD):
             engine = self.models.engine(version)
         waiting: list[int] = []  # parts that are asked for and not answered
 
@@ -238,17 +240,18 @@ class Refresher:
 
     def _generating(self, generation: int, part: int) -> AbstractContextManager[Advance]:
         rows = self.parts(generation)[part]
-        return self._step("generate", generation, part, (rows.stop - rows.start) * self.config.rollout.samples_per_prompt)
+        count = (rows.stop - rows.start) * self.config.rollout.samples_per_prompt
+        return self._step(SpanName.GENERATE, generation, part, count)
 
     def _finish_part(self, generation: int, part: int, table: pa.Table, version: int) -> None:
         """Score, select and store what was answered."""
         table = identify(table, generation, part, version)
-        with self.events.span("part", generation=generation, part=part):
-            with self.events.span("load"):
+        with self.events.span(SpanName.PART, generation=generation, part=part):
+            with self.events.span(SpanName.LOAD):
                 student = self.models.student(version)
                 for source in table["source"].unique().to_pylist():
                     self.models.teacher(self.config.teacher_of(source))
-            with self._step("score", generation, part, 3 * count_tokens(table["response_ids"])) as advance:
+            with self._step(SpanName.SCORE, generation, part, 3 * count_tokens(table["response_ids"])) as advance:
                 table = ScoreStudent(self.models.prefill(student))(self._score_teacher()(table, advance), advance)
             self._store(generation, part, Select(self.config.selection)(table))
 
@@ -269,12 +272,12 @@ class Refresher:
             waiting.append(pool.submit(self._finish_part, generation, part, table, version))
             check()
             while len(waiting) > 2:  # answers wait in memory: no more of them than are read soon
-                with self.events.span("score", generation=generation):
+                with self.events.span(SpanName.SCORE, generation=generation):
                     waiting.popleft().result()
 
         try:
             yield submit, check
-            with self.events.span("score", generation=generation):
+            with self.events.span(SpanName.SCORE, generation=generation):
                 for future in waiting:
                     future.result()
         except BaseException:
@@ -300,17 +303,17 @@ class Refresher:
         count = self.config.rollout.check_samples
         if not count:
             return
-        with self.events.span("check", generation=generation):
+        with self.events.span(SpanName.CHECK, generation=generation):
             answers = engine(table.slice(0, count), self.config.seed, min(CHECKED_TOKENS, self.config.rollout.max_new_tokens))
             found = engine_difference(answers, self.models.prefill(self.models.student(version)))
         now = time.time()
-        self.events.write("engine", now, now, generation=generation, **found)
+        self.events.write(SpanName.ENGINE, now, now, generation=generation, **found.to_json())
         warn_of_engine(found, self.config.rollout.check_bound, self.display)
 
     def _reference_part(self, generation: int, part: int) -> pa.Table:
         table = self._table(generation, part)
         if self.config.data.references == "teacher":
-            with self._step("generate", generation, part, len(table)) as advance:
+            with self._step(SpanName.GENERATE, generation, part, len(table)) as advance:
                 seed = derive_seed(self.config.seed, "teacher", generation, part)
                 table = Routed(self.config.teacher_of, self.models.writer)(table, seed, advance)
         else:
@@ -318,26 +321,26 @@ class Refresher:
                 "finish_reason", pa.array(["stop"] * len(table), pa.string())
             )
         if generation == REFERENCE:
-            with self._step("score", generation, part, 2 * count_tokens(table["response_ids"])) as advance:
+            with self._step(SpanName.SCORE, generation, part, 2 * count_tokens(table["response_ids"])) as advance:
                 table = self._score_teacher()(table, advance)
         table = identify(table, generation, part, REFERENCE)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 
     @contextmanager
-    def _step(self, name: str, generation: int, part: int, total: int) -> Iterator[Callable[..., None]]:
+    def _step(self, name: SpanName, generation: int, part: int, total: int) -> Iterator[Callable[..., None]]:
         """One kind of work on a part: its span, its bar, its threads."""
-        threads = self.placement.rollout_threads if name == "generate" else self.placement.teacher_threads
+        threads = self.placement.rollout_threads if name == SpanName.GENERATE else self.placement.teacher_threads
         if generation <= 0:  # the trainer has nothing else to train on
             threads = self.placement.first_threads
         before = torch.get_num_threads()
         whose = "references" if generation == REFERENCE else f"generation {generation}"
         title = f"{whose}, part {part + 1}/{len(self.parts(generation))}: {name}"
-        unit = "responses" if name == "generate" else "tokens"
+        unit = "responses" if name == SpanName.GENERATE else "tokens"
         torch.set_num_threads(threads or before)
         try:
             with (
                 self.events.span(name, generation=generation, part=part),
-                self.display.task(title, total, unit) as advance,
+                self.display.task(title, total, unit, short=name) as advance,
             ):
                 yield advance
         finally:
@@ -346,39 +349,40 @@ class Refresher:
     def finish(self, generation: int) -> None:
         """Write the manifest of a generation whose parts are all there, and show what is in it."""
         count = len(self.parts(generation))
-        with self.events.span("finish", generation=generation):
+        with self.events.span(SpanName.FINISH, generation=generation):
             summary, tokens, stops = Summary(self.config.selection), 0, 0
             for part in range(count):
                 table = self.store.read_part(generation, part, SUMMARY)
                 summary.add(table)
                 tokens += count_tokens(table["response_ids"])
                 stops += int(pc.sum(pc.equal(table["finish_reason"], "length")).as_py())
-            facts: dict[str, Any] = {
-                "policy_version": self.begun_by(generation, REFERENCE),
-                "selection": summary.result(),
-                "prompts": {"read": self.prompts.rows, "used": len(self.prompts), "left_out": self.prompts.report()},
-                "response_tokens": tokens,
-                "length_stops": stops,
-            }
-            if self.config.teachers:
-                facts["teachers"] = self._rows_by_teacher(facts["selection"])
-            if self.config.rollout.engine != "transformers":
-                facts |= self._engine_facts(generation)
-            self.store.finish_generation(generation, count, facts)
-        show_generation(generation, facts, self.display)
+            selection, parts = summary.result(), self.store.part_entries(generation, count)
+            manifest = Manifest(
+                generation=generation,
+                rows=sum(part.rows for part in parts),
+                parts=parts,
+                policy_version=self.begun_by(generation, REFERENCE),
+                selection=selection,
+                prompts={"read": self.prompts.rows, "used": len(self.prompts), "left_out": self.prompts.report()},
+                response_tokens=tokens,
+                length_stops=stops,
+                teachers=self._rows_by_teacher(selection) if self.config.teachers else {},
+                engine=self._engine_facts(generation) if self.config.rollout.engine != "transformers" else None,
+            )
+            self.store.finish_generation(manifest)
+        show_generation(manifest, self.display)
 
-    def _engine_facts(self, generation: int) -> dict[str, Any]:
+    def _engine_facts(self, generation: int) -> EngineCheck | None:
         """The worst of what the checks of this generation's engines found."""
-        found = [e for e in read_events(self.events.path, "engine") if e["generation"] == generation]
-        worst = max(found, key=lambda event: event["mean_abs_difference"], default=None)
-        names = ("samples", "tokens", "mean_difference", "mean_abs_difference")
-        return {"engine": {name: worst[name] for name in names}} if worst else {}
+        events = read_events(self.events.path, SpanName.ENGINE)
+        found = [EngineCheck.from_json(e.facts) for e in events if e.facts.get("generation") == generation]
+        return max(found, key=lambda check: check.mean_abs_difference, default=None)
 
-    def _rows_by_teacher(self, selection: dict[str, Any]) -> dict[str, int]:
+    def _rows_by_teacher(self, selection: SelectionSummary) -> dict[str, int]:
         rows: Counter[str] = Counter()
-        for source, counts in selection["sources"].items():
+        for source, counts in selection.sources.items():
             key = self.config.teacher_of(source)
-            rows["teacher" if key is None else f"teachers.{key}"] += counts["rows"]
+            rows["teacher" if key is None else f"teachers.{key}"] += counts.rows
         return dict(sorted(rows.items()))
 
     # -- following a run
@@ -402,7 +406,7 @@ class Refresher:
             candidates = ([REFERENCE] if self.config.schedule.references else []) + there
             if any(self._to_do(g) for g in candidates):
                 if waits_since is not None:
-                    self.events.write("wait", waits_since, time.time())
+                    self.events.write(SpanName.WAIT, waits_since, time.time())
                     waits_since = None
                 any(self._advance(g) for g in candidates)
                 continue
@@ -446,7 +450,9 @@ class Refresher:
         except (UserError, FileNotFoundError):  # a damaged part, or one that the trainer has just found damaged and deleted
             self.mend(generation)
             return True
-        check_some_kept((self.store.manifest(generation) or {})["selection"], self.config.selection)
+        manifest = self.store.manifest(generation)
+        assert manifest is not None, "it was finished right now"
+        check_some_kept(manifest.selection, self.config.selection)
         return True
 
     def drop_if_damaged(self, generation: int, part: int) -> None:
@@ -458,26 +464,6 @@ class Refresher:
         except UserError:
             self.display.say(f"{self.store.part(generation, part)} was damaged; it is made again.")
             self.store.part(generation, part).unlink(missing_ok=True)
-
-
-def show_generation(generation: int, manifest: dict[str, Any], display: Display) -> None:
-    """A finished generation as a table: verdicts, quantiles of Δ and adaptive bounds, per source."""
-    if display.busy:  # one of many short generations
-        return
-    summary = manifest["selection"]
-    names = sorted({v for s in summary["sources"].values() for v in s["verdicts"]})
-    adaptive = "bounds" in summary
-    rows = []
-    for label, s in [("all", summary), *(summary["sources"].items() if len(summary["sources"]) > 1 else ())]:
-        shown = [s["delta_ifd_quantiles"][q] for q in ("0.05", "0.5", "0.95") if s["delta_ifd_quantiles"]]
-        quantiles = " ".join(f"{q:.2f}" for q in shown) or "-"
-        counts = [str(s["verdicts"].get(name, 0)) for name in names]
-        bounds = [" ".join(f"{b:.2f}" for b in s["bounds"])] if adaptive else []
-        rows.append([label or "(none)", str(s["rows"]), *counts, quantiles, *bounds])
-    name = "References" if generation == REFERENCE else f"Generation {generation}"
-    title = f"{name}: {manifest['response_tokens']:,} response tokens, {manifest['length_stops']} stopped by length"
-    columns = ["source", "responses", *names, "delta 5/50/95%", *(["kept from, to"] if adaptive else [])]
-    display.table(title, columns, rows)
 
 
 def usable_references(config: Config, prompts: Prompts) -> np.ndarray:

@@ -23,14 +23,16 @@ from npd.config import Config
 from npd.errors import UserError
 from npd.evaluation import Evaluator
 from npd.jobs import POLL, Jobs
-from npd.loaded import Loaded, warn_of_engine
+from npd.loaded import Loaded
 from npd.loop import Loop, Trained
+from npd.observe.console import show_evaluation, show_generation, warn_of_age, warn_of_engine
 from npd.observe.display import Advance, Display
-from npd.observe.events import Events, read_events, seconds_by_role
-from npd.observe.trackers import selection_figures, start_trackers
+from npd.observe.events import Events, SpanName, read_events, seconds_by_role
+from npd.observe.trackers import start_trackers
 from npd.placement import Placement
 from npd.prompts import Prompts
-from npd.refresher import Generation, Refresher, show_generation
+from npd.records import EvaluationLine, GenerationEnd, SelectionLine, Span, TeacherLine
+from npd.refresher import Generation, Refresher
 from npd.report.keeper import observed
 from npd.report.live import RunView
 from npd.reselect import reselect as reselection
@@ -69,7 +71,7 @@ class DistillResult:
     """`count` snapshots, `blocked` seconds that training stood still for them, `written` seconds beside it."""
     advice: str = ""
     """What would make a run like this faster, if that is known."""
-    generations: list[dict[str, Any]] = field(default_factory=list)
+    generations: list[GenerationEnd] = field(default_factory=list)
     """How each generation ended: why (passes, kl_budget, max_steps, max_tokens), after how many passes, at which KL."""
 
 
@@ -147,7 +149,7 @@ class Run:
         if self.main and not self.placement.turns:
             self.store.current = self._resumed_generation()
             self.resources.enter_context(self.jobs)  # they load their models while this process loads its own
-        with self.events.span("load"):
+        with self.events.span(SpanName.LOAD):
             student = models.load_model(self.config.student, trained=True)
             self.trainer = Trainer(
                 self.config,
@@ -199,7 +201,7 @@ class Run:
         torch.set_num_threads(self.threads)
         self._evaluate(last=True)
         if self.main:
-            with self.events.span("save"):
+            with self.events.span(SpanName.SAVE):
                 facts = {"step": at.step, "tokens": at.tokens}
                 self.store.save_model(self.store.student, self.trainer.save_policy, facts)
                 self._tidy_finished()
@@ -234,7 +236,7 @@ class Run:
             self.shown.add(generation)
         elif self.main:
             if self.store.manifest(generation) is not None:  # others are looked at as they are taken
-                with self.events.span("verify", generation=generation):
+                with self.events.span(SpanName.VERIFY, generation=generation):
                     self.refresher.mend(generation)
             missing = self.store.missing_parts(generation, len(self.refresher.parts(generation)))
             if missing and self.refresher.begun_by(generation, generation) not in self.store.policies():
@@ -282,8 +284,8 @@ class Run:
         at, passes = self.trainer.position, self.config.schedule.passes
         name = f"generation {at.generation}, pass {at.passes + 1}/{passes}: train"
         with (
-            self.events.span("train", generation=at.generation, passes=at.passes),
-            self.display.task(name, 100, "%") as self.advance,
+            self.events.span(SpanName.TRAIN, generation=at.generation, passes=at.passes),
+            self.display.task(name, 100, "%", short="train") as self.advance,
         ):
             self._advanced = 0.0
             yield
@@ -305,7 +307,7 @@ class Run:
         if self.command == "distill" and self.main:
             self._join_writer()
             began = time.perf_counter()
-            with self.events.span("publish", version=version):
+            with self.events.span(SpanName.PUBLISH, version=version):
                 if version in self.store.policies():
                     self.store.point_to_newest_policy()  # if a crash came between
                 else:
@@ -331,15 +333,17 @@ class Run:
         if len(at.parts) == self.loop.part_count:
             self._complete()
         self._show_finished()
-        line: dict[str, Any] = {"generation": at.generation, "generation_ended": reason, "passes": passes}
-        if at.near_policy_kl is not None and self.trainer.near_policy_is_proxy:
-            line["near_policy_kl_is_proxy"] = True
-        self.trainer.log({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
+        line = GenerationEnd(
+            at.step,
+            generation=at.generation,
+            reason=reason,
+            passes=passes,
+            near_policy_kl_is_proxy=at.near_policy_kl is not None and self.trainer.near_policy_is_proxy,
+            near_policy_kl_smoothed=at.near_policy_kl,
+        )
+        self.trainer.log(line)
         if self.main and self.placement.jobs and len(at.parts) < self.loop.part_count and reason == "kl_budget":
-            self.display.say(
-                f"Generation {at.generation} passed schedule.kl_budget in its first pass, after {passes:.2f} passes: its "
-                "responses were too old before all were read. A smaller schedule.lead, or a larger budget, wastes less."
-            )
+            warn_of_age(at.generation, passes, self.display)
 
     # -- how it is done
 
@@ -352,10 +356,10 @@ class Run:
         manifest = self.store.manifest(at.generation)
         if self._selected is None:  # a resumed run has logged some
             lines = self.store.read_metrics()
-            self._selected = {line["selection/generation"] for line in lines if "selection/generation" in line}
+            self._selected = {line.generation for line in lines if isinstance(line, SelectionLine)}
         if manifest is not None and at.generation not in self._selected:
             self._selected.add(at.generation)
-            self.trainer.log({"step": at.step, "selection": True, **selection_figures(manifest)})
+            self.trainer.log(SelectionLine.of(at.step, manifest))
 
     def _complete(self) -> None:
         """See that a generation whose parts have all landed has its manifest; usually the refresh has written it."""
@@ -373,7 +377,7 @@ class Run:
                     self.refresher.mend(generation)
         manifest = self.store.manifest(generation) if self.main and not self.placement.turns else None
         if manifest is not None:
-            check_some_kept(manifest["selection"], self.config.selection)
+            check_some_kept(manifest.selection, self.config.selection)
 
     def _decided_by_main(self, decide: Callable[[], T]) -> T:
         """The main process's answer, on every process."""
@@ -401,7 +405,7 @@ class Run:
                 except UserError as error:
                     if self.placement.turns and self.world > 1:
                         raise
-                    self.display.say(f"{str(error).split(' Delete it')[0]} It is made again.")
+                    self.display.say(f"{error.what} It is made again.")
                     path.unlink(missing_ok=True)
 
         self._decided_by_main(fetch)
@@ -429,7 +433,7 @@ class Run:
             whose += " (npd refresh --follow)"
         count, shown = len(self.refresher.parts(generation)), 0
         with (
-            self.events.span("wait", generation=generation),
+            self.events.span(SpanName.WAIT, generation=generation),
             self.display.task(f"wait for {whose}", count, "parts") as advance,
         ):
 
@@ -446,7 +450,7 @@ class Run:
 
         def write() -> None:
             try:
-                with self.events.span("write", version=version):
+                with self.events.span(SpanName.WRITE, version=version):
                     self.store.publish(version, partial(self.trainer.save_policy, state=state), step)
             except BaseException as error:
                 self._write_failed = error
@@ -462,7 +466,7 @@ class Run:
             RunError: it could not be written.
         """
         if self.writer is not None:
-            with self.events.span("publish") if self.writer.is_alive() else nullcontext():
+            with self.events.span(SpanName.PUBLISH) if self.writer.is_alive() else nullcontext():
                 self.writer.join()
             self.writer = None
             if self._write_failed is not None:
@@ -511,12 +515,11 @@ class Run:
         due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
         if self.evaluator and due and self.main and not self._evaluated(at.step):
             self._join_writer()  # generation changes the model's generation_config, which a snapshot has too
-            with self.events.span("evaluate", step=at.step), self._teacher_at_hand():
+            with self.events.span(SpanName.EVALUATE, step=at.step), self._teacher_at_hand():
                 self._evaluate_teacher()
                 figures = self.evaluator(self.trainer.base)
-            self.trainer.log({"step": at.step, "eval": True, **figures})
-            shown = [f"{key.removeprefix('eval/')} {value:.4g}" for key, value in figures.items() if shows(key)]
-            self.display.say(f"step {at.step}: {', '.join(shown)}")
+            self.trainer.log(EvaluationLine(at.step, figures))
+            show_evaluation(f"step {at.step}", figures, self.display)
         self.wait()
 
     def _evaluate_teacher(self) -> None:
@@ -524,14 +527,13 @@ class Run:
         options = self.config.evaluation
         if not (options.teacher and options.tasks):
             return
-        if not any("teacher" in line for line in self.store.read_metrics()):
+        if not any(isinstance(line, TeacherLine) for line in self.store.read_metrics()):
             figures = self.evaluator.of_teacher()
-            self.trainer.log({"step": self.trainer.position.step, "teacher": True, **figures})
-            shown = [f"{key.removeprefix('teacher/')} {value:.4g}" for key, value in figures.items() if shows(key)]
-            self.display.say(f"teacher: {', '.join(shown)}")
+            self.trainer.log(TeacherLine(self.trainer.position.step, figures))
+            show_evaluation("teacher", figures, self.display)
 
     def _evaluated(self, step: int) -> bool:
-        return any(line["step"] == step and "eval" in line for line in self.store.read_metrics())
+        return any(line.step == step and isinstance(line, EvaluationLine) for line in self.store.read_metrics())
 
     # -- what is shown
 
@@ -560,25 +562,25 @@ class Run:
         manifest = None if generation in self.shown or not self.main else self.store.manifest(generation)
         if manifest is not None:
             self.shown.add(generation)
-            show_generation(generation, manifest, self.display)
-            if "engine" in manifest:
-                warn_of_engine(manifest["engine"], self.config.rollout.check_bound, self.display)
+            show_generation(manifest, self.display)
+            if manifest.engine is not None:
+                warn_of_engine(manifest.engine, self.config.rollout.check_bound, self.display)
 
     def _advice(self, by_role: dict[str, dict[str, float]]) -> str:
         """A longer lead, where the trainer waited for generations that one would have had ready."""
         schedule, events = self.config.schedule, list(read_events(self.events.path))
 
-        def seconds(name: str) -> list[float]:
-            mine = (e for e in events if e["name"] == name and e["role"] == "trainer")
-            return [e["end"] - e["start"] for e in mine if e["generation"] > 0]
+        def seconds(name: SpanName) -> list[float]:
+            mine = (e for e in events if e.name == name and e.role == "trainer")
+            return [e.seconds for e in mine if e.facts["generation"] > 0]
 
-        waited, trained = seconds("wait"), seconds("train")
+        waited, trained = seconds(SpanName.WAIT), seconds(SpanName.TRAIN)
         wall = by_role.get("trainer", {}).get("wall", 0.0)
         if self.placement.turns or schedule.kl_budget is not None or schedule.lead >= schedule.passes:
             return ""
         if not trained or sum(waited) < 0.05 * wall:
             return ""
-        later = len({e["generation"] for e in events if e["name"] == "train"} - {0})
+        later = len({e.facts["generation"] for e in events if e.name == SpanName.TRAIN} - {0})
         a_pass = sum(trained) / max(1.0, later * schedule.passes)
         lead = min(schedule.passes, math.ceil(schedule.lead + sum(waited) / later / a_pass))
         what = "shortened that" if lead == schedule.passes else "had them ready"
@@ -590,7 +592,7 @@ class Run:
     def _result(self) -> DistillResult:
         facts = self.store.check_model(self.store.student)
         lines = self.store.read_metrics()
-        evals = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines if "eval" in line]
+        evals = [line.figures for line in lines if isinstance(line, EvaluationLine)]
         by_role = seconds_by_role(self.events.path)
         return DistillResult(
             run_dir=self.store.path,
@@ -603,24 +605,20 @@ class Run:
             by_role=by_role,
             publications=publications(read_events(self.events.path)),
             advice=self._advice(by_role),
-            generations=[line for line in lines if "generation_ended" in line],
+            generations=[line for line in lines if isinstance(line, GenerationEnd)],
         )
 
 
-def publications(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+def publications(events: Iterable[Span]) -> dict[str, float]:
     """How many snapshots were written, how long training stood still for them, and how long the writing took."""
     figures = {"count": 0.0, "blocked": 0.0, "written": 0.0}
+    kinds: dict[str, str] = {SpanName.PUBLISH: "blocked", SpanName.WRITE: "written"}
     for event in events:
-        kind = {"publish": "blocked", "write": "written"}.get(event["name"])
+        kind = kinds.get(event.name)
         if kind is not None:
-            figures[kind] += event["end"] - event["start"]
+            figures[kind] += event.seconds
             figures["count"] += kind == "written"
     return figures
-
-
-def shows(key: str) -> bool:
-    """Is this figure one for a person to see, rather than an interval's end or a count?"""
-    return not key.endswith(("_low", "_high", "_tokens"))
 
 
 def distill(config: AnyConfig, *, display: Display | None = None) -> DistillResult:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +19,11 @@ import pyarrow.compute as pc
 
 from npd.config import SelectionConfig
 from npd.errors import RunError
+from npd.records import SelectionSummary
 
 Floats = npt.NDArray[np.float64]
 
 PROXIMAL, DEGENERATE, DISCONNECT, UNDEFINED = "proximal", "degenerate", "disconnect", "undefined"
-KEPT = (PROXIMAL, "reference")
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 # Of the adaptive rule.
@@ -171,29 +172,30 @@ class Summary:
             self.verdicts[source].update(mine["verdict"].to_pylist())
             self.deltas[source].append(mine["delta_ifd"].to_numpy().astype(np.float32))
 
-    def result(self) -> dict[str, Any]:
-        """JSON types; `bounds` are the lowest and the highest that any part had."""
-        return self._one(list(self.verdicts)) | {"sources": {source: self._one([source]) for source in sorted(self.verdicts)}}
+    def result(self) -> SelectionSummary:
+        """Of all that was added; `bounds` are the lowest and the highest that any part had."""
+        sources = {source: self._one([source]) for source in sorted(self.verdicts)}
+        return replace(self._one(list(self.verdicts)), sources=sources)
 
-    def _one(self, sources: list[str]) -> dict[str, Any]:
+    def _one(self, sources: list[str]) -> SelectionSummary:
         counts = sum((self.verdicts[source] for source in sources), Counter())
         deltas = np.concatenate([piece for source in sources for piece in self.deltas[source]] or [np.empty(0, np.float32)])
         finite = deltas[np.isfinite(deltas)]
         quantiles = [float(q) for q in np.quantile(finite, QUANTILES)] if finite.size else []
         bounds = [b for source in sources for b in self.bounds[source]]
-        return {
-            "rows": counts.total(),
-            "verdicts": dict(sorted(counts.items())),
-            "delta_ifd_quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=False)),
-            **({"bounds": [min(b.lower for b in bounds), max(b.upper for b in bounds)]} if bounds else {}),
-        }
+        return SelectionSummary(
+            counts.total(),
+            dict(sorted(counts.items())),
+            dict(zip(map(str, QUANTILES), quantiles, strict=False)),
+            (min(b.lower for b in bounds), max(b.upper for b in bounds)) if bounds else None,
+        )
 
 
-def check_some_kept(summary: dict[str, Any], config: SelectionConfig) -> None:
+def check_some_kept(summary: SelectionSummary, config: SelectionConfig) -> None:
     """Stop a run whose selection leaves nothing to train on, and say which bound did it."""
-    counts = summary["verdicts"]
-    if any(counts.get(verdict) for verdict in KEPT):
+    if summary.kept:
         return
+    counts = summary.verdicts
     adaptive = config.rule == "adaptive"
     lower = "the adaptive lower bound" if adaptive else f"selection.lower {config.lower}"
     upper = "the adaptive upper bound" if adaptive else f"selection.upper {config.upper}"
@@ -203,8 +205,8 @@ def check_some_kept(summary: dict[str, Any], config: SelectionConfig) -> None:
         UNDEFINED: lambda n: f"{n} with an undefined delta (a model gives the response alone a likelihood of 1)",
     }
     what = ", ".join(say(counts[verdict]) for verdict, say in reasons.items() if counts.get(verdict))
-    quantiles = ", ".join(f"{float(q):.0%}: {value:.3f}" for q, value in summary["delta_ifd_quantiles"].items())
+    quantiles = ", ".join(f"{float(q):.0%}: {value:.3f}" for q, value in summary.delta_ifd_quantiles.items())
     raise RunError(
-        f"Selection dropped all {summary['rows']} responses of this generation: {what}. Quantiles of delta: "
+        f"Selection dropped all {summary.rows} responses of this generation: {what}. Quantiles of delta: "
         f"{quantiles or 'none'}. Widen the bound, choose selection.rule none, or warm the student up with `npd sft`."
     )

@@ -29,9 +29,10 @@ from npd.errors import RunError, UserError
 from npd.loop import Position, Trained
 from npd.losses import LossOutput, TopKMass, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
 from npd.observe.trackers import Trackers
 from npd.packing import pack_tokens, short_rows
+from npd.records import Line, StepLine
 from npd.samples import Samples
 from npd.schedule import derive_seed, learning_rate
 from npd.store import Store
@@ -154,7 +155,7 @@ class Trainer:
             with quiet_transformers():
                 self.accelerator.save_state(str(path), safe_serialization=True)
 
-        with self.events.span("checkpoint", step=self.position.step):
+        with self.events.span(SpanName.CHECKPOINT, step=self.position.step):
             self.store.save_checkpoint(
                 self.position.step,
                 save,
@@ -246,25 +247,23 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-        line: dict[str, Any] = {
-            "step": at.step,
-            "generation": at.generation,
-            "pass": at.passes,
-            "tokens": at.tokens,
-            "loss": loss,
-            "ce": ce,
-            "kd": kd,
-            "near_policy_kl": totals[3] / totals[4] if totals[4] else None,
-            "lr": rate,
-            "grad_norm": norm,
-            "fill": int(samples.lengths[ids].sum()) / sum(len(chunk) * length for chunk, length in chunks),
-            "tokens_per_second": tokens / (time.perf_counter() - began),
+        line = StepLine(
+            step=at.step,
+            generation=at.generation,
+            passes=at.passes,
+            tokens=at.tokens,
+            loss=loss,
+            ce=ce,
+            kd=kd,
+            near_policy_kl=totals[3] / totals[4] if totals[4] else None,
+            lr=rate,
+            grad_norm=norm,
+            fill=int(samples.lengths[ids].sum()) / sum(len(chunk) * length for chunk, length in chunks),
+            tokens_per_second=tokens / (time.perf_counter() - began),
+            near_policy_kl_is_proxy=bool(totals[4]) and self.near_policy_is_proxy,
+            reference_tokens=tokens - int(totals[4]) if totals[4] < tokens else None,
             **facts,
-        }
-        if line["near_policy_kl"] is not None and self.near_policy_is_proxy:
-            line["near_policy_kl_is_proxy"] = True
-        if totals[4] < tokens:
-            line["reference_tokens"] = tokens - int(totals[4])
+        )
         self.log(line)
         return Trained(totals[3], int(totals[4])), loss
 
@@ -296,7 +295,7 @@ class Trainer:
         logprobs = out.label_logprobs.detach().cpu()[by_student]
         return out, near_policy_kl(logprobs, torch.from_numpy(behavior)).sum().item(), len(behavior)
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Line) -> None:
         """One line of metrics.jsonl, and the same figures to every tracker."""
         if self.accelerator.is_main_process:
             self.store.append_metrics(line)

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from npd.config import Config, TaskConfig
 from npd.errors import UserError
-from npd.evaluation.verify import extract_answer, is_correct, pass_at_k, wilson_interval
+from npd.evaluation.verify import extract_answer, is_correct, pass_at_k
+from npd.intervals import wilson_interval
 from npd.losses import sparse_soft_cross_entropy
 from npd.models import Vocabulary, head_weight
 from npd.observe.display import Display

@@ -7,18 +7,16 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from npd.errors import NpdError
 from npd.observe.display import Display
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
 
 FIRST = 60.0  # seconds into a run at which its report is first written
 SHARE = 0.01  # of the wall-clock that writing it may take
-TRACEBACK_LINES = 60
 
 
 @contextmanager
@@ -28,34 +26,19 @@ def observed(events: Events, display: Display, *, report: bool, command: str = "
     A report that can't be written is a warning: never the end of a run.
     """
     run_dir = events.path.parent
-    mark(events, "started", command=command)
+    events.mark(SpanName.STARTED, command=command)
     pages = Pages(run_dir) if report else None
     try:
         yield
-        mark(events, "ended", command=command)
+        events.mark(SpanName.ENDED, command=command)
     except BaseException as error:
         # KeyboardInterrupt too: it is on record that the run was stopped by hand, not killed.
-        mark(events, "failed", command=command, **failure_facts(error))
+        events.failed(error, command=command)
         raise
     finally:
         if pages is not None:
             pages.stop()
             _write_last(run_dir, display, sys.exc_info()[1])
-
-
-def failure_facts(error: BaseException) -> dict[str, object]:
-    """What a `failed` event says: the kind of error, its message, whether npd explains it, and the end of its traceback."""
-    lines = "".join(traceback.format_exception(error)).splitlines()
-    explained = isinstance(error, NpdError)
-    facts: dict[str, object] = {"error": type(error).__name__, "message": str(error), "explained": explained}
-    return facts if explained else facts | {"traceback": "\n".join(lines[-TRACEBACK_LINES:])}
-
-
-def mark(events: Events, name: str, **facts: object) -> None:
-    """A moment of a command's work, on record if that is possible."""
-    now = time.time()
-    with suppress(OSError, NpdError):  # a full disk, of which there will be a better message
-        events.write(name, now, now, **facts)
 
 
 def _write_last(run_dir: Path, display: Display, error: BaseException | None) -> None:

@@ -74,7 +74,7 @@ def check_server(
     try:
         return _check(config, tokenizer, top_k, tokens, vocabulary)
     except RunError as error:
-        raise UserError(f"{str(error).split(' Nothing that was')[0]} Start it, or correct teacher.server.") from None
+        raise UserError(error.what, "Start it, or correct teacher.server.") from None
 
 
 def _check(
