@@ -20,7 +20,7 @@ FLOORS = (
     ("errors",),
     ("registry",),
     ("config",),
-    ("packing", "schedule", "prompts", "records"),
+    ("intervals", "packing", "schedule", "prompts", "records", "result"),
     ("models", "losses", "store"),
     ("observe",),
     ("rollout", "scoring", "selection", "evaluation"),
@@ -112,7 +112,10 @@ COLUMNS = {*store_schema.SCHEMA.names, *prompts.SCHEMA.names}
 
 def names_of(tree: ast.Module, name: str) -> list[int]:
     """Lines that say a word; of a word that is a column as well, those that compare with it."""
-    compared = {id(part) for node in ast.walk(tree) if isinstance(node, ast.Compare) for part in ast.walk(node)}
+    sides = [side for node in ast.walk(tree) if isinstance(node, ast.Compare) for side in (node.left, *node.comparators)]
+    compared = {
+        id(one) for side in sides for one in (side.elts if isinstance(side, ast.Tuple | ast.List | ast.Set) else [side])
+    }
     said = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and node.value == name]
     return [node.lineno for node in said if name not in COLUMNS or id(node) in compared]
 

@@ -27,6 +27,7 @@ import npd
 from npd import models
 from npd.config import TrainingConfig, load_config
 from npd.observe.events import Events
+from npd.records import StepLine
 from npd.schedule import learning_rate
 from npd.store import Store
 from npd.train.loop import PassPlan
@@ -119,8 +120,8 @@ def train_pass(trainer: Recorded, samples: Samples) -> None:
     trainer.passes += 1
 
 
-def steps_of(run_dir: Path) -> list[dict]:
-    return [line for line in Store(run_dir).read_metrics() if "loss" in line]
+def steps_of(run_dir: Path) -> list[StepLine]:
+    return [line for line in Store(run_dir).read_metrics() if isinstance(line, StepLine)]
 
 
 def dense_loss(model: torch.nn.Module, samples: Samples, i: int) -> torch.Tensor:
@@ -338,10 +339,10 @@ def test_near_policy_kl_is_zero_while_the_weights_are_those_that_sampled(make_tr
     npd.distill(tree)
     lines = steps_of(Path(tree["run_dir"]))
     for generation in (0, 1):
-        mine = [line["near_policy_kl"] for line in lines if line["generation"] == generation]
+        mine = [line.near_policy_kl or 0.0 for line in lines if line.generation == generation]
         assert 0 <= mine[0] < 1e-6
         assert max(mine[1:]) > 1e-4
-    assert not any("near_policy_kl_is_proxy" in line for line in lines)
+    assert not any(line.near_policy_kl_is_proxy for line in lines)
 
 
 @pytest.mark.parametrize("rollout", [{"temperature": 0.7}, {"top_p": 0.9}])
@@ -349,8 +350,9 @@ def test_near_policy_kl_is_marked_a_proxy_where_it_is_one(make_tree, rollout):
     tree = make_tree(rollout=rollout, training={"max_steps": 2})
     npd.distill(tree)
     lines = steps_of(Path(tree["run_dir"]))
-    assert all(line["near_policy_kl_is_proxy"] is True for line in lines)
-    assert lines[0]["near_policy_kl"] < 1e-6  # behaviour log-probabilities are kept at temperature 1 all the same
+    assert all(line.near_policy_kl_is_proxy for line in lines)
+    assert lines[0].near_policy_kl is not None
+    assert lines[0].near_policy_kl < 1e-6  # behaviour log-probabilities are kept at temperature 1 all the same
 
 
 # -- planning
@@ -455,7 +457,7 @@ def test_bfloat16_after_float32_in_one_process(make_tree):
     rough = npd.distill(make_tree("rough", training={"max_steps": 2, "precision": "bfloat16"}))
     losses = []
     for result in (exact, rough):
-        losses.append(steps_of(result.run_dir)[0]["loss"])
+        losses.append(steps_of(result.run_dir)[0].loss)
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     weights = [load_file(result.student / "model.safetensors") for result in (exact, rough)]
@@ -482,11 +484,11 @@ def test_two_processes_train_the_same_weights(make_tree, tmp_path):
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     run_dir = Path(tree["run_dir"])
     lines = [steps_of(d) for d in (one.run_dir, run_dir)]
-    assert [line["tokens"] for line in lines[1]] == [line["tokens"] for line in lines[0]]
+    assert [line.tokens for line in lines[1]] == [line.tokens for line in lines[0]]
     for a, b in zip(*lines, strict=True):
         for name in ("loss", "ce", "kd", "grad_norm", "lr"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
-        assert b["near_policy_kl"] == pytest.approx(a["near_policy_kl"], rel=1e-3, abs=1e-6)
+            assert getattr(b, name) == pytest.approx(getattr(a, name), rel=1e-4), name
+        assert b.near_policy_kl == pytest.approx(a.near_policy_kl, rel=1e-3, abs=1e-6)
     for part in sorted((one.run_dir / "generations/g000").glob("part-*")):
         assert part.read_bytes() == (run_dir / "generations/g000" / part.name).read_bytes()
     mine, theirs = (load_file(d / "student/model.safetensors") for d in (run_dir, one.run_dir))

@@ -340,7 +340,7 @@ def states(base, tmp_path_factory) -> Callable[..., dict[str, Any]]:
 
 
 def roles(run_dir: str | Path, name: str) -> set[str]:
-    return {event["role"] for event in read_events(Path(run_dir) / "events.jsonl") if event["name"] == name}
+    return {event.role for event in read_events(Path(run_dir) / "events.jsonl") if event.name == name}
 
 
 def snapshot_steps(run_dir: str | Path) -> list[int]:
@@ -350,7 +350,7 @@ def snapshot_steps(run_dir: str | Path) -> list[int]:
 
 
 def restarts(run_dir: str | Path) -> int:
-    return sum(event["name"] == "restart" for event in read_events(Path(run_dir) / "events.jsonl"))
+    return sum(event.name == "restart" for event in read_events(Path(run_dir) / "events.jsonl"))
 
 
 # -- 1: overlap is deterministic
@@ -511,10 +511,10 @@ def test_a_job_that_raises_is_started_again(make, states, tmp_path):
 
 def assert_blamed(run_dir: str) -> None:
     """The report names the job that failed, not the trainer that told of it."""
-    failure = gather(run_dir).status.failure
-    assert failure is not None
-    assert failure["role"] == "refresh-0"
-    assert failure["process"] not in processes(Path(run_dir), "trainer")
+    failed = gather(run_dir).status.failed
+    assert failed is not None
+    assert failed.role == "refresh-0"
+    assert failed.process not in processes(Path(run_dir), "trainer")
 
 
 def test_a_job_that_raises_for_ever_ends_the_run(make, tmp_path):
@@ -737,9 +737,9 @@ def test_two_followers_share_a_generation(make, states, tmp_path):
         followers.append(Child(command("refresh", str(run_dir), "--follow", "--share", share), tmp_path / share[0]))
     for follower in followers:
         assert follower.wait() == 0, follower.words()
-    events = [e for e in read_events(run_dir / "events.jsonl") if e["name"] == "part"]
-    assert sorted(e["part"] for e in events if e["role"] == "refresh-0") == [0, 2, 4]
-    assert sorted(e["part"] for e in events if e["role"] == "refresh-1") == [1, 3, 5]
+    events = [e for e in read_events(run_dir / "events.jsonl") if e.name == "part"]
+    assert sorted(e.facts["part"] for e in events if e.role == "refresh-0") == [0, 2, 4]
+    assert sorted(e.facts["part"] for e in events if e.role == "refresh-1") == [1, 3, 5]
     alone = states(**more)
     files = {str(file.relative_to(run_dir)): file.read_bytes() for file in run_dir.glob("generations/g000/*")}
     assert len(files) == 7
@@ -753,7 +753,7 @@ def test_two_jobs_beside_the_trainer(make, tmp_path):
     distilled(tree, tmp_path)
     run_dir = Path(tree["run_dir"])
     assert len(jobs_started()) == 2
-    assert {event["role"] for event in read_events(run_dir / "events.jsonl")} == {"trainer", "refresh-0", "refresh-1"}
+    assert {event.role for event in read_events(run_dir / "events.jsonl")} == {"trainer", "refresh-0", "refresh-1"}
     trained = 0
     for generation in range(2):
         tokens = sum(map(len, parts_of(run_dir, generation)["response_ids"].to_pylist()))
@@ -901,7 +901,7 @@ def real(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 def processes(run_dir: Path, role: str) -> set[int]:
-    return {event["process"] for event in read_events(run_dir / "events.jsonl") if event["role"] == role}
+    return {event.process for event in read_events(run_dir / "events.jsonl") if event.role == role}
 
 
 def test_a_real_job(make, states, tmp_path, real_jobs):

@@ -5,7 +5,7 @@ import numpy as np
 from npd.config import TaskConfig
 from npd.errors import UserError
 from npd.evaluation import Benchmark, Setting, Student
-from npd.evaluation.verify import wilson_interval
+from npd.intervals import wilson_interval
 from npd.registry import BENCHMARKS
 
 

@@ -1,40 +1,24 @@
-"""A producer that makes a generation in a thread of the trainer's own process, the last part first."""
-
-import threading
+"""A producer that makes each part when the trainer asks for it, in the trainer's own process."""
 
 from npd.generations.producer import Beside
 from npd.registry import PRODUCERS
 
 
-class InAThread(Beside):
-    """Parts land while the trainer trains on those before them."""
+class OneByOne(Beside):
+    """Training begins after a generation's first part, not after its last one."""
 
-    elsewhere = True  # it is chosen by name, not by devices
-    thread: threading.Thread | None = None
-    failed: BaseException | None = None
+    elsewhere = True  # placement.rollout has its name, and no devices
 
-    def begin(self, generation: int) -> None:
-        super().begin(generation)
-        self.thread = threading.Thread(target=self.make, args=(sorted(self.shop.books.missing(generation))[::-1], generation))
-        self.thread.start()
-
-    def make(self, parts: list[int], generation: int) -> None:
-        try:
-            self.shop.make_parts(generation, parts)
-        except BaseException as error:
-            self.failed = error
+    def landed(self, generation: int, taken: list[int]) -> int | None:
+        part = min(set(range(len(self.shop.generations.parts(generation)))) - set(taken))
+        if part in self.shop.books.missing(generation):
+            self.want(generation, part)
+        return part
 
     def want(self, generation: int, part: int) -> None:
-        if self.thread is None or not self.thread.is_alive():
-            self.make([part], generation)
-
-    def check(self) -> None:
-        if self.failed is not None:
-            raise self.failed
-
-    def close(self) -> None:
-        if self.thread is not None:
-            self.thread.join()
+        with self.shop.room():  # the trainer's models leave a GPU that is shared
+            self.shop.make_parts(generation, [part])
+            self.shop.pipeline.models.release()
 
 
-PRODUCERS.register("in_a_thread", InAThread)
+PRODUCERS.register("one_by_one", OneByOne)

@@ -42,6 +42,15 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
             yield f"{prefix}{name}", field
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their dotted names; an empty section is a value."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        out |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return out
+
+
 def section_of(field: FieldInfo, *, items: bool = False) -> type[Section] | None:
     """The section that a field holds (`Section` or `Section | None`; with `items` also a list or dict of them)."""
     inner = get_args(field.annotation) if items or get_origin(field.annotation) not in (list, dict) else ()

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from npd.config import SelectionConfig
-from npd.store.schema import DEGENERATE, DISCONNECT, PROXIMAL, UNDEFINED
+from npd.records import DEGENERATE, DISCONNECT, PROXIMAL, UNDEFINED
 
 
 class Bounds(NamedTuple):

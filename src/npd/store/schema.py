@@ -12,11 +12,6 @@ REFERENCE = -1
 NO_POLICY = -1
 """The policy_version of text that no student snapshot wrote."""
 
-PROXIMAL, DEGENERATE, DISCONNECT, UNDEFINED = "proximal", "degenerate", "disconnect", "undefined"
-"""Verdicts of selection; a rule may have others for what it drops."""
-KEPT = (PROXIMAL, "reference")
-"""Verdicts of what is trained on."""
-
 SCHEMA = pa.schema(
     [
         ("sample_id", pa.string()),

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from npd.errors import UserError
+from npd.records import KEPT
 from npd.store import Store, writing
-from npd.store.schema import KEPT
 
 COLUMNS = ["sample_id", "prompt_ids", "response_ids", "behavior_logprobs", "verdict", "topk_ids", "topk_logprobs"]
 
