@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +88,7 @@ def test_its_options_are_checked_with_the_configuration():
 def test_its_bounds_are_named_where_nothing_is_left():
     part = Select(UPPER_HALF)(scored([math.inf, 0.5, -math.inf], ["a"] * 3))
     part = part.filter(pa.array([True, False, True]))
-    result = summary_of(UPPER_HALF, part) | {"bounds": [0.5, 0.75]}
+    result = replace(summary_of(UPPER_HALF, part), bounds=(0.5, 0.75))
     with pytest.raises(RunError) as caught:
         check_some_kept(result, UPPER_HALF)
     assert "1 below the upper half's lower bound (0.500 at the lowest) (degenerate)" in str(caught.value)
