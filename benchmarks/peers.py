@@ -19,7 +19,7 @@ from npd import models, run
 from npd.config import Config, ModelConfig
 from npd.demo import demo
 from npd.observe.display import Display
-from npd.observe.events import read_events
+from npd.observe.events import SpanName, read_events
 from npd.store import Store
 
 QUIET = Display(quiet=True)
@@ -64,15 +64,17 @@ def npd(config: Config) -> dict[str, Any]:
     began = time.time()
     result = run.distill(config, display=QUIET)
     ended = time.time()
-    first = Store(result.run_dir).manifest(0) or {}
-    spans = [e for e in read_events(result.run_dir / "events.jsonl") if e["name"] == "evaluate"]
+    first = Store(result.run_dir).manifest(0)
+    assert first is not None
+    assert first.response_tokens is not None
+    spans = [e for e in read_events(result.run_dir / "events.jsonl") if e.name == SpanName.EVALUATE]
     lines = [json.loads(line) for line in (result.run_dir / "metrics.jsonl").read_text().splitlines()]
     figures = {line["step"]: line["eval/answer/accuracy"] for line in lines if line.get("eval")}
     curve: Curve = []
     lost = 0.0
     for span in spans:
-        curve.append((span["start"] - began - lost, span["step"], figures[span["step"]]))
-        lost += span["end"] - span["start"]
+        curve.append((span.start - began - lost, span.facts["step"], figures[span.facts["step"]]))
+        lost += span.seconds
     return {
         "seconds": ended - began - lost,
         "tokens": result.tokens,
@@ -80,7 +82,7 @@ def npd(config: Config) -> dict[str, Any]:
         "curve": curve,
         "stages": result.by_role["trainer"],
         "publications": result.publications,
-        "response_length": first["response_tokens"] / first["rows"],
+        "response_length": first.response_tokens / first.rows,
     }
 
 

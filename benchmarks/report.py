@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from tokenizers import models as tokenizer_models
 
 from npd.config import load_config
 from npd.observe.events import Events
+from npd.records import Manifest
 from npd.selection import Select, Summary
 from npd.store import Store
 
@@ -80,10 +82,11 @@ def make_run(run_dir: Path, samples: int, steps: int) -> None:
             tokens += len(table["response_ids"].combine_chunks().flatten())
             store.write_part(g, part, table)
             summary.add(table)
-        facts = {"policy_version": g, "selection": summary.result(), "response_tokens": tokens, "length_stops": 0}
-        store.finish_generation(g, PARTS, facts)
+        parts = store.part_entries(g, PARTS)
+        manifest = Manifest(g, samples // 2, parts, g, summary.result(), response_tokens=tokens, length_stops=0)
+        store.finish_generation(manifest)
         for old in range(48) if g == 48 else ():
-            store.finish_generation(old, 0, facts | {"removed": True})
+            store.finish_generation(replace(manifest, generation=old, removed=True))
     metrics = []
     for step in range(1, steps + 1):
         noise = float(rng.gamma(2, 0.01))

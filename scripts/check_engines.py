@@ -125,7 +125,8 @@ def agreement(run_dir: Path) -> str:
     for generation in (0, 1):
         manifest = Store(run_dir).manifest(generation)
         assert manifest is not None
-        figures.append(manifest["engine"]["mean_abs_difference"])
+        assert manifest.engine is not None
+        figures.append(manifest.engine.mean_abs_difference)
     shown = ", ".join(f"{figure:.2g}" for figure in figures)
     assert max(figures) <= BOUND, f"engine and transformers differ by {shown} nats per token"
     return f"engine and transformers differ by {shown} nats per token"
@@ -175,7 +176,7 @@ def both_engines(bench: Bench) -> str:
         [a == b for a, b in zip(ours["response_ids"].to_pylist(), theirs["response_ids"].to_pylist(), strict=True)]
     )
     prefill = Prefill(model, bench.vocabulary, bench.tokenizer.pad_token_id, 8192)
-    gap = max(engine_difference(answers, prefill)["mean_abs_difference"] for answers in (ours, again))
+    gap = max(engine_difference(answers, prefill).mean_abs_difference for answers in (ours, again))
     assert gap <= BOUND, f"log-probabilities differ by {gap:.3g} nats per token"
     assert same == 1.0 or dtype != torch.float32, f"only {same:.0%} of the greedy responses are alike"
     return f"{same:.0%} of greedy responses alike, log-probabilities {gap:.2g} nats apart{memory}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pyarrow as pa
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from npd.config import load_config
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
+from npd.records import Manifest, StepLine
 from npd.selection import Select, Summary
 from npd.store import Store
 
@@ -67,6 +69,25 @@ def responses(
     return pa.table(columns)
 
 
+def step_line(step: int, **figures: Any) -> StepLine:
+    """A step of 100 tokens."""
+    line = StepLine(
+        step=step,
+        generation=0,
+        passes=0,
+        tokens=100 * step,
+        loss=2 / step,
+        ce=3 / step,
+        kd=1.5 / step,
+        near_policy_kl=0.01 * (step % 7),
+        lr=1e-5,
+        grad_norm=1 + 1 / step,
+        fill=0.9,
+        tokens_per_second=1000.0 + step,
+    )
+    return replace(line, **figures)
+
+
 def make_run(
     path: Path,
     *,
@@ -96,36 +117,21 @@ def make_run(
             summary.add(table)
             tokens += sum(map(len, table["response_ids"].to_pylist()))
             stops += table["finish_reason"].to_pylist().count("length")
-        facts = {"policy_version": g, "selection": summary.result(), "response_tokens": tokens, "length_stops": stops}
-        store.finish_generation(g, 2, facts)
+        parts = store.part_entries(g, 2)
+        store.finish_generation(Manifest(g, 40, parts, g, summary.result(), response_tokens=tokens, length_stops=stops))
     trainer, refresh = Events(path / "events.jsonl"), Events(path / "events.jsonl", "refresh-0")
-    trainer.write("started", 1000.0, 1000.0)
+    trainer.write(SpanName.STARTED, 1000.0, 1000.0)
     for g in range(generations):
-        refresh.write("generate", 1000.0 + 50 * g, 1020.0 + 50 * g, generation=g, part=0)
-        refresh.write("score", 1020.0 + 50 * g, 1030.0 + 50 * g, generation=g, part=0)
-        trainer.write("wait", 1000.0 + 50 * g, 1010.0 + 50 * g, generation=g)
-        trainer.write("train", 1010.0 + 50 * g, 1050.0 + 50 * g, generation=g, passes=0)
+        refresh.write(SpanName.GENERATE, 1000.0 + 50 * g, 1020.0 + 50 * g, generation=g, part=0)
+        refresh.write(SpanName.SCORE, 1020.0 + 50 * g, 1030.0 + 50 * g, generation=g, part=0)
+        trainer.write(SpanName.WAIT, 1000.0 + 50 * g, 1010.0 + 50 * g, generation=g)
+        trainer.write(SpanName.TRAIN, 1010.0 + 50 * g, 1050.0 + 50 * g, generation=g, passes=0)
     for step in range(1, steps + 1):
-        store.append_metrics(
-            {
-                "step": step,
-                "generation": min(generations - 1, step * generations // (steps + 1)),
-                "pass": 0,
-                "tokens": 100 * step,
-                "loss": 2 / step,
-                "ce": 3 / step,
-                "kd": 1.5 / step,
-                "near_policy_kl": 0.01 * (step % 7),
-                "lr": 1e-5,
-                "grad_norm": 1 + 1 / step,
-                "fill": 0.9,
-                "tokens_per_second": 1000.0 + step,
-            }
-        )
+        store.append_metrics(step_line(step, generation=min(generations - 1, step * generations // (steps + 1))))
     end = 1000.0 + 50 * generations
     os.utime(store.metrics, (end, end))
     if finished:
-        trainer.write("ended", 1000.0 + 50 * generations, 1000.0 + 50 * generations)
+        trainer.write(SpanName.ENDED, 1000.0 + 50 * generations, 1000.0 + 50 * generations)
         store.student.mkdir()
         (store.student / "npd.json").write_text(json.dumps({"step": steps, "tokens": 100 * steps, "sha256": {}}))
     return path

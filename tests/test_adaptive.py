@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -195,12 +194,12 @@ def test_verdicts_follow_from_the_stored_columns():
             assert row["verdict"] == (
                 "degenerate" if row["delta_ifd"] < lower else "disconnect" if row["delta_ifd"] > upper else "proximal"
             )
-    result: dict[str, Any] = summary.result()
-    assert result["rows"] == sum(result["verdicts"].values()) == 1200
+    result = summary.result()
+    assert result.rows == sum(result.verdicts.values()) == 1200
     for source, of_parts in every.items():
-        expected = [min(b.lower for b in of_parts), max(b.upper for b in of_parts)]
-        assert result["sources"][source]["bounds"] == expected
-    assert result["bounds"][0] == min(one["bounds"][0] for one in result["sources"].values())
+        assert result.sources[source].bounds == (min(b.lower for b in of_parts), max(b.upper for b in of_parts))
+    every_part = [bounds for of_parts in every.values() for bounds in of_parts]
+    assert result.bounds == (min(b.lower for b in every_part), max(b.upper for b in every_part))
 
 
 @pytest.mark.parametrize("distance", [0.1, 0.5, 1.0, 2.0])

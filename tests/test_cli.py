@@ -230,7 +230,7 @@ def seen(monkeypatch):
 
     configs = []
     monkeypatch.setattr(run, "distill", lambda config, display: configs.append(config))
-    monkeypatch.setattr(cli, "show_result", lambda result, display: None)
+    monkeypatch.setattr("npd.observe.console.show_result", lambda result, display: None)
     return configs
 
 

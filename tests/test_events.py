@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npd.observe.events import Events, own_seconds, read_events, seconds_by_role
+from npd.observe.events import Events, SpanName, own_seconds, read_events, seconds_by_role
+from npd.records import Span
 
 
-def span(name: str, start: float, end: float, **facts: Any) -> dict[str, Any]:
-    return {"name": name, "start": start, "end": end, **facts}
+def span(name: str, start: float, end: float, **where: Any) -> Span:
+    return Span(name, start, end, **where)
 
 
 def test_spans_inside_and_beside_each_other():
@@ -34,7 +35,7 @@ def test_spans_inside_and_beside_each_other():
 
 
 @st.composite
-def nested(draw: st.DrawFn, start: float = 0, end: float = 100, depth: int = 3) -> list[dict[str, Any]]:
+def nested(draw: st.DrawFn, start: float = 0, end: float = 100, depth: int = 3) -> list[Span]:
     """Spans within a time, as `with` blocks of one thread make them."""
     count = draw(st.integers(0, 3))
     times = sorted(draw(st.lists(st.floats(start, end), min_size=2 * count, max_size=2 * count)))
@@ -48,36 +49,36 @@ def nested(draw: st.DrawFn, start: float = 0, end: float = 100, depth: int = 3) 
 @given(nested())
 def test_own_times_add_up_to_the_time_covered(spans):
     own, covered, until = own_seconds(spans), 0.0, -1.0
-    for s in sorted(spans, key=lambda s: s["start"]):
-        covered += max(0.0, s["end"] - max(s["start"], until))
-        until = max(until, s["end"])
+    for s in sorted(spans, key=lambda s: s.start):
+        covered += max(0.0, s.end - max(s.start, until))
+        until = max(until, s.end)
     assert sum(own.values()) == pytest.approx(covered, abs=1e-9)
     assert all(seconds >= -1e-9 for seconds in own.values())
     if spans:
-        assert sum(own.values()) <= max(s["end"] for s in spans) - min(s["start"] for s in spans) + 1e-9
+        assert sum(own.values()) <= max(s.end for s in spans) - min(s.start for s in spans) + 1e-9
 
 
 def test_torn_lines_are_left_out(tmp_path: Path):
     path = tmp_path / "events.jsonl"
     assert list(read_events(path)) == []
     events = Events(path)
-    events.write("a", 0, 1, note="line\nbreak")
+    events.write(SpanName.TRAIN, 0, 1, note="line\nbreak")
     with path.open("a") as file:
         file.write('{"name": "b", "sta\n\n')
-    events.write("c", 1, 2)
+    events.write(SpanName.WAIT, 1, 2)
     with path.open("a") as file:
         file.write('{"name": "d"')
-    assert [event["name"] for event in read_events(path)] == ["a", "c"]
-    assert own_seconds(read_events(path)) == {"a": 1, "c": 1}
+    assert [event.name for event in read_events(path)] == ["train", "wait"]
+    assert own_seconds(read_events(path)) == {"train": 1, "wait": 1}
 
 
 def test_a_span_is_written_when_its_block_fails(tmp_path: Path):
     events = Events(tmp_path / "events.jsonl", "refresh-1")
-    with pytest.raises(ZeroDivisionError), events.span("outer"), events.span("inner", part=3):
+    with pytest.raises(ZeroDivisionError), events.span(SpanName.PART), events.span(SpanName.SCORE, part=3):
         raise ZeroDivisionError
     inner, outer = read_events(events.path)
-    assert (inner["name"], inner["part"], inner["role"], inner["thread"]) == ("inner", 3, "refresh-1", "MainThread")
-    assert outer["start"] <= inner["start"] <= inner["end"]
+    assert (inner.name, inner.facts, inner.role, inner.thread) == ("score", {"part": 3}, "refresh-1", "MainThread")
+    assert outer.start <= inner.start <= inner.end
 
 
 def test_seconds_by_role(tmp_path: Path):
@@ -91,7 +92,7 @@ def test_seconds_by_role(tmp_path: Path):
         span("generate", 1, 5, role="refresh-0", process=3, thread="MainThread"),
     ]
     path = tmp_path / "events.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines[::-1]))
+    path.write_text("".join(json.dumps(line.to_json()) + "\n" for line in lines[::-1]))
     roles = seconds_by_role(path)
     assert roles == {
         "trainer": {"train": 9, "checkpoint": 1, "wait": 1, "wall": 12},
@@ -121,11 +122,11 @@ def test_a_process_with_the_number_of_one_before_is_another():
 
 def test_other_threads_are_told_apart(tmp_path: Path):
     events = Events(tmp_path / "events.jsonl")
-    thread = threading.Thread(target=lambda: events.write("write", 0, 50), name="publisher")
-    with events.span("train"):
+    thread = threading.Thread(target=lambda: events.write(SpanName.WRITE, 0, 50), name="publisher")
+    with events.span(SpanName.TRAIN):
         thread.start()
         thread.join()
-    assert Counter(event["thread"] for event in read_events(events.path)) == {"publisher": 1, "MainThread": 1}
+    assert Counter(event.thread for event in read_events(events.path)) == {"publisher": 1, "MainThread": 1}
     assert set(seconds_by_role(events.path)["trainer"]) == {"train", "wall"}
 
 
@@ -135,7 +136,7 @@ def test_processes_lose_no_line_to_each_other(tmp_path: Path):
     def write(role: str) -> None:
         events = Events(path, role)
         for i in range(count):
-            events.write("a", i, i + 1, note="x" * (i * 7 % 2000))
+            events.write(SpanName.STORE, i, i + 1, note="x" * (i * 7 % 2000))
 
     fork = multiprocessing.get_context("fork")  # a fresh interpreter would import torch first
     processes = [fork.Process(target=write, args=(f"refresh-{n}",)) for n in range(writers)]
@@ -148,5 +149,5 @@ def test_processes_lose_no_line_to_each_other(tmp_path: Path):
     assert len(lines) == count * writers
     events = list(read_events(path))
     for n in range(writers):
-        assert [event["start"] for event in events if event["role"] == f"refresh-{n}"] == list(range(count))
-    assert all(seconds["a"] == seconds["wall"] == count for seconds in seconds_by_role(path).values())
+        assert [event.start for event in events if event.role == f"refresh-{n}"] == list(range(count))
+    assert all(seconds["store"] == seconds["wall"] == count for seconds in seconds_by_role(path).values())

@@ -14,7 +14,8 @@ from rich.console import Console
 
 import npd
 from npd.config import load_config
-from npd.observe.display import Display, Task, Whole
+from npd.observe.display import Display, Whole
+from npd.records import Progress
 from npd.report.live import RunView
 from npd.store import Store
 from npd.train.loop import Position
@@ -57,7 +58,7 @@ def test_the_view_says_what_the_files_say(tmp_path):
     assert "60%" in said
     assert "0.0250 of 0.05" in said
     assert "g1 2/2" in said
-    counts = Store(path).manifest(1)["selection"]["verdicts"]  # type: ignore[index]
+    counts = Store(path).manifest(1).selection.verdicts  # type: ignore[union-attr]
     kept = counts["proximal"]
     assert f"{kept / 40:.1%} of g1: {kept} of 40 responses" in said
     assert f"{2 / 30:.4f}" in said  # the last step's loss
@@ -139,7 +140,7 @@ def test_a_task_that_ends_while_the_view_is_drawn(tmp_path):
         @property
         def task(self) -> Any:
             self.looks += 1
-            return Task("generate", 10, "responses") if self.looks == 1 else None
+            return Progress("generation 0, part 1/2: generate", "generate", 10, "responses") if self.looks == 1 else None
 
         @task.setter
         def task(self, value: Any) -> None:

@@ -15,7 +15,8 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from npd.config import Config
-from npd.train.loop import KL_BUDGET, MAX_STEPS, MAX_TOKENS, PASSES, SMOOTHING, Loop, Position, Trained
+from npd.schedule import SMOOTHING
+from npd.train.loop import KL_BUDGET, MAX_STEPS, MAX_TOKENS, PASSES, Loop, Position, Trained
 
 CAPACITY = 16
 Name = tuple[int, int, int]  # generation (-1: a reference), part, row
@@ -358,7 +359,7 @@ class Case(NamedTuple):
         return FakeWork(self.generations, self.references, self.order, self.ahead, lambda at: self.growth * at.step)
 
     def run(self, position: Position | None = None) -> FakeWork:
-        with mock.patch("npd.loop.BLOCK", self.block):
+        with mock.patch("npd.train.loop.BLOCK", self.block):
             return self.work().run(self.config, position)
 
 

@@ -79,8 +79,9 @@ def test_few_digits_are_json_and_near(values):
 
 
 def test_the_smoothed_kl_is_the_loops():
-    """Held against npd.loop's own accounting, two generations, a step of references alone in the first."""
-    from npd.train.loop import SMOOTHING, Position
+    """Held against npd.train.loop's own accounting, two generations, a step of references alone in the first."""
+    from npd.schedule import SMOOTHING
+    from npd.train.loop import Position
 
     steps = [(0, 0.5, 100), (0, 0.1, 300), (0, math.nan, 0), (0, 0.2, 50), (1, 0.0, 10), (1, 0.4, 20)]
     at, wanted = Position(), []

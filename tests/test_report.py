@@ -28,9 +28,10 @@ from fake_run import HOSTILE, make_run
 import npd
 from npd.cli import main
 from npd.errors import RunError, UserError
-from npd.evaluation.verify import wilson_interval
+from npd.intervals import wilson_interval
 from npd.observe.display import Display
-from npd.observe.events import Events, read_events, seconds_by_role
+from npd.observe.events import Events, SpanName, read_events, seconds_by_role
+from npd.records import EngineCheck, EvaluationLine, Failure, TeacherLine
 from npd.report import keeper
 from npd.report.facts import gather, ranges, tail
 from npd.report.figures import label
@@ -91,8 +92,8 @@ def fake(tmp_path_factory) -> Path:
     for step, right in ((0, 30), (30, 60)):
         low, high = wilson_interval(right / 100, 100)
         accuracy = {"eval/sums/accuracy": right / 100, "eval/sums/accuracy_low": low, "eval/sums/accuracy_high": high}
-        store.append_metrics({"step": step, "eval": True, **accuracy, "eval/kl_to_teacher": 0.5 - step / 100})
-    store.append_metrics({"step": 0, "teacher": True, "teacher/sums/accuracy": 0.9})
+        store.append_metrics(EvaluationLine(step, accuracy | {"eval/kl_to_teacher": 0.5 - step / 100}))
+    store.append_metrics(TeacherLine(0, {"teacher/sums/accuracy": 0.9}))
     write_report(path)
     return path
 
@@ -197,7 +198,7 @@ def test_hostile_text_is_text(tmp_path):
     path = make_run(tmp_path / "run", words=HOSTILE, sources=tuple(HOSTILE[:4]))
     (path / "logs").mkdir()
     (path / "logs/refresh-0.log").write_bytes(b"\x1b[31m</pre><script>1</script>\xff\xfe\n")
-    Events(path / "events.jsonl").write("<script>", 1.0, 2.0, note="</script>")
+    Events(path / "events.jsonl").write("<script>", 1.0, 2.0, note="</script>")  # type: ignore[arg-type]
     text, data = read(write_report(path))
     clean, _ = read(write_report(make_run(tmp_path / "clean")))
     kinds = {tag for tag, _ in text.tags}
@@ -265,7 +266,7 @@ def fail_at(step: int, error: BaseException, monkeypatch) -> None:
     real = npd.train.trainer.Trainer.step
 
     def broken(self, *args: Any) -> Any:
-        if self.position.step == step:
+        if args[3] == step:
             raise error
         return real(self, *args)
 
@@ -286,10 +287,10 @@ def test_a_run_that_failed_has_a_report_too(make_tree, monkeypatch, error, says,
     with pytest.raises(type(error)):
         npd.distill(tree, display=Display())
     run_dir = Path(tree["run_dir"])
-    failed = [e for e in read_events(run_dir / "events.jsonl") if e["name"] == "failed"]
+    failed = [e for e in read_events(run_dir / "events.jsonl") if e.name == "failed"]
     assert len(failed) == 1
-    assert failed[0]["error"] == type(error).__name__
-    assert failed[0]["process"] == os.getpid()
+    assert failed[0].facts["error"] == type(error).__name__
+    assert failed[0].process == os.getpid()
     text, data = read(run_dir / "report.html")
     assert says in text.said
     assert "after step 4" in text.said
@@ -312,7 +313,7 @@ def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
         "import sys, time, npd, npd.train.trainer\n"
         "real = npd.train.trainer.Trainer.step\n"
         "def slow(self, *a):\n"
-        "    if self.position.step == 4:\n"
+        "    if a[3] == 4:\n"
         "        print('here', flush=True); time.sleep(600)\n"
         "    return real(self, *a)\n"
         "npd.train.trainer.Trainer.step = slow\n"
@@ -364,7 +365,7 @@ def test_a_run_that_failed_is_not_mended_by_a_refresh(make_tree, monkeypatch):
     status = gather(run_dir).status
     assert status.kind == "failed"
     assert status.failure is not None
-    assert status.failure["error"] == "ZeroDivisionError"
+    assert status.failure.error == "ZeroDivisionError"
 
 
 def test_a_refresh_that_ended_leaves_a_run_as_it_was(tmp_path):
@@ -375,20 +376,25 @@ def test_a_refresh_that_ended_leaves_a_run_as_it_was(tmp_path):
         if before == "never":
             events.path.write_text("")
         elif before:
-            events.write(before, 1100.0, 1100.0, command="distill")
-        events.write("started", 1200.0, 1200.0, command="refresh")
-        events.write("ended", 1300.0, 1300.0, command="refresh")
+            events.write(SpanName(before), 1100.0, 1100.0, command="distill")
+        events.write(SpanName.STARTED, 1200.0, 1200.0, command="refresh")
+        events.write(SpanName.ENDED, 1300.0, 1300.0, command="refresh")
         assert gather(path).status.kind == kind
 
 
 def test_a_refresh_that_failed_is_blamed_and_not_the_trainer(tmp_path):
     path = make_run(tmp_path / "run", finished=False)
-    facts = {"error": "UserError", "message": "The part is damaged.", "explained": True}
-    Events(path / "events.jsonl", "refresh-1").write("failed", 1100.0, 1100.0, process=777, **facts)
-    Events(path / "events.jsonl").write("failed", 1101.0, 1101.0, **facts)
-    assert "Process 777, the refresh-1, after step 30." in read(write_report(path))[0].said
-    Events(path / "events.jsonl").write("started", 1200.0, 1200.0)
-    Events(path / "events.jsonl").write("failed", 1201.0, 1201.0, **facts)
+    refresh, trainer = Events(path / "events.jsonl", "refresh-1"), Events(path / "events.jsonl")
+    error = UserError("The part is damaged.")
+    refresh.write(SpanName.FAILED, 1099.0, 1099.0, process=776, **Failure.of(ValueError("one before")).to_json())
+    refresh.write(SpanName.FAILED, 1100.0, 1100.0, process=777, **Failure.of(error).to_json())
+    error.role = "refresh-1"
+    trainer.write(SpanName.FAILED, 1101.0, 1101.0, **Failure.of(error).to_json())
+    said = read(write_report(path))[0].said
+    assert "Process 777, the refresh-1, after step 30." in said
+    assert "The message (UserError)" in said
+    trainer.write(SpanName.STARTED, 1200.0, 1200.0)
+    trainer.write(SpanName.FAILED, 1201.0, 1201.0, **Failure.of(error).to_json())  # which no mark of the refresh's bears out
     assert f"Process {os.getpid()}, the trainer" in read(write_report(path))[0].said
 
 
@@ -397,7 +403,7 @@ def test_a_span_that_has_not_ended_counts(tmp_path, monkeypatch, going_on):
     """3,000 tokens of 30 steps at 1,015.4 tokens/s; the last whole span ended at 1100, the last step was logged at 1400."""
     path = make_run(tmp_path / "run", finished=False)
     events = Events(path / "events.jsonl")
-    events.write("checkpoint", 1150.0, 1160.0)
+    events.write(SpanName.CHECKPOINT, 1150.0, 1160.0)
     os.utime(path / "metrics.jsonl", (1400.0, 1400.0))
     monkeypatch.setattr("npd.report.facts.time.time", lambda: 1500.0)
     facts = gather(path, going_on)
@@ -458,7 +464,7 @@ def test_a_report_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, cap
     said = capsys.readouterr().out.replace("\n", " ")
     assert "cannot be written (no space)" in said
     assert "Nothing else is lost." in said
-    assert [e["name"] for e in read_events(path / "events.jsonl")][-1] == "ended"
+    assert [e.name for e in read_events(path / "events.jsonl")][-1] == "ended"
 
 
 # -- comparison, trace, command
@@ -567,7 +573,7 @@ def test_every_verdict_of_a_generation_that_is_shown_has_a_column(tmp_path, monk
     monkeypatch.setattr("npd.report.tables.middle_left_out", lambda numbers: [numbers[0], None, numbers[-1]])
     monkeypatch.setattr("npd.report.tables.MOST_ROWS", 2)
     facts = gather(make_run(tmp_path / "run", generations=3))
-    facts.manifests[2]["selection"]["verdicts"]["undefined"] = 7
+    facts.manifests[2].selection.verdicts["undefined"] = 7
     table = generation_table(facts, Browser())
     assert table is not None
     assert table.rows[-1][table.columns.index("undefined")] == "7"
@@ -590,9 +596,9 @@ def test_tail_gives_whole_lines_newest_first(tmp_path):
 
 def test_checks_of_the_engine_are_shown(tmp_path):
     path = make_run(tmp_path / "run")
-    facts = {"samples": 4, "tokens": 250, "mean_difference": -0.00123, "mean_abs_difference": 0.0456}
-    Events(path / "events.jsonl", "refresh-0").write("engine", 1015.0, 1015.0, generation=1, part=2, **facts)
-    assert "1 2 4 250 -0.00123 0.0456" in read(write_report(path))[0].said
+    facts = EngineCheck(4, 250, -0.00123, 0.0456).to_json()
+    Events(path / "events.jsonl", "refresh-0").write(SpanName.ENGINE, 1015.0, 1015.0, generation=1, **facts)
+    assert "1 4 250 -0.00123 0.0456" in read(write_report(path))[0].said
     assert "Checks of the engine" not in read(write_report(make_run(tmp_path / "other")))[0].said
 
 
@@ -643,7 +649,7 @@ def test_a_generations_label_stands_at_its_border(fake):
 
 def test_refreshes_that_died_are_named(tmp_path):
     path = make_run(tmp_path / "run", finished=False)
-    Events(path / "events.jsonl").write("restart", 1015.0, 1016.0, rank=1, code=-9)
+    Events(path / "events.jsonl").write(SpanName.RESTART, 1015.0, 1016.0, rank=1, code=-9)
     assert "refresh-1 died (exit status -9) and was started again" in read(write_report(path))[0].said
 
 
@@ -675,5 +681,5 @@ def test_whatever_is_in_the_lines_there_is_a_page(tmp_path, seed):
     Text(render(comparison_page([facts, facts])))
     seconds_by_role(path / "events.jsonl")
     Store(path).rewind_metrics(10)
-    assert all(isinstance(step["step"], int) for step in facts.steps)
+    assert all(isinstance(step.step, int) for step in facts.steps)
     assert any("left out" in line for line in facts.missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 import npd
 from npd.config import SelectionConfig, load_config
 from npd.errors import RunError, UserError
+from npd.records import SelectionSummary
 from npd.registry import RULES, load_plugins
 from npd.selection import Bounds, Rule, Select, Summary, check_some_kept
 from npd.store import Store
@@ -70,12 +72,10 @@ def test_a_rule_of_ones_own(parts):
     result = summary_of(UPPER_HALF, *judged)
     for source, of_parts in bounds.items():
         lowers, uppers = zip(*of_parts, strict=True)
-        assert result["sources"][source]["bounds"] == [min(lowers), max(uppers)]
-    assert result["bounds"] == [
-        min(one["bounds"][0] for one in result["sources"].values()),
-        max(one["bounds"][1] for one in result["sources"].values()),
-    ]
-    assert json.loads(json.dumps(result)) == result
+        assert result.sources[source].bounds == (min(lowers), max(uppers))
+    every = [bounds for of_parts in bounds.values() for bounds in of_parts]
+    assert result.bounds == (min(lower for lower, _ in every), max(upper for _, upper in every))
+    assert SelectionSummary.from_json(json.loads(json.dumps(result.to_json()))) == result
 
 
 def test_its_options_are_checked_with_the_configuration():
@@ -88,7 +88,7 @@ def test_its_options_are_checked_with_the_configuration():
 def test_its_bounds_are_named_where_nothing_is_left():
     part = Select(UPPER_HALF)(scored([math.inf, 0.5, -math.inf], ["a"] * 3))
     part = part.filter(pa.array([True, False, True]))
-    result = summary_of(UPPER_HALF, part) | {"bounds": [0.5, 0.75]}
+    result = replace(summary_of(UPPER_HALF, part), bounds=(0.5, 0.75))
     with pytest.raises(RunError) as caught:
         check_some_kept(result, UPPER_HALF)
     assert "1 below the upper half's lower bound (0.500 at the lowest) (degenerate)" in str(caught.value)
@@ -96,7 +96,7 @@ def test_its_bounds_are_named_where_nothing_is_left():
 
 
 def test_a_verdict_of_a_rules_own_is_named_too():
-    summary = {"rows": 3, "verdicts": {"degenerate": 1, "too long": 2}, "delta_ifd_quantiles": {}}
+    summary = SelectionSummary(3, {"degenerate": 1, "too long": 2}, {})
     with pytest.raises(RunError, match=r"1 below the upper half's lower bound \(degenerate\), 2 too long\. Quantiles"):
         check_some_kept(summary, UPPER_HALF)
 
@@ -107,24 +107,24 @@ def test_a_run_keeps_what_the_rule_says(make_tree):
     manifest, part = Store(run_dir).manifest(0), Store(run_dir).read_part(0, 0)
     assert manifest is not None
     lower, upper = zip(*(RULES["upper_half"]()(part, UPPER_HALF).bounds.values()), strict=True)
-    assert manifest["selection"]["bounds"] == [min(lower), max(upper)]
-    assert manifest["selection"]["verdicts"]["proximal"] == 6
+    assert manifest.selection.bounds == (min(lower), max(upper))
+    assert manifest.selection.verdicts["proximal"] == 6
 
 
 @given(st.floats(-2, 2), st.floats(0, 2), DELTAS)
 def test_the_fixed_bands_bounds_are_those_of_the_configuration(lower, width, rows):
     config = SelectionConfig(lower=lower, upper=lower + width)
     result = summary_of(config, Select(config)(scored(*zip(*rows, strict=True))))
-    assert result["bounds"] == [lower, lower + width]
-    assert all(one["bounds"] == [lower, lower + width] for one in result["sources"].values())
+    assert result.bounds == (lower, lower + width)
+    assert all(one.bounds == (lower, lower + width) for one in result.sources.values())
 
 
 def test_no_bounds_without_a_band():
     config = SelectionConfig(rule="none")
     result = summary_of(config, Select(config)(scored([0.1, math.nan], ["a", "b"])))
-    assert result["verdicts"] == {"proximal": 2}
-    assert "bounds" not in result
-    assert not any("bounds" in one for one in result["sources"].values())
+    assert result.verdicts == {"proximal": 2}
+    assert result.bounds is None
+    assert not any(one.bounds for one in result.sources.values())
 
 
 @pytest.mark.parametrize("rule", list(RULES))
@@ -133,9 +133,9 @@ def test_references_are_counted_unjudged(rule):
     part = Select(SelectionConfig())(scored([0.1, 0.2], ["a", "b"])).drop_columns(["delta_ifd", "verdict"])
     part = part.append_column("delta_ifd", pa.nulls(2, pa.float32())).append_column("verdict", pa.array(["reference"] * 2))
     result = summary_of(SelectionConfig(rule=rule), part)
-    assert result["verdicts"] == {"reference": 2}
-    assert "bounds" not in result
-    assert result["delta_ifd_quantiles"] == {}
+    assert result.verdicts == {"reference": 2}
+    assert result.bounds is None
+    assert result.delta_ifd_quantiles == {}
 
 
 @pytest.mark.parametrize("rule", list(RULES))
@@ -143,7 +143,7 @@ def test_every_rule_takes_an_empty_part(rule):
     config = SelectionConfig(rule=rule)
     part = Select(config)(scored([0.1], ["a"]).slice(0, 0))
     assert part["verdict"].to_pylist() == []
-    assert summary_of(config, part)["rows"] == 0
+    assert summary_of(config, part).rows == 0
 
 
 def test_a_rule_must_judge():

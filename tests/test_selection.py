@@ -164,17 +164,17 @@ def test_summary(parts):
     deltas = np.array([0.1, 0.2, 0.3, -0.5, np.nan, np.inf])
     verdicts = ["proximal"] * 3 + ["degenerate", "undefined", "disconnect"]
     summary = summarize(verdicts, ["a", "b", "a", "b", "a", "b"], deltas, parts)
-    assert summary["rows"] == 6
-    assert summary["verdicts"] == {"proximal": 3, "degenerate": 1, "undefined": 1, "disconnect": 1}
-    assert list(summary["sources"]) == ["a", "b"]
-    assert summary["sources"]["a"]["rows"] == 3
-    assert summary["sources"]["a"]["verdicts"] == {"proximal": 2, "undefined": 1}
-    assert summary["sources"]["b"]["verdicts"] == {"proximal": 1, "degenerate": 1, "disconnect": 1}
+    assert summary.rows == 6
+    assert summary.verdicts == {"proximal": 3, "degenerate": 1, "undefined": 1, "disconnect": 1}
+    assert list(summary.sources) == ["a", "b"]
+    assert summary.sources["a"].rows == 3
+    assert summary.sources["a"].verdicts == {"proximal": 2, "undefined": 1}
+    assert summary.sources["b"].verdicts == {"proximal": 1, "degenerate": 1, "disconnect": 1}
     # Quantiles of the finite ones alone: -0.5, 0.1, 0.2, 0.3.
-    assert summary["delta_ifd_quantiles"]["0.5"] == pytest.approx(0.15)
-    assert summary["delta_ifd_quantiles"]["0.25"] == pytest.approx(-0.05)
-    assert summary["sources"]["a"]["delta_ifd_quantiles"]["0.5"] == pytest.approx(0.2)
-    assert list(summary["delta_ifd_quantiles"]) == ["0.05", "0.25", "0.5", "0.75", "0.95"]
+    assert summary.delta_ifd_quantiles["0.5"] == pytest.approx(0.15)
+    assert summary.delta_ifd_quantiles["0.25"] == pytest.approx(-0.05)
+    assert summary.sources["a"].delta_ifd_quantiles["0.5"] == pytest.approx(0.2)
+    assert list(summary.delta_ifd_quantiles) == ["0.05", "0.25", "0.5", "0.75", "0.95"]
 
 
 @given(st.lists(st.floats(-3, 3, width=32), min_size=2, max_size=40), st.integers(1, 5))
@@ -182,16 +182,16 @@ def test_quantiles_and_counts_add_up(deltas, parts):
     sources = [str(i % 3) for i in range(len(deltas))]
     verdicts = bands(deltas, 0.0, 0.8).tolist()
     summary = summarize(verdicts, sources, np.array(deltas), parts)
-    assert sum(summary["verdicts"].values()) == summary["rows"] == len(deltas)
-    for verdict, count in summary["verdicts"].items():
-        assert count == sum(s["verdicts"].get(verdict, 0) for s in summary["sources"].values())
+    assert sum(summary.verdicts.values()) == summary.rows == len(deltas)
+    for verdict, count in summary.verdicts.items():
+        assert count == sum(s.verdicts.get(verdict, 0) for s in summary.sources.values())
     expected = quantiles(deltas, n=4, method="inclusive")
-    assert [summary["delta_ifd_quantiles"][q] for q in ("0.25", "0.5", "0.75")] == pytest.approx(expected, abs=1e-6)
+    assert [summary.delta_ifd_quantiles[q] for q in ("0.25", "0.5", "0.75")] == pytest.approx(expected, abs=1e-6)
 
 
 def test_summary_of_undefined_deltas_has_no_quantiles():
     summary = summarize(["undefined"], [""], np.array([np.nan]))
-    assert summary["delta_ifd_quantiles"] == {}
+    assert summary.delta_ifd_quantiles == {}
 
 
 @pytest.mark.parametrize(

@@ -14,13 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from fake_run import step_line
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import npd
 import npd.store
 from npd.config import load_config
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
+from npd.records import Line, Manifest, SelectionSummary
 from npd.store import SCHEMA, Store, write_json, write_text, writing
 from npd.store.files import HOST
 from npd.train.trainer import Trainer
@@ -54,6 +56,12 @@ def test_parts_read_back_as_written(tmp_path, rows, part, generation):
     assert store.read_part(generation, part, ["source", "topk_ids"]).to_pylist() == [
         {"source": row["source"], "topk_ids": row["topk_ids"]} for row in rows
     ]
+
+
+def finish(store: Store, generation: int, count: int) -> None:
+    """Write the manifest of a generation of so many parts."""
+    parts = store.part_entries(generation, count)
+    store.finish_generation(Manifest(generation, 6 * count, parts, generation, SelectionSummary(0, {}, {})))
 
 
 def some_table(rows: int = 6) -> pa.Table:
@@ -285,7 +293,7 @@ def test_tidying_keeps_the_first_snapshot_and_the_newest_of_each(tmp_path, keep)
         assert (tmp_path / "policy/LATEST").read_text() == f"v{version:06d}\n"
         for part in (0, 1):
             store.write_part(version, part, some_table())
-        store.finish_generation(version, 2, {"policy_version": version, "selection": {}})
+        finish(store, version, 2)
         for _ in range(2):  # the second time changes nothing
             store.tidy(version, keep)
             newest = set(range(max(0, version - keep + 1), version + 1))
@@ -295,8 +303,8 @@ def test_tidying_keeps_the_first_snapshot_and_the_newest_of_each(tmp_path, keep)
     for generation in range(6):
         manifest = store.manifest(generation)
         assert manifest is not None
-        assert manifest.get("removed", False) == (generation <= 5 - keep)
-        assert len(manifest["parts"]) == 2  # what was there is still known
+        assert manifest.removed == (generation <= 5 - keep)
+        assert len(manifest.parts) == 2  # what was there is still known
 
 
 def test_tidying_spares_what_an_older_checkpoint_leads_back_to(tmp_path):
@@ -315,7 +323,7 @@ def test_tidying_goes_on_where_a_crash_stopped_it(tmp_path, monkeypatch, crash):
     for generation in range(4):
         for part in (0, 1):
             store.write_part(generation, part, some_table())
-        store.finish_generation(generation, 2, {"policy_version": generation, "selection": {}})
+        finish(store, generation, 2)
     real, left = Path.unlink, [crash]
 
     def unlink(path: Path, missing_ok: bool = False) -> None:
@@ -331,7 +339,7 @@ def test_tidying_goes_on_where_a_crash_stopped_it(tmp_path, monkeypatch, crash):
             store.tidy(3, keep=1)
     store.tidy(3, keep=1)
     assert [len(store.parts(g)) for g in range(4)] == [0, 0, 0, 2]
-    assert [(store.manifest(g) or {}).get("removed", False) for g in range(4)] == [True, True, True, False]
+    assert [manifest.removed for g in range(4) if (manifest := store.manifest(g))] == [True, True, True, False]
 
 
 def test_publishing_again_finishes_what_a_crash_left(tmp_path):
@@ -392,7 +400,7 @@ def stop_at_step(monkeypatch, stop: int):
     real = Trainer.step
 
     def step(self, *args):
-        if self.position.step > stop:
+        if args[3] > stop:  # the step's number
             raise Stop
         return real(self, *args)
 
@@ -430,7 +438,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_serves(make_tree, monk
 def test_a_flipped_byte_is_noticed_wherever_it_is(tmp_path, at):
     store = Store(tmp_path)
     store.write_part(0, 0, some_table())
-    store.finish_generation(0, 1, {"policy_version": 0, "selection": {}})
+    finish(store, 0, 1)
     store.check_generation(0)
     damage(store.part(0, 0), at)
     with pytest.raises(npd.UserError, match=r"part-00000.parquet is damaged.*Delete it and run the same command again"):
@@ -561,10 +569,10 @@ def test_lines_explain_a_full_disk_too(tmp_path):
     for name in ("metrics.jsonl", "events.jsonl"):
         (tmp_path / name).symlink_to("/dev/full")
     with pytest.raises(npd.RunError, match=r"The disk is full: .*metrics.jsonl"):
-        Store(tmp_path).append_metrics({"step": 1})
+        Store(tmp_path).append_metrics(Line(1))
     with (
         pytest.raises(npd.RunError, match=r"The disk is full: .*events.jsonl"),
-        Events(tmp_path / "events.jsonl").span("train"),
+        Events(tmp_path / "events.jsonl").span(SpanName.TRAIN),
     ):
         pass
 
@@ -581,12 +589,12 @@ def test_metrics_survive_a_torn_line_and_a_rewind(tmp_path):
     store = Store(tmp_path)
     assert store.read_metrics() == []
     for step in range(1, 6):
-        store.append_metrics({"step": step, "loss": 1 / step})
+        store.append_metrics(step_line(step, loss=1 / step))
     with store.metrics.open("a") as file:
         file.write('{"step": 6, "lo')
-    assert [line["step"] for line in store.read_metrics()] == [1, 2, 3, 4, 5]
+    assert [line.step for line in store.read_metrics()] == [1, 2, 3, 4, 5]
     store.rewind_metrics(3)
-    store.append_metrics({"step": 4, "loss": 0.0})
+    store.append_metrics(step_line(4, loss=0.0))
     lines = [json.loads(line) for line in store.metrics.read_text().splitlines()]
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 0.5), (3, 1 / 3), (4, 0.0)]
 

@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from test_events import nested, span
 
 from npd.observe.events import own_seconds
+from npd.records import Span
 from npd.report.timeline import chrome_trace, coarser, innermost, lanes, write_trace
+
+KNOWN = ("name", "start", "end", "role", "process", "thread")
 
 
 @given(nested())
@@ -47,23 +50,13 @@ def test_many_short_stretches_become_few():
     assert len(coarser(stretches, 100.0)) <= 110
 
 
-facts = st.dictionaries(
-    st.text(min_size=1).filter(lambda k: k not in ("name", "start", "end")), st.integers() | st.text(), max_size=2
-)
+facts = st.dictionaries(st.text(min_size=1).filter(lambda k: k not in KNOWN), st.integers() | st.text(), max_size=2)
 
 
 @given(
     st.lists(
         st.builds(
-            lambda name, role, process, start, length, more: {
-                **{k: v for k, v in more.items() if k not in ("role", "process", "thread")},
-                "name": name,
-                "role": role,
-                "process": process,
-                "thread": "MainThread",
-                "start": start,
-                "end": start + length,
-            },
+            lambda name, role, process, start, length, more: Span(name, start, start + length, role, process, facts=more),
             st.text(min_size=1),
             st.sampled_from(["trainer", "refresh-0", "refresh-1"]),
             st.integers(1, 3),
@@ -79,16 +72,16 @@ def test_a_trace_has_every_span_with_its_times_and_facts(events):
     entries = [e for e in trace["traceEvents"] if e["ph"] != "M"]
     origin = trace["otherData"]["origin_seconds_since_epoch"]
     assert len(entries) == len(events)
-    ordered = sorted(events, key=lambda e: (e["start"], -e["end"]))
+    ordered = sorted(events, key=lambda e: (e.start, -e.end))
     for entry, event in zip(entries, ordered, strict=True):
-        assert entry["name"] == event["name"]
-        assert entry["cat"] == event["role"]
-        assert entry["ts"] / 1e6 + origin == pytest.approx(event["start"], abs=1e-4)
+        assert entry["name"] == event.name
+        assert entry["cat"] == event.role
+        assert entry["ts"] / 1e6 + origin == pytest.approx(event.start, abs=1e-4)
         if entry["ph"] == "X":
-            assert entry["dur"] / 1e6 == pytest.approx(event["end"] - event["start"], abs=1e-4)
-        assert entry["args"].keys() == event.keys() - {"name", "start", "end", "role", "process", "thread"}
+            assert entry["dur"] / 1e6 == pytest.approx(event.end - event.start, abs=1e-4)
+        assert entry["args"] == event.facts
     # A process of one role is one track, whatever number another machine's process has.
-    assert len({e["pid"] for e in entries}) == len({(e["role"], e["process"]) for e in events})
+    assert len({e["pid"] for e in entries}) == len({(e.role, e.process) for e in events})
     named = {e["pid"]: e["args"]["name"] for e in trace["traceEvents"] if e["name"] == "process_name" and e["ph"] == "M"}
     assert all(named[e["pid"]].startswith(e["cat"]) for e in entries)
 

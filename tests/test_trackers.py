@@ -11,7 +11,8 @@ import npd
 from npd.config import load_config
 from npd.errors import UserError
 from npd.observe.display import Display
-from npd.observe.trackers import flat, selection_figures, start_trackers
+from npd.observe.trackers import options_of, start_trackers
+from npd.records import Manifest, SelectionLine, SelectionSummary
 from npd.store import Store
 
 
@@ -74,11 +75,11 @@ def test_selection_is_logged_once_a_generation(tracked):
     for line in lines:
         manifest = Store(tracked).manifest(line["selection/generation"])
         assert manifest is not None
-        counts = manifest["selection"]["verdicts"]
+        counts = manifest.selection.verdicts
         assert line["selection/kept"] == counts.get("proximal", 0) / 12
         assert line["selection/responses"] == 12
-        assert line["selection/response_tokens"] == manifest["response_tokens"]
-        steps = [x["step"] for x in lines_of(tracked) if x.get("generation") == manifest["generation"] and x.get("pass") == 0]
+        assert line["selection/response_tokens"] == manifest.response_tokens
+        steps = [x["step"] for x in lines_of(tracked) if x.get("generation") == manifest.generation and x.get("pass") == 0]
         assert line["step"] == max(steps)
 
 
@@ -89,14 +90,11 @@ def test_the_teacher_is_asked_once(tracked):
 
 
 def test_selection_figures_by_hand():
-    summary = {
-        "rows": 8,
-        "verdicts": {"proximal": 5, "degenerate": 2, "undefined": 1},
-        "delta_ifd_quantiles": {"0.05": -1.0, "0.5": 0.1, "0.95": 0.9},
-        "bounds": [-0.1, 0.7],
-    }
-    figures = selection_figures({"generation": 3, "selection": summary, "response_tokens": 80, "length_stops": 2})
-    assert figures == {
+    verdicts, quantiles = {"proximal": 5, "degenerate": 2, "undefined": 1}, {"0.05": -1.0, "0.5": 0.1, "0.95": 0.9}
+    summary = SelectionSummary(8, verdicts, quantiles, bounds=(-0.1, 0.7))
+    line = SelectionLine.of(30, Manifest(3, 8, (), 3, summary, response_tokens=80, length_stops=2))
+    assert line.step == 30
+    assert line.figures == {
         "selection/generation": 3,
         "selection/responses": 8,
         "selection/kept": 0.625,
@@ -113,8 +111,12 @@ def test_selection_figures_by_hand():
     }
 
 
-def test_options_are_flat():
-    assert flat({"a": {"b": 1, "c": [1, 2]}, "d": None, "e": True}) == {"a.b": 1, "a.c": "[1, 2]", "d": "None", "e": True}
+def test_options_are_flat_and_plain(make_tree):
+    options = options_of(load_config(make_tree(tracking={"trackers": ["tensorboard"]})))
+    assert options["tracking.trackers"] == "['tensorboard']"
+    assert options["student.lora"] == "None"
+    assert options["training.compile"] is False
+    assert options["loss.kd_weight"] == 0.9
 
 
 @pytest.mark.parametrize("teacher", [None, {"server": "http://127.0.0.1:9", "model": "m"}])

@@ -27,11 +27,12 @@ import npd
 from npd import models
 from npd.config import TrainingConfig, load_config
 from npd.observe.events import Events
+from npd.records import StepLine
 from npd.schedule import learning_rate
 from npd.store import Store
 from npd.train.loop import PassPlan
 from npd.train.samples import Samples
-from npd.train.trainer import Trainer, make_accelerator
+from npd.train.trainer import StepFigures, Trainer, make_accelerator
 
 VOCABULARY, TOP_K = 20, 4
 KD_WEIGHT = 0.9
@@ -83,41 +84,44 @@ def test_parts_with_float32_log_probabilities_are_read_as_they_are(tmp_path):
         assert samples.topk([i])[1].ravel().tolist() == pytest.approx(row, rel=1e-7)
 
 
-def make_trainer(tree: dict) -> Trainer:
+class Recorded(Trainer):
+    """A trainer that keeps what its steps found."""
+
+    passes = 0
+    """Passes over the samples so far."""
+    figures: list[StepFigures]
+
+
+def make_trainer(tree: dict) -> Recorded:
     config = load_config(tree)
     store = Store(config.run_dir)
     accelerator = make_accelerator(config, store)
     store.open(config, "distill")
     student = models.load_model(config.student, trained=True)
-    return Trainer(
-        config,
-        store,
-        accelerator,
-        student,
-        models.load_tokenizer(config.student),
-        Events(store.path / "events.jsonl"),
-        kd_weight=KD_WEIGHT,
-    )
+    tokenizer = models.load_tokenizer(config.student)
+    trainer = Recorded(config, store, accelerator, student, tokenizer, Events(store.path / "events.jsonl"))
+    trainer.figures = []
+    return trainer
 
 
-def plan_pass(trainer: Trainer, samples: Samples) -> list[list[list[int]]]:
-    plan = PassPlan(trainer.config.packing.length, trainer.config.training.batch_tokens, seed=trainer.position.passes)
+def plan_pass(trainer: Recorded, samples: Samples) -> list[list[list[int]]]:
+    plan = PassPlan(trainer.config.packing.length, trainer.config.training.batch_tokens, seed=trainer.passes)
     return list(plan.steps(np.arange(len(samples)), samples.lengths, last=True))
 
 
-def train_pass(trainer: Trainer, samples: Samples) -> None:
+def train_pass(trainer: Recorded, samples: Samples) -> None:
     """Train on all samples once, as the loop does."""
-    at, passes = trainer.position, trainer.config.schedule.passes
+    passes = trainer.config.schedule.passes
     steps = plan_pass(trainer, samples)
     for n, rows in enumerate(steps, 1):
         tokens = int(samples.response_lengths[[i for row in rows for i in row]].sum())
-        at.step, at.tokens = at.step + 1, at.tokens + tokens
-        trainer.step(samples, rows, tokens, (at.passes + n / len(steps)) / passes, {})
-    at.passes += 1
+        progress = (trainer.passes + n / len(steps)) / passes
+        trainer.figures.append(trainer.step(samples, rows, tokens, len(trainer.figures) + 1, progress))
+    trainer.passes += 1
 
 
-def steps_of(run_dir: Path) -> list[dict]:
-    return [line for line in Store(run_dir).read_metrics() if "loss" in line]
+def steps_of(run_dir: Path) -> list[StepLine]:
+    return [line for line in Store(run_dir).read_metrics() if isinstance(line, StepLine)]
 
 
 def dense_loss(model: torch.nn.Module, samples: Samples, i: int) -> torch.Tensor:
@@ -232,14 +236,14 @@ def hand_gradients(trainer: Trainer, samples: Samples) -> tuple[float, dict[str,
 def test_the_loss_is_the_mean_over_all_response_tokens_of_the_step(make_tree, micro_batch_rows):
     seen: dict[str, torch.Tensor] = {}
     trainer, samples = one_step(make_tree, seen=seen, max_grad_norm=1e9, micro_batch_rows=micro_batch_rows)
-    rows = trainer.store.read_metrics()[0]
-    assert trainer.position.step == 1
-    assert rows["fill"] < 1
+    assert len(trainer.figures) == 1
+    found = trainer.figures[0]
+    assert found.fill < 1
     assert len(set(samples.response_lengths.tolist())) > 4  # unequal, or a mean of means would do as well
     loss, wanted = hand_gradients(trainer, samples)
-    assert rows["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found.loss == pytest.approx(loss, rel=1e-5)
     assert_close(seen, wanted, 1e-5)
-    assert rows["grad_norm"] == pytest.approx(math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values())), rel=1e-4)
+    assert found.grad_norm == pytest.approx(math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values())), rel=1e-4)
 
 
 def test_clipping(make_tree):
@@ -248,7 +252,7 @@ def test_clipping(make_tree):
     _, wanted = hand_gradients(trainer, samples)
     norm = math.sqrt(sum(float(g.norm()) ** 2 for g in wanted.values()))
     assert norm > 0.1
-    assert trainer.store.read_metrics()[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)  # as it was before clipping
+    assert trainer.figures[0].grad_norm == pytest.approx(norm, rel=1e-4)  # as it was before clipping
     assert_close(seen, {name: g * (0.05 / norm) for name, g in wanted.items()}, 1e-4)
 
 
@@ -261,7 +265,7 @@ def test_weights_depend_neither_on_micro_batches_nor_on_packing(make_tree):
         samples = make_samples(trainer.store)
         for _ in range(4):
             train_pass(trainer, samples)
-        assert trainer.position.step == 4
+        assert len(trainer.figures) == 4
         found.append({k: v.clone() for k, v in trainer.base.state_dict().items()})
     start = AutoModelForCausalLM.from_pretrained(trainer.config.student.model).state_dict()
     for other in found[1:]:
@@ -291,7 +295,7 @@ def test_non_finite_loss_stops_before_the_weights_change(make_tree):
     for i in range(len(samples)):
         together = any(i in row for row in plan[bad])
         assert (f"sample-{i}" in str(caught.value)) == together
-    assert len(trainer.store.read_metrics()) == bad
+    assert len(trainer.figures) == bad
     after = trainer.base.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(torch.isfinite(value).all() for value in after.values())
@@ -317,7 +321,7 @@ def test_the_optimiser_gets_the_schedule(make_tree):
     for wanted in (5e-3, 1e-2, 5.5e-3, 1e-3):
         train_pass(trainer, samples)
         assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(wanted)
-        assert trainer.store.read_metrics()[-1]["lr"] == pytest.approx(wanted)
+        assert trainer.figures[-1].lr == pytest.approx(wanted)
 
 
 def test_weight_decay_spares_vectors(make_tree):
@@ -335,10 +339,10 @@ def test_near_policy_kl_is_zero_while_the_weights_are_those_that_sampled(make_tr
     npd.distill(tree)
     lines = steps_of(Path(tree["run_dir"]))
     for generation in (0, 1):
-        mine = [line["near_policy_kl"] for line in lines if line["generation"] == generation]
+        mine = [line.near_policy_kl or 0.0 for line in lines if line.generation == generation]
         assert 0 <= mine[0] < 1e-6
         assert max(mine[1:]) > 1e-4
-    assert not any("near_policy_kl_is_proxy" in line for line in lines)
+    assert not any(line.near_policy_kl_is_proxy for line in lines)
 
 
 @pytest.mark.parametrize("rollout", [{"temperature": 0.7}, {"top_p": 0.9}])
@@ -346,8 +350,9 @@ def test_near_policy_kl_is_marked_a_proxy_where_it_is_one(make_tree, rollout):
     tree = make_tree(rollout=rollout, training={"max_steps": 2})
     npd.distill(tree)
     lines = steps_of(Path(tree["run_dir"]))
-    assert all(line["near_policy_kl_is_proxy"] is True for line in lines)
-    assert lines[0]["near_policy_kl"] < 1e-6  # behaviour log-probabilities are kept at temperature 1 all the same
+    assert all(line.near_policy_kl_is_proxy for line in lines)
+    assert lines[0].near_policy_kl is not None
+    assert lines[0].near_policy_kl < 1e-6  # behaviour log-probabilities are kept at temperature 1 all the same
 
 
 # -- planning
@@ -427,10 +432,10 @@ def test_a_lora_run_trains_resumes_and_loads(make_tree, monkeypatch):
     tree = make_tree("stopped", **options)
     real = Trainer.step
 
-    def step(self, *args):
-        if self.position.step == 6:  # already that after it
+    def step(self, samples, rows, tokens, step, progress):
+        if step == 6:
             raise KeyboardInterrupt
-        return real(self, *args)
+        return real(self, samples, rows, tokens, step, progress)
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", step)
@@ -452,7 +457,7 @@ def test_bfloat16_after_float32_in_one_process(make_tree):
     rough = npd.distill(make_tree("rough", training={"max_steps": 2, "precision": "bfloat16"}))
     losses = []
     for result in (exact, rough):
-        losses.append(steps_of(result.run_dir)[0]["loss"])
+        losses.append(steps_of(result.run_dir)[0].loss)
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.03)
     weights = [load_file(result.student / "model.safetensors") for result in (exact, rough)]
@@ -479,11 +484,11 @@ def test_two_processes_train_the_same_weights(make_tree, tmp_path):
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     run_dir = Path(tree["run_dir"])
     lines = [steps_of(d) for d in (one.run_dir, run_dir)]
-    assert [line["tokens"] for line in lines[1]] == [line["tokens"] for line in lines[0]]
+    assert [line.tokens for line in lines[1]] == [line.tokens for line in lines[0]]
     for a, b in zip(*lines, strict=True):
         for name in ("loss", "ce", "kd", "grad_norm", "lr"):
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
-        assert b["near_policy_kl"] == pytest.approx(a["near_policy_kl"], rel=1e-3, abs=1e-6)
+            assert getattr(b, name) == pytest.approx(getattr(a, name), rel=1e-4), name
+        assert b.near_policy_kl == pytest.approx(a.near_policy_kl, rel=1e-3, abs=1e-6)
     for part in sorted((one.run_dir / "generations/g000").glob("part-*")):
         assert part.read_bytes() == (run_dir / "generations/g000" / part.name).read_bytes()
     mine, theirs = (load_file(d / "student/model.safetensors") for d in (run_dir, one.run_dir))

@@ -384,7 +384,7 @@ def test_a_run_in_turns_with_adapters(vllm_tree):
         assert (path / "adapter" / "adapter_model.safetensors").exists()
         for row, expected in zip(rows, recomputed(path, rows), strict=True):
             np.testing.assert_allclose(row["behavior_logprobs"], expected, atol=1e-3)
-    checks = [e for e in read_events(Path(tree["run_dir"]) / "events.jsonl") if e["name"] == "engine"]
+    checks = [e.facts for e in read_events(Path(tree["run_dir"]) / "events.jsonl") if e.name == "engine"]
     assert [check["generation"] for check in checks] == [0, 1]
     assert all(check["mean_abs_difference"] < 1e-3 for check in checks)
 
@@ -404,8 +404,10 @@ def test_wrong_weights_raise_the_alarm(vllm_tree, monkeypatch):
     first, second = (Store(tree["run_dir"]).manifest(generation) for generation in (0, 1))
     assert first is not None
     assert second is not None
-    assert first["engine"]["mean_abs_difference"] < 1e-3
-    assert second["engine"]["mean_abs_difference"] > 0.05
+    assert first.engine is not None
+    assert second.engine is not None
+    assert first.engine.mean_abs_difference < 1e-3
+    assert second.engine.mean_abs_difference > 0.05
     assert console.export_text().count("Warning: the engine's log-probabilities differ") == 1
 
 

@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from npd.config import Config, load_config
     from npd.errors import NpdError, RunError, UserError
     from npd.generations.generation import Generation
-    from npd.run import DistillResult, distill, evaluate, refresh, sft
+    from npd.result import DistillResult
+    from npd.run import distill, evaluate, refresh, sft
 
 _HOMES = {
     "Config": "npd.config",
@@ -19,7 +20,7 @@ _HOMES = {
     "RunError": "npd.errors",
     "UserError": "npd.errors",
     "Generation": "npd.generations.generation",
-    "DistillResult": "npd.run",
+    "DistillResult": "npd.result",
     "distill": "npd.run",
     "evaluate": "npd.run",
     "refresh": "npd.run",

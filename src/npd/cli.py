@@ -147,17 +147,15 @@ def sft(config: Config, dry_run: bool) -> None:
 
 def _train(config: Config, command: str, dry_run: bool) -> None:
     from npd import run
+    from npd.observe.console import show_plan, show_result
 
     display = Display()
     if dry_run:
-        from npd.observe.console import show_plan
         from npd.plan import make_plan, plan_notes, plan_rows
         from npd.preflight import prepare
 
         setup = prepare(config, command)
-        show_plan(
-            f"npd {command}: the plan for {config.run_dir}", plan_rows(setup, make_plan(setup)), plan_notes(setup), display
-        )
+        show_plan(command, config.run_dir, plan_rows(setup, make_plan(setup)), plan_notes(setup), display)
         return
     result = getattr(run, command)(config, display=display)
     show_result(result, display)
@@ -203,6 +201,7 @@ def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
 )
 def evaluate(config: Config, model: str | None) -> None:
     from npd import run
+    from npd.observe.console import show_figures
 
     display = Display()
     name, figures = run.evaluate(config, model, display=display)
@@ -262,83 +261,6 @@ def demo(out: str, seed: int) -> None:
     from npd.demo.demo import run_demo
 
     run_demo(Path(out), seed, Display())
-
-
-def show_figures(title: str, columns: dict[str, dict[str, float]], display: Display) -> None:
-    """Evaluation figures as a table, an accuracy with its interval."""
-    from npd.observe.console import shows
-
-    names = list(dict.fromkeys(key for figures in columns.values() for key in figures if shows(key)))
-    rows = [[name.removeprefix("eval/"), *(_figure(figures, name) for figures in columns.values())] for name in names]
-    if rows:
-        display.table(title, ["figure", *columns], rows)
-
-
-def _figure(figures: dict[str, float], name: str) -> str:
-    if name not in figures:
-        return "-"
-    if name.endswith("/accuracy"):
-        return f"{figures[name]:.1%} [{figures[name + '_low']:.1%}, {figures[name + '_high']:.1%}]"
-    return f"{figures[name]:.4f}"
-
-
-def show_result(result: Any, display: Display) -> None:
-    """What a finished run was: figures, how its generations ended, and where each process's time went."""
-    show_figures(f"{result.run_dir}", {"before": result.before, "after": result.after}, display)
-    ended = result.generations[-GENERATIONS_SHOWN:]
-    rows = [
-        [
-            str(line["generation"]),
-            f"{line['passes']:.2f}",
-            line["generation_ended"],
-            "-" if line["near_policy_kl_smoothed"] is None else f"{line['near_policy_kl_smoothed']:.4f}",
-        ]
-        for line in ended
-    ]
-    told = len(result.generations) > 1 or any(line["generation_ended"] != "passes" for line in ended)
-    if told and any(line["near_policy_kl_smoothed"] is not None for line in ended):
-        title = f"Generations (the last {len(ended)})" if len(ended) < len(result.generations) else "Generations"
-        proxy = " (proxy)" * any("near_policy_kl_is_proxy" in line for line in ended)
-        display.table(title, ["generation", "passes", "ended by", f"near-policy KL{proxy}"], rows)
-    trained = result.seconds.get("train", 0.0)
-    rate = f", {result.tokens / trained:,.0f} tokens/s while training" if trained else ""
-    display.say(f"{result.steps} optimiser steps on {result.tokens:,} response tokens{rate}.")
-    for role, seconds in result.by_role.items():
-        if role.startswith("trainer-"):  # which does what the trainer does
-            continue
-        display.say(f"{role}: {spent(seconds)} of {seconds['wall']:.0f} s.")
-    if count := int(result.publications.get("count", 0)):
-        blocked, written = (result.publications[name] for name in ("blocked", "written"))
-        display.say(
-            f"{count} snapshots published: training stood still for {blocked:.2f} s, they took {written:.2f} s to write."
-        )
-    if result.advice:
-        display.say(result.advice)
-    display.say(f"The student is in {result.student}.")
-
-
-def spent(seconds: dict[str, float]) -> str:
-    """Shares of a process's wall-clock, such as "generated 38%, scored 7%"."""
-    wall = seconds["wall"] or 1.0
-    shares = {label: seconds[name] / wall for name, label in WORK.items() if seconds.get(name, 0.0) > 0.0005 * wall}
-    return ", ".join(f"{label} {share:.1%}" if share < 0.01 else f"{label} {share:.0%}" for label, share in shares.items())
-
-
-GENERATIONS_SHOWN = 20
-
-WORK = {
-    "load": "loaded",
-    "generate": "generated",
-    "score": "scored",
-    "store": "stored",
-    "train": "trained",
-    "checkpoint": "checkpointed",
-    "verify": "verified",
-    "wait": "waited",
-    "publish": "published",
-    "evaluate": "evaluated",
-    "save": "saved",
-}
 
 
 def terminated(*_: object) -> None:

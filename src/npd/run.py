@@ -3,68 +3,41 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from npd import models
-from npd.config import Config, ModelConfig
+from npd.config import Config
 from npd.errors import UserError
 from npd.evaluation import Evaluator
 from npd.evaluation import Setting as BenchmarkSetting
 from npd.generations.books import Books
 from npd.generations.generation import Generation
-from npd.generations.models import AskedTeacher, Evaluated, Models
+from npd.generations.models import Evaluated, Models
 from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Producer, Workshop, producer_kind
 from npd.generations.reselect import reselect as reselect_generation
+from npd.measures import ModelWeights, StudentMeasures, room_for_a_refresh
 from npd.observe.display import Display
-from npd.observe.events import Events, read_events, seconds_by_role
+from npd.observe.events import Events, SpanName, read_events, seconds_by_role
 from npd.observe.trackers import start_trackers
 from npd.placement import Placement, engine_beside_training
 from npd.preflight import DISTILL, EVAL, SFT, AnyConfig, Setup, as_config, prepare
+from npd.records import EvaluationLine, GenerationEnd, Span
 from npd.report.keeper import observed
 from npd.report.live import RunView
+from npd.result import DistillResult
 from npd.rollout import Weights
 from npd.store import REFERENCE, Store
 from npd.train.loop import Position
 from npd.train.samples import clear_cache
 from npd.train.trainer import Trainer, make_accelerator
-from npd.train.work import RunWork, resumed_generation
-
-
-@dataclass(frozen=True)
-class DistillResult:
-    """A finished run."""
-
-    run_dir: Path
-    student: Path
-    """The finished model and tokenizer, for from_pretrained."""
-    steps: int
-    tokens: int
-    """Response tokens trained."""
-    before: dict[str, float]
-    """Evaluation of the student as it started; empty if nothing is evaluated."""
-    after: dict[str, float]
-    """Evaluation of the finished student."""
-    seconds: dict[str, float]
-    """Seconds per kind of work over all processes: generate, score, train, wait, publish, checkpoint, evaluate, save."""
-    by_role: dict[str, dict[str, float]] = field(default_factory=dict)
-    """The same for the trainer and each refresh; `wall` is that process's wall-clock."""
-    publications: dict[str, float] = field(default_factory=dict)
-    """`count` snapshots, `blocked` seconds that training stood still for them, `written` seconds beside it."""
-    advice: str = ""
-    """What would make a run like this faster, if that is known."""
-    generations: list[dict[str, Any]] = field(default_factory=list)
-    """How each generation ended: why (passes, kl_budget, max_steps, max_tokens), after how many passes, at which KL."""
+from npd.train.work import RunWork
 
 
 class Run:
@@ -159,8 +132,8 @@ class Run:
         producer: Producer = producer_kind(self.placement)(self.shop)
         self.resources.callback(producer.close)
         if self.main:
-            producer.open(resumed_generation(self.store))
-        with self.events.span("load"):
+            producer.open()
+        with self.events.span(SpanName.LOAD):
             student = models.load_model(self.config.student, trained=True)
             trainer = Trainer(self.config, self.store, self.accelerator, student, self.setup.tokens.tokenizer, self.events)
         self.shop.room = partial(room_for_a_refresh, trainer, self.shop)
@@ -191,7 +164,7 @@ class Run:
         with self.display.live(view):
             work.run()
         if self.main:
-            with self.events.span("save"):
+            with self.events.span(SpanName.SAVE):
                 facts = {"step": at.step, "tokens": at.tokens}
                 self.store.save_model(self.store.student, trainer.save_policy, facts)
                 self._tidy_finished()
@@ -209,7 +182,7 @@ class Run:
     def _result(self) -> DistillResult:
         facts = self.store.check_model(self.store.student)
         lines = self.store.read_metrics()
-        evals = [{k: v for k, v in line.items() if k.startswith("eval/")} for line in lines if "eval" in line]
+        evals = [line.figures for line in lines if isinstance(line, EvaluationLine)]
         by_role = seconds_by_role(self.events.path)
         return DistillResult(
             run_dir=self.store.path,
@@ -222,102 +195,36 @@ class Run:
             by_role=by_role,
             publications=publications(read_events(self.events.path)),
             advice=advice(self.config, self.placement, list(read_events(self.events.path)), by_role),
-            generations=[line for line in lines if "generation_ended" in line],
+            generations=[line.to_json() for line in lines if isinstance(line, GenerationEnd)],
         )
 
 
-class LiveWeights:
-    """The weights of the student that is trained, for an engine: the model itself, or files of it as it is after a step."""
-
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder
-
-    def model(self) -> PreTrainedModel:
-        return self.trainer.base
-
-    def path(self) -> Path:
-        if not self.folder.exists():
-            self.trainer.save_policy(self.folder)
-        return self.folder
-
-
-class StudentMeasures:
-    """Evaluates the student that is trained, through the same engine as its rollouts where that stands in this process."""
-
-    def __init__(self, setup: Setup, shop: Workshop, trainer: Trainer) -> None:
-        setting = BenchmarkSetting(setup.config, setup.tokens.tokenizer, setup.held_out)
-        self.evaluator = Evaluator(setting, setup.tasks)
-        self.shop, self.trainer = shop, trainer
-
-    def __bool__(self) -> bool:
-        return bool(self.evaluator)
-
-    def __call__(self, step: int) -> dict[str, float]:
-        kept = self.shop.pipeline.models
-        weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
-        # An engine with weights of its own needs the trainer's room on a device that is shared.
-        around = self.shop.room if kept.engine_kind.holds_weights else nullcontext
-        try:
-            with teachers_at_hand(self.shop):
-                return self.evaluator(Evaluated(kept, weights, around))
-        finally:
-            shutil.rmtree(weights.folder, ignore_errors=True)
-
-    def of_teacher(self) -> dict[str, float]:
-        with teachers_at_hand(self.shop):
-            return self.evaluator.of_teacher(AskedTeacher(self.shop.pipeline.models))
-
-
-@contextmanager
-def room_for_a_refresh(trainer: Trainer, shop: Workshop) -> Iterator[None]:
-    """On a GPU that is shared, models are there in turns: the trainer's leave it, and the teacher afterwards."""
-    if not shop.placement.shared_gpu:
-        yield
-        return
-    with trainer.parked():
-        with teachers_at_hand(shop):
-            yield
-        shop.pipeline.models.release()
-
-
-@contextmanager
-def teachers_at_hand(shop: Workshop) -> Iterator[None]:
-    """On a GPU that is shared, teachers are there only meanwhile."""
-    kept = shop.pipeline.models
-    if shop.placement.shared_gpu:
-        kept.move_teachers(shop.placement.teacher)
-    yield
-    if shop.placement.shared_gpu:
-        kept.move_teachers("cpu")
-        kept.free()
-
-
-def publications(events: Iterable[dict[str, Any]]) -> dict[str, float]:
+def publications(events: Iterable[Span]) -> dict[str, float]:
     """How many snapshots were written, how long training stood still for them, and how long the writing took."""
     figures = {"count": 0.0, "blocked": 0.0, "written": 0.0}
     for event in events:
-        kind = {"publish": "blocked", "write": "written"}.get(event["name"])
+        kind = {SpanName.PUBLISH: "blocked", SpanName.WRITE: "written"}.get(event.name)  # type: ignore[call-overload]
         if kind is not None:
-            figures[kind] += event["end"] - event["start"]
+            figures[kind] += event.seconds
             figures["count"] += kind == "written"
     return figures
 
 
-def advice(config: Config, placement: Placement, events: list[dict[str, Any]], by_role: dict[str, dict[str, float]]) -> str:
+def advice(config: Config, placement: Placement, events: list[Span], by_role: dict[str, dict[str, float]]) -> str:
     """A longer lead, where the trainer waited for generations that one would have had ready; else nothing."""
     schedule = config.schedule
 
-    def seconds(name: str) -> list[float]:
-        mine = (e for e in events if e["name"] == name and e["role"] == "trainer")
-        return [e["end"] - e["start"] for e in mine if e["generation"] > 0]
+    def seconds(name: SpanName) -> list[float]:
+        mine = (e for e in events if e.name == name and e.role == "trainer")
+        return [e.seconds for e in mine if e.facts["generation"] > 0]
 
-    waited, trained = seconds("wait"), seconds("train")
+    waited, trained = seconds(SpanName.WAIT), seconds(SpanName.TRAIN)
     wall = by_role.get("trainer", {}).get("wall", 0.0)
     if placement.turns or schedule.kl_budget is not None or schedule.lead >= schedule.passes:
         return ""
     if not trained or sum(waited) < 0.05 * wall:
         return ""
-    later = len({e["generation"] for e in events if e["name"] == "train"} - {0})
+    later = len({e.facts["generation"] for e in events if e.name == SpanName.TRAIN} - {0})
     a_pass = sum(trained) / max(1.0, later * schedule.passes)
     lead = min(schedule.passes, math.ceil(schedule.lead + sum(waited) / later / a_pass))
     what = "shortened that" if lead == schedule.passes else "had them ready"
@@ -376,7 +283,7 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
                 shop.make(index, names[name])
                 manifest = store.manifest(index)
                 assert manifest is not None, "a finished generation has a manifest"
-                return Generation(index, store.generation(index), manifest["policy_version"], manifest)
+                return Generation(index, store.generation(index), manifest.policy_version, manifest.to_json())
     raise UserError(f"{store.path} has all {run.config.schedule.generations} generations; there is nothing to refresh.")
 
 
@@ -393,25 +300,6 @@ def reselect(config: AnyConfig, *, display: Display | None = None) -> Generation
         raise UserError(f"{store.path} has no finished generation; make one with `npd refresh` first.")
     with store.locked():
         return reselect_generation(config, store, finished[-1], display or Display(quiet=True))
-
-
-class ModelWeights:
-    """A model that is evaluated by itself, for an engine."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        self.config = config
-        self._model: PreTrainedModel | None = None
-
-    def model(self) -> PreTrainedModel:
-        if self._model is None:
-            self._model = models.load_model(self.config)
-        return self._model
-
-    def path(self) -> Path:
-        path = models.directory_of(self.config)
-        if path is None:
-            raise UserError(f"{self.config.model} is no directory of weights here, which rollout.engine needs.")
-        return path
 
 
 def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | None = None) -> tuple[str, dict[str, float]]:

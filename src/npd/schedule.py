@@ -9,6 +9,9 @@ import numpy as np
 
 from npd.config import ScheduleConfig, TrainingConfig
 
+SMOOTHING = 0.9
+"""Weight of the past in the smoothed near-policy KL, a step."""
+
 
 def derive_seed(seed: int, *path: int | str) -> int:
     """A seed for one purpose, such as ("rollout", version, part), from the run's seed."""

@@ -1,22 +1,20 @@
 """One tree of options (`sections`), and how it is read, compared and explained (`loading`)."""
 
-from npd.config.loading import config_tree, differing_keys, leaves, load_config, section_of
+from npd.config.base import KindOf, Sampling, Section
+from npd.config.loading import config_tree, differing_keys, flat, leaves, load_config, section_of
 from npd.config.sections import (
     CheckpointConfig,
     Config,
     DataConfig,
     EvaluationConfig,
-    KindOf,
     LoraConfig,
     LossConfig,
     ModelConfig,
     PackingConfig,
     PlacementConfig,
     RolloutConfig,
-    Sampling,
     ScheduleConfig,
     ScoringConfig,
-    Section,
     SelectionConfig,
     StudentConfig,
     TaskConfig,
@@ -49,6 +47,7 @@ __all__ = [
     "TrainingConfig",
     "config_tree",
     "differing_keys",
+    "flat",
     "leaves",
     "load_config",
     "section_of",

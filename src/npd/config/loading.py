@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from npd.config.sections import Config, Section
+from npd.config.base import Section
+from npd.config.sections import Config
 from npd.errors import UserError
 from npd.registry import RULES, load_plugins
 
@@ -39,6 +40,15 @@ def leaves(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, Fiel
             yield from leaves(section, f"{prefix}{name}.")
         if section is None or type(None) in get_args(field.annotation):
             yield f"{prefix}{name}", field
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Options by their dotted names; an empty section is a value."""
+    out: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        out |= flat(value, f"{name}.") if isinstance(value, Mapping) and value else {name: value}
+    return out
 
 
 def section_of(field: FieldInfo, *, items: bool = False) -> type[Section] | None:

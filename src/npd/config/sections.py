@@ -6,29 +6,12 @@ Defaults marked (paper) are those of arXiv:2605.05940 as METHOD reports them; al
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from npd.registry import DIVERGENCES, ENGINES, RULES, TEACHERS, Registry
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-@dataclass(frozen=True)
-class KindOf:
-    """Marks an option that holds the name of a kind, for `--help`."""
-
-    registry: Registry
-
-
-EngineName = Annotated[str, KindOf(ENGINES), AfterValidator(ENGINES.check)]
-TeacherKind = Annotated[str, KindOf(TEACHERS), AfterValidator(TEACHERS.check)]
-RuleName = Annotated[str, KindOf(RULES), AfterValidator(RULES.check)]
-DivergenceName = Annotated[str, KindOf(DIVERGENCES), AfterValidator(DIVERGENCES.check)]
+from npd.config.base import VLLM_FREE, DivergenceName, EngineName, RuleName, Sampling, Section, TeacherKind
+from npd.registry import DIVERGENCES, ENGINES, RULES
 
 
 class LoraConfig(Section):
@@ -151,25 +134,6 @@ class ScheduleConfig(Section):
         return self
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How responses are drawn."""
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    """0 decodes greedily."""
-    top_p: float = 1.0
-    samples_per_prompt: int = 1
-
-
-# Options of vLLM that may differ when a run is continued: they change memory and speed alone.
-VLLM_FREE = (
-    *("gpu_memory_utilization", "kv_cache_memory_bytes", "swap_space", "cpu_offload_gb", "block_size"),
-    *("tensor_parallel_size", "pipeline_parallel_size", "distributed_executor_backend", "disable_custom_all_reduce"),
-    *("max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching", "enable_chunked_prefill", "enforce_eager"),
-)
-
-
 class RolloutConfig(Section):
     engine: EngineName = ENGINES.default
     """What decodes: transformers, or vLLM (pip install 'npd[vllm]'), which is many times faster on a GPU."""
@@ -233,6 +197,8 @@ class SelectionConfig(Section):
     """Above it a response is "disconnect" (paper: 0.8, best of its sweep). The adaptive rule never goes above it."""
     adaptive_lower: float = -0.4
     """The adaptive rule never goes below it."""
+    options: dict[str, Any] = {}
+    """Options of a rule that a plug-in brings, by its own names."""
 
     @model_validator(mode="after")
     def _ordered(self) -> SelectionConfig:

@@ -17,6 +17,7 @@ from npd.config import Config, ModelConfig, load_config
 from npd.demo.task import make_problems
 from npd.errors import UserError
 from npd.observe.display import Display
+from npd.records import EvaluationLine, TeacherLine
 from npd.report.page import write_comparison, write_report
 from npd.schedule import derive_seed
 from npd.store import Store, write_json, write_text, writing
@@ -84,7 +85,7 @@ def run_demo(out: Path, seed: int, display: Display) -> list[Arm]:
     )
     # A step's tokens as NPD's on average: one batch of prompts, answered once and trained on once.
     first = Store(npd.run_dir).check_generation(0)
-    prompts = max(1, round(npd.tokens / npd.steps / (first["response_tokens"] / first["rows"])))
+    prompts = max(1, round(npd.tokens / npd.steps / ((first.response_tokens or 1) / first.rows)))
     strict = config(
         "on-policy",
         schedule={"prompts": prompts, "passes": 1, "generations": 100_000},
@@ -171,9 +172,9 @@ def _pages(out: Path, arms: list[Arm]) -> Path:
     for arm in arms:
         store = Store(arm.run_dir)
         if arm.name != arms[0].name:
-            store.append_metrics({"step": 0, "eval": True, **of(arms[0].name)})
-        store.append_metrics({"step": arm.steps, "eval": True, **of(arm.name)})
-        store.append_metrics({"step": arm.steps, "teacher": True, **of("teacher", "teacher/")})
+            store.append_metrics(EvaluationLine(0, of(arms[0].name)))
+        store.append_metrics(EvaluationLine(arm.steps, of(arm.name)))
+        store.append_metrics(TeacherLine(arm.steps, of("teacher", "teacher/")))
         write_report(arm.run_dir)
     return write_comparison([arm.run_dir for arm in arms[1:]], out / "compare.html")
 

@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase
 
 from npd.config import Config, Sampling, TaskConfig
-from npd.evaluation.verify import pass_at_k, wilson_interval
+from npd.evaluation.verify import pass_at_k
+from npd.intervals import wilson_interval
 from npd.prompts import Prompts
 from npd.registry import BENCHMARKS
 from npd.schedule import derive_seed

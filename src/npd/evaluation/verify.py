@@ -1,4 +1,4 @@
-"""Does a response hold the right answer, and how sure is an accuracy?"""
+"""Does a response hold the right answer?"""
 
 from __future__ import annotations
 
@@ -44,15 +44,6 @@ def _number(text: str) -> Decimal | None:
 
 def _plain(text: str) -> str:
     return " ".join(text.strip().rstrip(".").casefold().split())
-
-
-def wilson_interval(share: float, count: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """95% confidence interval of a share seen in `count` independent trials (Wilson, 1927)."""
-    if count == 0:
-        return 0.0, 1.0
-    centre = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from typing import Any
 
 import pyarrow.compute as pc
 
@@ -12,7 +11,8 @@ from npd.config import Config, SelectionConfig
 from npd.errors import UserError
 from npd.generations.generation import Generations
 from npd.observe.display import Display
-from npd.observe.events import Events, read_events
+from npd.observe.events import Events, SpanName, read_events
+from npd.records import EngineCheck, Manifest, SelectionSummary
 from npd.registry import ENGINES
 from npd.selection import Summary, check_some_kept
 from npd.store import Store
@@ -51,7 +51,7 @@ class Books:
             except (UserError, FileNotFoundError):  # damaged; it is made again
                 continue
         manifest = self.store.manifest(generation)
-        return None if manifest is None else int(manifest["policy_version"])
+        return None if manifest is None else manifest.policy_version
 
     def mend(self, generation: int) -> None:
         """Delete damaged parts, so that they are made again: by the manifest if there is one, else by reading them."""
@@ -71,7 +71,7 @@ class Books:
             self.display.say(f"{self.store.part(generation, part)} was damaged; it is made again.")
             self.store.part(generation, part).unlink(missing_ok=True)
 
-    def finish(self, generation: int) -> dict[str, Any]:
+    def finish(self, generation: int) -> Manifest:
         """Write the manifest of a generation whose parts are all there; returns it.
 
         Raises:
@@ -80,26 +80,29 @@ class Books:
         """
         count = len(self.generations.parts(generation))
         prompts = self.generations.prompts
-        with self.events.span("finish", generation=generation):
+        with self.events.span(SpanName.FINISH, generation=generation):
             summary, tokens, stops = Summary(self.selection()), 0, 0
             for part in range(count):
                 table = self.store.read_part(generation, part, [*SCALARS, "response_ids"])
                 summary.add(table)
                 tokens += count_tokens(table["response_ids"])
                 stops += int(pc.sum(pc.equal(table["finish_reason"], "length")).as_py())
-            version = self.begun_by(generation)
-            facts: dict[str, Any] = {
-                "policy_version": NO_POLICY if version is None else version,
-                "selection": summary.result(),
-                "prompts": {"read": prompts.rows, "used": len(prompts), "left_out": prompts.report()},
-                "response_tokens": tokens,
-                "length_stops": stops,
-            }
-            if self.config.teachers:
-                facts["teachers"] = self._rows_by_teacher(facts["selection"])
-            if not ENGINES[self.config.rollout.engine].exact:
-                facts |= self._engine_facts(generation)
-            return self.store.finish_generation(generation, count, facts)
+            selection, version = summary.result(), self.begun_by(generation)
+            parts = self.store.part_entries(generation, count)
+            manifest = Manifest(
+                generation=generation,
+                rows=sum(part.rows for part in parts),
+                parts=parts,
+                policy_version=NO_POLICY if version is None else version,
+                selection=selection,
+                prompts={"read": prompts.rows, "used": len(prompts), "left_out": prompts.report()},
+                response_tokens=tokens,
+                length_stops=stops,
+                teachers=self._rows_by_teacher(selection) if self.config.teachers else {},
+                engine=self._engine_check(generation),
+            )
+            self.store.finish_generation(manifest)
+        return manifest
 
     def check_some_kept(self, generation: int) -> None:
         """See that a finished generation's selection left something.
@@ -109,18 +112,19 @@ class Books:
         """
         manifest = self.store.manifest(generation)
         if manifest is not None:
-            check_some_kept(manifest["selection"], self.selection())
+            check_some_kept(manifest.selection, self.selection())
 
-    def _engine_facts(self, generation: int) -> dict[str, Any]:
+    def _engine_check(self, generation: int) -> EngineCheck | None:
         """The worst of what the checks of this generation's engines found."""
-        found = [e for e in read_events(self.events.path, "engine") if e["generation"] == generation]
-        worst = max(found, key=lambda event: event["mean_abs_difference"], default=None)
-        names = ("samples", "tokens", "mean_difference", "mean_abs_difference")
-        return {"engine": {name: worst[name] for name in names}} if worst else {}
+        if ENGINES[self.config.rollout.engine].exact:
+            return None
+        events = read_events(self.events.path, SpanName.ENGINE)
+        found = [EngineCheck.from_json(event.facts) for event in events if event.facts.get("generation") == generation]
+        return max(found, key=lambda check: check.mean_abs_difference, default=None)
 
-    def _rows_by_teacher(self, selection: dict[str, Any]) -> dict[str, int]:
+    def _rows_by_teacher(self, selection: SelectionSummary) -> dict[str, int]:
         rows: Counter[str] = Counter()
-        for source, counts in selection["sources"].items():
+        for source, counts in selection.sources.items():
             key = self.config.teacher_of(source)
-            rows["teacher" if key is None else f"teachers.{key}"] += counts["rows"]
+            rows["teacher" if key is None else f"teachers.{key}"] += counts.rows
         return dict(sorted(rows.items()))

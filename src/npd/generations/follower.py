@@ -16,7 +16,7 @@ from npd.generations.models import Models, load_tokenizers
 from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
-from npd.observe.events import Events, failure_facts, mark
+from npd.observe.events import Events, SpanName
 from npd.placement import Placement, check_engine, resolve_placement
 from npd.prompts import Prompts
 from npd.store import REFERENCE, Store
@@ -64,7 +64,7 @@ class Follower:
             work = next((generation for generation in candidates if self._is_open(generation)), None)
             if work is not None:
                 if waits_since is not None:
-                    shop.events.write("wait", waits_since, time.time())
+                    shop.events.write(SpanName.WAIT, waits_since, time.time())
                     waits_since = None
                 self._advance(work)
                 continue
@@ -143,12 +143,12 @@ def follow(
     if changes:
         raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")
     shop = _workshop(config, placement, rank, world, display)
-    shop.events.write("load", began or time.time(), time.time())
+    shop.events.write(SpanName.LOAD, began or time.time(), time.time())
     try:
         Follower(shop).follow(poll)
     except Exception as error:
         if began is None:  # nobody else would put it on record
-            mark(shop.events, "failed", **failure_facts(error))
+            shop.events.failed(error)
         raise
 
 

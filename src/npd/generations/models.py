@@ -26,6 +26,7 @@ from npd.models import (
 )
 from npd.observe.display import Display
 from npd.placement import Placement
+from npd.records import EngineCheck
 from npd.registry import ENGINES
 from npd.rollout import Engine, Setting, Weights
 from npd.scoring import Identity, Prefill, Teacher, teacher_kind
@@ -282,17 +283,12 @@ class AskedTeacher:
         return Gap(0.0, len(answered), len(answered), True)
 
 
-def engine_difference(table: pa.Table, prefill: Prefill) -> dict[str, float]:
+def engine_difference(table: pa.Table, prefill: Prefill) -> EngineCheck:
     """How far an engine's log-probabilities are from those of the same weights in transformers, nats per token."""
     contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
     ours = np.concatenate([reading.logprobs for reading in prefill(contexts, responses)]).astype(np.float64)
     difference = np.concatenate(table["behavior_logprobs"].to_pylist()) - ours
-    return {
-        "samples": len(table),
-        "tokens": len(difference),
-        "mean_difference": float(difference.mean()),
-        "mean_abs_difference": float(np.abs(difference).mean()),
-    }
+    return EngineCheck(len(table), len(difference), float(difference.mean()), float(np.abs(difference).mean()))
 
 
 def routed_writer(models: Models, sampling: Sampling) -> Routed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,7 +17,7 @@ from npd.generations.generation import Generations
 from npd.generations.models import Models, engine_difference, routed_writer
 from npd.observe.console import warn_of_engine
 from npd.observe.display import Advance, Display, untold
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
 from npd.placement import Placement
 from npd.rollout import Engine, Request
 from npd.schedule import derive_seed
@@ -61,7 +60,7 @@ class Pipeline:
         """
         if self.generations.is_reference(generation):
             for part in parts:
-                with self.events.span("part", generation=generation, part=part):
+                with self.events.span(SpanName.PART, generation=generation, part=part):
                     self._store(generation, part, self._reference_part(generation, part))
             return
         begun = self.books.begun_by(generation)
@@ -72,7 +71,7 @@ class Pipeline:
                 finish(part, table)
 
     def _store(self, generation: int, part: int, table: pa.Table) -> None:
-        with self.events.span("store", generation=generation, part=part):
+        with self.events.span(SpanName.STORE, generation=generation, part=part):
             self.store.write_part(generation, part, table)
 
     # -- the student writes
@@ -82,7 +81,7 @@ class Pipeline:
         following = next(parts, None)
         if following is None:
             return
-        with self.events.span("load"):
+        with self.events.span(SpanName.LOAD):
             engine = self.models.engine(version)
         if not engine.exact and generation not in self._checked:
             self._check_engine(generation, engine, version, self.generations.table(generation, following))
@@ -130,7 +129,9 @@ class Pipeline:
 
     def _generating(self, generation: int, part: int) -> AbstractContextManager[Advance]:
         rows = self.generations.parts(generation)[part]
-        return self._step("generate", generation, part, (rows.stop - rows.start) * self.generations.per_prompt(generation))
+        return self._step(
+            SpanName.GENERATE, generation, part, (rows.stop - rows.start) * self.generations.per_prompt(generation)
+        )
 
     def _check_engine(self, generation: int, engine: Engine, version: int, table: pa.Table) -> None:
         """Before it answers: are the engine's log-probabilities those of the snapshot in transformers?"""
@@ -142,11 +143,10 @@ class Pipeline:
         sampling = Sampling(
             min(CHECKED_TOKENS, options.max_new_tokens), options.temperature, options.top_p, options.samples_per_prompt
         )
-        with self.events.span("check", generation=generation):
+        with self.events.span(SpanName.CHECK, generation=generation):
             answers = engine.answer(table.slice(0, count), sampling, self.config.seed)
             found = engine_difference(answers, self.models.prefill(self.models.student(version)))
-        now = time.time()
-        self.events.write("engine", now, now, generation=generation, **found)
+        self.events.mark(SpanName.ENGINE, generation=generation, **found.to_json())
         warn_of_engine(found, options.check_bound, self.display)
 
     # -- others read, and judge
@@ -154,12 +154,12 @@ class Pipeline:
     def _finish_part(self, generation: int, part: int, table: pa.Table, version: int) -> None:
         """Score, select and store what was answered."""
         table = identify(table, generation, part, version)
-        with self.events.span("part", generation=generation, part=part):
-            with self.events.span("load"):
+        with self.events.span(SpanName.PART, generation=generation, part=part):
+            with self.events.span(SpanName.LOAD):
                 student = self.models.student(version)
                 for source in table["source"].unique().to_pylist():
                     self.models.teacher(self.config.teacher_of(source))
-            with self._step("score", generation, part, 3 * count_tokens(table["response_ids"])) as advance:
+            with self._step(SpanName.SCORE, generation, part, 3 * count_tokens(table["response_ids"])) as advance:
                 table = ScoreStudent(self.models.prefill(student))(self._score_teacher()(table, advance), advance)
             self._store(generation, part, Select(self.books.selection())(table))
 
@@ -180,12 +180,12 @@ class Pipeline:
             waiting.append(pool.submit(self._finish_part, generation, part, table, version))
             check()
             while len(waiting) > 2:  # answers wait in memory: no more of them than are read soon
-                with self.events.span("score", generation=generation):
+                with self.events.span(SpanName.SCORE, generation=generation):
                     waiting.popleft().result()
 
         try:
             yield submit, check
-            with self.events.span("score", generation=generation):
+            with self.events.span(SpanName.SCORE, generation=generation):
                 for future in waiting:
                     future.result()
         except BaseException:
@@ -210,7 +210,7 @@ class Pipeline:
     def _reference_part(self, generation: int, part: int) -> pa.Table:
         table = self.generations.table(generation, part)
         if self.config.data.references == "teacher":
-            with self._step("generate", generation, part, len(table)) as advance:
+            with self._step(SpanName.GENERATE, generation, part, len(table)) as advance:
                 seed = derive_seed(self.config.seed, "teacher", generation, part)
                 options = self.config.rollout
                 sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
@@ -220,26 +220,26 @@ class Pipeline:
                 "finish_reason", pa.array(["stop"] * len(table), pa.string())
             )
         if generation == REFERENCE:  # mixed in, and so trained with the same loss as the student's own responses
-            with self._step("score", generation, part, 2 * count_tokens(table["response_ids"])) as advance:
+            with self._step(SpanName.SCORE, generation, part, 2 * count_tokens(table["response_ids"])) as advance:
                 table = self._score_teacher()(table, advance)
         table = identify(table, generation, part, NO_POLICY)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 
     @contextmanager
-    def _step(self, name: str, generation: int, part: int, total: int) -> Iterator[Advance]:
+    def _step(self, name: SpanName, generation: int, part: int, total: int) -> Iterator[Advance]:
         """One kind of work on a part: its span, its bar, its threads."""
-        threads = self.placement.rollout_threads if name == "generate" else self.placement.teacher_threads
+        threads = self.placement.rollout_threads if name == SpanName.GENERATE else self.placement.teacher_threads
         if generation <= 0:  # the trainer has nothing else to train on
             threads = self.placement.first_threads
         before = torch.get_num_threads()
         whose = "references" if generation == REFERENCE else f"generation {generation}"
         title = f"{whose}, part {part + 1}/{len(self.generations.parts(generation))}: {name}"
-        unit = "responses" if name == "generate" else "tokens"
+        unit = "responses" if name == SpanName.GENERATE else "tokens"
         torch.set_num_threads(threads or before)
         try:
             with (
                 self.events.span(name, generation=generation, part=part),
-                self.display.task(title, total, unit) as advance,
+                self.display.task(title, total, unit, short=name) as advance,
             ):
                 yield advance
         finally:

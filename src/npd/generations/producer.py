@@ -15,7 +15,7 @@ from npd.generations.generation import Generations
 from npd.generations.pipeline import Pipeline
 from npd.observe.console import show_generation
 from npd.observe.display import Display
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
 from npd.placement import Placement
 from npd.registry import PRODUCERS
 from npd.store import REFERENCE, Store
@@ -81,7 +81,7 @@ class Workshop:
         """Write the manifest of a generation whose parts are all there, and show what is in it."""
         manifest = self.books.finish(generation)
         self.shown.add(generation)
-        show_generation(generation, manifest, self.display)
+        show_generation(manifest, self.display)
 
 
 class Producer(ABC):
@@ -105,8 +105,8 @@ class Producer(ABC):
         """Is a producer of this kind meant, where placement.rollout does not name one?"""
         return False
 
-    def open(self, generation: int) -> None:
-        """Begin to work: the run goes on with this generation. Called once, before the trainer's own models are loaded."""
+    def open(self) -> None:
+        """Begin to work: called once, by the main process, before the trainer's own models are loaded."""
 
     @abstractmethod
     def begin(self, generation: int) -> None:
@@ -171,12 +171,15 @@ class Beside(Producer):
     in_order: ClassVar[bool] = False
     """Do parts land in the order of their numbers?"""
 
+    def open(self) -> None:
+        self.shop.store.current = self.shop.store.resumed_generation()
+
     def begin(self, generation: int) -> None:
         shop = self.shop
         if not shop.main:
             return
         if shop.store.manifest(generation) is not None:  # others are looked at as they are taken
-            with shop.events.span("verify", generation=generation):
+            with shop.events.span(SpanName.VERIFY, generation=generation):
                 shop.books.mend(generation)
         missing = shop.books.missing(generation)
         begun = shop.books.begun_by(generation)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pyarrow as pa
 import yaml
 
@@ -10,6 +12,7 @@ from npd.errors import UserError
 from npd.generations.generation import Generation
 from npd.observe.console import show_generation
 from npd.observe.display import Display
+from npd.records import GenerationEnd, StepLine
 from npd.selection import Select, Summary, check_some_kept
 from npd.store import Store, write_text
 
@@ -29,7 +32,8 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
     others = differing_keys(old, config_tree(config) | {"selection": old.get("selection")})
     if others:
         raise UserError(f"--reselect changes selection.* alone, but {store.path} differs in " + "; ".join(others) + ".")
-    begun = [line["step"] for line in store.read_metrics() if line.get("generation") == generation]
+    lines = store.read_metrics()
+    begun = [line.step for line in lines if isinstance(line, StepLine | GenerationEnd) and line.generation == generation]
     if begun:
         raise UserError(
             f"Generation {generation} of {store.path} is trained on since step {begun[0]}; other verdicts would not be those "
@@ -42,7 +46,7 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
         )
     manifest = store.manifest(generation)
     assert manifest is not None, "only a finished generation is judged anew"
-    parts = range(len(manifest["parts"]))
+    parts = range(len(manifest.parts))
     select, summary = Select(config.selection), Summary(config.selection)
 
     def judged(part: int) -> pa.Table:
@@ -58,7 +62,7 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
         store.write_part(generation, part, judged(part), keep_manifest=True)
     tree = config_tree(config) | {"provenance": provenance}
     write_text(file, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
-    facts = {key: value for key, value in manifest.items() if key not in ("generation", "rows", "parts")}
-    manifest = store.finish_generation(generation, len(parts), facts | {"selection": result})
-    show_generation(generation, manifest, display)
-    return Generation(generation, store.generation(generation), manifest["policy_version"], manifest)
+    manifest = replace(manifest, parts=store.part_entries(generation, len(parts)), selection=result)
+    store.finish_generation(manifest)
+    show_generation(manifest, display)
+    return Generation(generation, store.generation(generation), manifest.policy_version, manifest.to_json())

@@ -18,17 +18,17 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from npd.errors import NpdError, RunError, UserError
+from npd.errors import NpdError, RunError
 from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
-from npd.observe.events import Events, failure_facts, mark
+from npd.observe.events import Events, SpanName
 from npd.placement import Placement
+from npd.records import WorkerEnd
 from npd.registry import ENGINES
 from npd.store import REFERENCE
 
 POLL = 0.1  # seconds between looks at the directory
 LAST_WORDS = 40  # lines shown of a worker that died
-MOST_WORDS = 8000  # characters through the pipe, which holds so much before anybody reads it
 # What tells a trainer its place among others, and would mislead a process that is none of them.
 OF_TRAINERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GROUP_RANK")
 
@@ -50,14 +50,16 @@ class Worker:
             file.seek(max(self.start, self.log.stat().st_size - (1 << 16)))
             return "\n".join(file.read().decode("utf-8", "replace").strip().splitlines()[-LAST_WORDS:])
 
-    def failure(self) -> NpdError | None:
+    def failure(self, role: str) -> NpdError | None:
         """What it says it failed with, once it has ended; None if it said nothing."""
         said, self.said = self.said, -1
-        with suppress(OSError, ValueError, TypeError, KeyError), os.fdopen(said, "rb") as pipe:
-            end = json.loads(pipe.read())
-            kind = UserError if end["user"] else RunError
-            return kind(str(end["what"]), str(end["remedy"]))
-        return None
+        if said < 0:
+            return None
+        try:
+            end = WorkerEnd.hear(said)
+        finally:
+            os.close(said)
+        return None if end is None else end.error(role)
 
     def end(self) -> None:
         """Close the pipes, which ends it, and wait for that; kill it if it takes long."""
@@ -90,9 +92,9 @@ class Workers(Beside):
     def in_order(self) -> bool:  # type: ignore[override]
         return len(self.shop.placement.workers) == 1
 
-    def open(self, generation: int) -> None:
+    def open(self) -> None:
         """Start them: they load their models while the trainer loads its own."""
-        self.shop.store.current = generation
+        super().open()
         for rank in range(len(self.shop.placement.workers)):
             self.workers.append(self._start(rank))
 
@@ -114,7 +116,7 @@ class Workers(Beside):
             code = worker.process.poll()
             if code is None or code == 0:
                 continue
-            failure = worker.failure()
+            failure = worker.failure(f"refresh-{rank}")
             if failure is not None:  # it would fail again
                 raise self._failed(rank, failure)
             words = worker.last_words()
@@ -129,7 +131,7 @@ class Workers(Beside):
                 again = "What was finished is kept: mend what the log names and run the same command again."
                 raise self._failed(rank, RunError(story, again))
             shop.display.say(f"{story}\nIt is started again from the first missing part ({self._deaths[rank]} of {most}).")
-            with shop.events.span("restart", rank=rank, code=code):
+            with shop.events.span(SpanName.RESTART, rank=rank, code=code):
                 self.workers[rank] = self._start(rank)
 
     def close(self) -> None:
@@ -170,9 +172,9 @@ class Workers(Beside):
 
     def _failed(self, rank: int, error: NpdError) -> NpdError:
         """Put on record that it was this worker that failed, not the trainer which says so."""
-        error.role = f"refresh-{rank}"
-        events = Events(self.shop.events.path, error.role)
-        mark(events, "failed", process=self.workers[rank].process.pid, **failure_facts(error))
+        role, error.role = f"refresh-{rank}", None
+        Events(self.shop.events.path, role).failed(error, process=self.workers[rank].process.pid)
+        error.role = role
         return error
 
     def _parts_made(self, rank: int) -> set[tuple[int, int]]:
@@ -207,16 +209,16 @@ def main() -> None:
 
     run_dir, placed, rank, world, began, says = sys.argv[1:]
     threading.Thread(target=_end_with_the_trainer, args=(sys.stdin.fileno(),), daemon=True).start()
-    display = Display(Console(file=sys.stdout, width=120))
+    progress = Path(run_dir) / "logs" / f"refresh-{rank}.progress.json"
+    display = Display(Console(file=sys.stdout, width=120), progress=progress)
     tree = json.loads(placed)
     status = 0
     try:
         follow(Path(run_dir), Placement(**tree), int(rank), int(world), display, POLL, began=float(began))
     except NpdError as error:
         print(f"npd: {error}", file=sys.stderr, flush=True)
-        end = {"user": isinstance(error, UserError), "what": error.what[:MOST_WORDS], "remedy": error.remedy[:MOST_WORDS]}
         with suppress(OSError):
-            os.write(int(says), json.dumps(end).encode())
+            WorkerEnd.of(error).tell(int(says))
         status = error.exit_status
     sys.stdout.flush()
     if status:

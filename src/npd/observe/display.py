@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import io
+import json
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
+
+from npd.records import Progress
 
 Advance = Callable[..., None]
 
@@ -26,31 +32,22 @@ def untold(steps: float = 1, note: str = "") -> None:
 
 
 PLAIN_SECONDS = 15.0  # between lines of a long task when the output is not a terminal
+RECORD_SECONDS = 1.0  # between writes of a task's progress to a file
 FRAMES = 2  # a second, of the live view; each takes some milliseconds from the training
 
 
-@dataclass
-class Task:
-    """What is being done now."""
-
-    name: str
-    total: float
-    unit: str
-    done: float = 0.0
-    note: str = ""
-    began: float = field(default_factory=time.monotonic)
-
-    def figures(self) -> str:
-        rate = self.done / max(1e-9, time.monotonic() - self.began)
-        pace = f", {rate:,.0f}/s" if self.unit != "%" and self.done else ""
-        count = f"{self.done:,.0f}%" if self.unit == "%" else f"{self.done:,.0f}/{self.total:,.0f} {self.unit}"
-        return f"{count}{pace}"
+def pace_of(task: Progress) -> str:
+    """How far a task is and how fast, such as 40/120 responses, 7/s."""
+    rate = task.done / max(1e-9, time.time() - task.began)
+    pace = f", {rate:,.0f}/s" if task.unit != "%" and task.done else ""
+    count = f"{task.done:,.0f}%" if task.unit == "%" else f"{task.done:,.0f}/{task.total:,.0f} {task.unit}"
+    return f"{count}{pace}"
 
 
 class View(Protocol):
     """What a terminal shows below the messages."""
 
-    task: Task | None
+    task: Progress | None
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult: ...
 
@@ -78,9 +75,16 @@ class Whole(io.TextIOBase):
 
 
 class Display:
-    """One console for a command."""
+    """One console for a command.
 
-    def __init__(self, console: Console | None = None, *, quiet: bool = False) -> None:
+    Args:
+        progress: a file that has the task being shown as a `Progress` record, for other processes; none between tasks.
+    """
+
+    def __init__(self, console: Console | None = None, *, quiet: bool = False, progress: Path | None = None) -> None:
+        self.progress = progress
+        if progress is not None:
+            progress.unlink(missing_ok=True)  # of a process that was killed
         self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=False)
         self.busy = False
         """Is a task being shown? Tasks inside it are not."""
@@ -122,10 +126,11 @@ class Display:
             self.view = None
 
     @contextmanager
-    def task(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def task(self, name: str, total: int, unit: str, *, short: str = "") -> Iterator[Advance]:
         """A task of `total` steps; call the result as advance(steps=1, note="").
 
-        Of tasks inside or beside each other, in one thread or in several, the first is shown.
+        Of tasks inside or beside each other, in one thread or in several, the first is shown. `short` is its name where
+        what it belongs to stands beside it.
         """
         with self._lock:
             first = not (self.busy or self.console.quiet)
@@ -134,19 +139,55 @@ class Display:
             yield untold
             return
         show = self._in_view if self.view is not None else self._bar if self.redraws else self._lines
+        task = Progress(name, short or name, total, unit)
         try:
-            with show(name, total, unit) as advance:
-                yield advance
+            with show(task) as advance, self._on_record(task, advance) as recorded:
+                yield recorded
         finally:
             self.busy = False
 
     @contextmanager
-    def _in_view(self, name: str, total: int, unit: str) -> Iterator[Advance]:
-        view, task = self.view, Task(name, total, unit)
+    def _on_record(self, task: Progress, advance: Advance) -> Iterator[Advance]:
+        """Keep the file that others read up to date, at most once a second."""
+        file = self.progress
+        if file is None:
+            yield advance
+            return
+        from npd.store.files import beside  # here: `npd --help` should not wait for Arrow
+
+        written = -RECORD_SECONDS
+
+        def write() -> None:
+            nonlocal written
+            if time.monotonic() - written < RECORD_SECONDS:
+                return
+            written = time.monotonic()
+            aside = beside(file)
+            with suppress(OSError):  # what is shown must not end what is done
+                aside.write_text(json.dumps(task.to_json()), encoding="utf-8")
+                os.replace(aside, file)
+
+        def recorded(steps: float = 1, note: str = "") -> None:
+            nonlocal task
+            advance(steps, note=note)
+            task = replace(task, done=task.done + steps, note=note)
+            write()
+
+        write()
+        try:
+            yield recorded
+        finally:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+
+    @contextmanager
+    def _in_view(self, task: Progress) -> Iterator[Advance]:
+        view = self.view
         assert view is not None, "a task is shown in the view that is there"
 
         def advance(steps: float = 1, note: str = "") -> None:
-            task.done, task.note = task.done + steps, note
+            nonlocal task
+            view.task = task = replace(task, done=task.done + steps, note=note)
 
         view.task = task
         try:
@@ -155,7 +196,7 @@ class Display:
             view.task = None
 
     @contextmanager
-    def _bar(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def _bar(self, task: Progress) -> Iterator[Advance]:
         columns = (
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -164,16 +205,16 @@ class Display:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            task = progress.add_task(escape(name), total=total, unit=unit, note="")
+        with Bars(*columns, console=self.console, transient=True) as bars:
+            bar = bars.add_task(escape(task.name), total=task.total, unit=task.unit, note="")
 
             def advance(steps: float = 1, note: str = "") -> None:
-                progress.update(task, advance=steps, note=escape(note))
+                bars.update(bar, advance=steps, note=escape(note))
 
             yield advance
 
     @contextmanager
-    def _lines(self, name: str, total: int, unit: str) -> Iterator[Advance]:
+    def _lines(self, task: Progress) -> Iterator[Advance]:
         done, last = 0.0, time.monotonic()
 
         def advance(steps: float = 1, note: str = "") -> None:
@@ -181,6 +222,6 @@ class Display:
             done += steps
             if time.monotonic() - last >= PLAIN_SECONDS:
                 last = time.monotonic()
-                self.say(f"{name}: {done:.0f}/{total} {unit} {note}".rstrip())
+                self.say(f"{task.name}: {done:.0f}/{task.total:.0f} {task.unit} {note}".rstrip())
 
         yield advance

@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from accelerate import Accelerator
-
-from npd.config import Config, config_tree
+from npd.config import Config, config_tree, flat
 from npd.errors import UserError
-from npd.selection import KEPT
+from npd.records import Line
 from npd.store import write_text
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 
 def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> None:
@@ -29,7 +30,7 @@ def start_trackers(accelerator: Accelerator, config: Config, folder: Path) -> No
     again = {"id": run_id(folder), "resume": "allow"} if accelerator.is_main_process else {}
     options = {"wandb": {"name": run, "dir": str(folder), **again}, "trackio": {"name": run}}
     try:
-        accelerator.init_trackers("npd", config=flat(config_tree(config)), init_kwargs=options)
+        accelerator.init_trackers("npd", config=options_of(config), init_kwargs=options)
     except Exception as error:  # each raises what it likes
         why = " ".join(str(error).split())[:300]
         raise UserError(
@@ -52,51 +53,24 @@ class Trackers:
     def __init__(self, accelerator: Accelerator, say: Callable[[str], None]) -> None:
         self.accelerator, self.say, self.failed = accelerator, say, False
 
-    def log(self, line: dict[str, Any]) -> None:
+    def log(self, line: Line) -> None:
         try:
-            self.accelerator.log(figures_of(line), step=line["step"])
+            self.accelerator.log(figures_of(line), step=line.step)
         except Exception as error:  # each raises what it likes
             if not self.failed:
                 why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 self.say(
-                    f"A tracker failed at step {line['step']} ({why}); metrics.jsonl and the report have all figures anyway."
+                    f"A tracker failed at step {line.step} ({why}); metrics.jsonl and the report have all figures anyway."
                 )
             self.failed = True
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, int | float | str | bool]:
-    """Options as dotted names with plain values: what every tracker takes."""
-    out: dict[str, int | float | str | bool] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict):
-            out |= flat(value, f"{name}.")
-        else:
-            out[name] = value if isinstance(value, int | float | str) else str(value)
-    return out
+def options_of(config: Config) -> dict[str, int | float | str | bool]:
+    """Options by their dotted names with plain values: what every tracker takes."""
+    return {k: v if isinstance(v, int | float | str) else str(v) for k, v in flat(config_tree(config)).items()}
 
 
-def figures_of(line: dict[str, Any]) -> dict[str, float]:
+def figures_of(line: Line) -> dict[str, float]:
     """The figures of a line of metrics.jsonl: what trackers hear, under the same names."""
-    return {k: v for k, v in line.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "step"}
-
-
-def selection_figures(manifest: dict[str, Any]) -> dict[str, float]:
-    """A generation's selection as metrics, from its manifest."""
-    summary = manifest["selection"]
-    rows = summary["rows"]
-    figures: dict[str, float] = {
-        "selection/generation": manifest["generation"],
-        "selection/responses": rows,
-        "selection/kept": sum(summary["verdicts"].get(verdict, 0) for verdict in KEPT) / rows,
-        "selection/response_tokens": manifest["response_tokens"],
-        "selection/cut_off": manifest["length_stops"] / rows,
-    }
-    for verdict in ("degenerate", "disconnect", "undefined"):
-        figures[f"selection/{verdict}"] = summary["verdicts"].get(verdict, 0) / rows
-    for name, quantile in (("05", "0.05"), ("50", "0.5"), ("95", "0.95")):
-        if quantile in summary["delta_ifd_quantiles"]:
-            figures[f"selection/delta_{name}"] = summary["delta_ifd_quantiles"][quantile]
-    if "bounds" in summary:
-        figures["selection/lower"], figures["selection/upper"] = summary["bounds"]
-    return figures
+    figures = line.to_json()
+    return {k: v for k, v in figures.items() if isinstance(v, int | float) and not isinstance(v, bool) and k != "step"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,20 @@ import pyarrow.parquet as pq
 import yaml
 
 from npd.errors import UserError
-from npd.observe.events import MARKS, as_span, number_of
+from npd.observe.events import MARKS, SpanName
+from npd.records import (
+    EvaluationLine,
+    Failure,
+    FiguresLine,
+    GenerationEnd,
+    Manifest,
+    Span,
+    StepLine,
+    TeacherLine,
+    as_line,
+    as_span,
+    number_of,
+)
 from npd.store import REFERENCE, SCHEMA, Store, json_lines
 
 LIGHT = [
@@ -32,6 +46,7 @@ LIGHT = [
 ]
 MOST_TOKENS = 80_000_000  # response tokens whose parts are read; of a larger run, evenly spaced parts
 LOG_LINES = 40
+MOST_FIGURE = 1e15  # what is larger is no figure of a run, and no plot could show it
 ALIVE_SECONDS = 120.0  # a process of another machine is taken to live for so long after its last sign
 
 Kind = Literal["finished", "running", "failed", "stopped", "between"]
@@ -41,8 +56,10 @@ Kind = Literal["finished", "running", "failed", "stopped", "between"]
 class Status:
     kind: Kind
     sentence: str
-    failure: dict[str, Any] | None = None
-    """The `failed` event, if one was written."""
+    failed: Span | None = None
+    """The mark of the failure that ended it, if one was written."""
+    failure: Failure | None = None
+    """What that says."""
 
 
 @dataclass
@@ -55,15 +72,14 @@ class RunFacts:
     config_text: str = ""
     command: str = ""
     versions: dict[str, str] = field(default_factory=dict)
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    """Lines of metrics.jsonl that are optimiser steps, in order."""
-    evaluations: list[dict[str, Any]] = field(default_factory=list)
-    teacher: dict[str, Any] = field(default_factory=dict)
+    steps: list[StepLine] = field(default_factory=list)
+    """Optimiser steps, in order."""
+    evaluations: list[EvaluationLine] = field(default_factory=list)
+    teacher: dict[str, float] = field(default_factory=dict)
     """The teacher's own figures on the evaluation tasks."""
-    ended: list[dict[str, Any]] = field(default_factory=list)
-    """How generations ended."""
-    events: list[dict[str, Any]] = field(default_factory=list)
-    manifests: dict[int, dict[str, Any]] = field(default_factory=dict)
+    ended: list[GenerationEnd] = field(default_factory=list)
+    events: list[Span] = field(default_factory=list)
+    manifests: dict[int, Manifest] = field(default_factory=dict)
     parts: dict[int, dict[int, int]] = field(default_factory=dict)
     """generation -> part -> response tokens, from the footers of the files that are there."""
     responses: pa.Table = field(default_factory=lambda: pa.table({}))
@@ -91,7 +107,8 @@ class RunFacts:
         """[steps] of a metric; NaN where a step has none."""
         key = f"metric {name}"
         if key not in self._arrays:
-            self._arrays[key] = np.array([number_of(line.get(name)) for line in self.steps], np.float64)
+            values = np.array([number_of(getattr(line, name, None)) for line in self.steps], np.float64)
+            self._arrays[key] = np.where(np.abs(values) < MOST_FIGURE, values, np.nan)
         return self._arrays[key]
 
     def column(self, name: str) -> np.ndarray:
@@ -126,27 +143,29 @@ def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
     return facts
 
 
-INSIDE_TRAINING = {"checkpoint", "publish", "restart"}  # spans that lie in a span of training
+INSIDE_TRAINING = (SpanName.CHECKPOINT, SpanName.PUBLISH, SpanName.RESTART)  # spans that lie in a span of training
+UNDER_WAY = "under way"
+"""A span that no process writes: whatever is being done now."""
 
 
-def open_spans(store: Store, facts: RunFacts) -> list[dict[str, Any]]:
+def open_spans(store: Store, facts: RunFacts) -> list[Span]:
     """What the trainer has been doing since its last whole span, of a run that goes on or was killed: a span is written
     when it ends, and one of training may take hours. Steps that were logged meanwhile say that it trained."""
-    begun = next((e for e in reversed(facts.events) if e["name"] in MARKS and e["role"] == "trainer"), None)
-    if facts.status.kind not in ("running", "stopped") or begun is None or begun["name"] != "started":
+    begun = next((e for e in reversed(facts.events) if e.name in MARKS and e.role == "trainer"), None)
+    if facts.status.kind not in ("running", "stopped") or begun is None or begun.name != SpanName.STARTED:
         return []
-    where = {"role": "trainer", "process": begun["process"], "thread": "MainThread"}
-    spans = [e for e in facts.events if e["start"] >= begun["start"] and e["name"] not in MARKS]
-    ends = [(e["end"], e["name"]) for e in spans if where.items() <= e.items()]
-    since = max([begun["start"], *(end for end, name in ends if name not in INSIDE_TRAINING)])
+    where = ("trainer", begun.process, "MainThread")
+    spans = [e for e in facts.events if e.start >= begun.start and e.name not in MARKS]
+    ends = [(e.end, e.name) for e in spans if (e.role, e.process, e.thread) == where]
+    since = max([begun.start, *(end for end, name in ends if name not in INSIDE_TRAINING)])
     last = max([since, *(end for end, _ in ends)])
     now, logged = time.time(), 0.0
     with suppress(OSError):
         logged = min(now, store.metrics.stat().st_mtime)
-    found = [{"name": "train", "start": since, "end": logged, **where}] if facts.steps and logged > last else []
+    found = [Span(SpanName.TRAIN, since, logged, *where)] if facts.steps and logged > last else []
     last = max(last, logged if found else last)
     if facts.status.kind == "running" and now > last:
-        found.append({"name": "under way", "start": last, "end": now, **where})
+        found.append(Span(UNDER_WAY, last, now, *where))
     return found
 
 
@@ -175,17 +194,16 @@ def _read_config(store: Store, facts: RunFacts) -> None:
 
 def _read_metrics(store: Store, facts: RunFacts) -> None:
     strange = 0
-    for read in json_lines(store.metrics):
-        line = _as_figures(read)
-        if line is None:
-            strange += 1
-        elif "loss" in line:
+    for raw in json_lines(store.metrics):
+        line = as_line(raw)
+        strange += line is None
+        if isinstance(line, StepLine):
             facts.steps.append(line)
-        elif "eval" in line:
-            facts.evaluations.append(line)
-        elif "teacher" in line:
-            facts.teacher = line
-        elif "generation_ended" in line:
+        elif isinstance(line, EvaluationLine):
+            facts.evaluations.append(replace(line, figures=_figures(line)))
+        elif isinstance(line, TeacherLine):
+            facts.teacher = _figures(line)
+        elif isinstance(line, GenerationEnd):
             facts.ended.append(line)
     if strange:
         facts.missing.append(f"{strange:,} lines of metrics.jsonl have no step and are left out.")
@@ -193,17 +211,8 @@ def _read_metrics(store: Store, facts: RunFacts) -> None:
         facts.missing.append("metrics.jsonl has no optimiser step yet: there are no training curves.")
 
 
-def _as_figures(line: Any) -> dict[str, Any] | None:
-    """A line of metrics.jsonl without what is no figure, text or flag; None if it has no step."""
-    if not isinstance(line, dict):
-        return None
-    kept = {
-        k: v
-        for k, v in line.items()
-        if abs(number_of(v)) < 1e15 or (isinstance(v, str | bool) and not k.startswith(("eval/", "teacher/")))
-    }
-    step = kept.get("step")
-    return kept if isinstance(step, int) and not isinstance(step, bool) else None
+def _figures(line: FiguresLine) -> dict[str, float]:
+    return {name: value for name, value in line.figures.items() if abs(value) < MOST_FIGURE}
 
 
 def generations_of(store: Store) -> list[int]:
@@ -226,7 +235,7 @@ def _read_generations(store: Store, facts: RunFacts) -> None:
         try:
             manifest = store.manifest(generation)
         except UserError as error:
-            facts.missing.append(str(error).split(" Delete it")[0])
+            facts.missing.append(error.what)
             manifest = None
         if manifest is not None:
             facts.manifests[generation] = manifest
@@ -283,7 +292,7 @@ def _read_responses(store: Store, facts: RunFacts) -> None:
         except FileNotFoundError:
             continue
         except UserError as error:
-            facts.missing.append(f"{str(error).split(' Delete it')[0]} It is left out.")
+            facts.missing.append(f"{error.what} It is left out.")
             continue
         n = len(table)
         lengths = pc.fill_null(pc.list_value_length(table["response_ids"]), 0)
@@ -307,43 +316,52 @@ def last_lines(log: Path, count: int = LOG_LINES) -> list[str]:
 # -- how it stands
 
 
-def judge(store: Store, events: list[dict[str, Any]], held: bool | None) -> Status:
+def judge(store: Store, events: list[Span], held: bool | None) -> Status:
     """Whether a run is finished, going on, failed, or was stopped without a word; `held`: does a process work on it?"""
-    marks = [event for event in events if event["name"] in MARKS and event["role"] == "trainer"]
-    if marks and marks[-1]["name"] == "ended":  # an `npd refresh` leaves the training as it found it
-        marks = [event for event in marks if event.get("command") != "refresh"]
-    last = max((event["end"] for event in events), default=None)
+    marks = [event for event in events if event.name in MARKS and event.role == "trainer"]
+    if marks and marks[-1].name == SpanName.ENDED:  # an `npd refresh` leaves the training as it found it
+        marks = [event for event in marks if event.facts.get("command") != "refresh"]
+    last = max((event.end for event in events), default=None)
     when = f" Its last sign is of {clock(last)}." if last is not None else ""
-    newest = marks[-1]["name"] if marks else None
+    newest = marks[-1].name if marks else None
     if held or (held is None and last is not None and time.time() - last < ALIVE_SECONDS):
         return Status("running", "The run goes on; this is how it stood when the report was written.")
-    if newest == "failed":
-        failure = blamed(events, marks)
-        return Status("failed", f"The run {how_it_ended(failure)} at {clock(failure['end'])}.", failure)
+    if newest == SpanName.FAILED:
+        failed, failure = blamed(events, marks)
+        return Status("failed", f"The run {how_it_ended(failure)} at {clock(failed.end)}.", failed, failure)
     if store.finished:
         return Status("finished", "The run is finished.")
-    if newest == "started":
+    if newest == SpanName.STARTED:
         return Status(
             "stopped",
             "The run stopped without a word: its process was killed, ran out of memory, or the machine went down." + when,
         )
-    if any(event["name"] == "train" for event in events):
+    if any(event.name == SpanName.TRAIN for event in events):
         return Status("stopped", "The run is not finished, and nothing works on it." + when)
     return Status("between", "Nothing is trained here yet, and nothing works on it." + when)
 
 
-def blamed(events: list[dict[str, Any]], marks: list[dict[str, Any]]) -> dict[str, Any]:
+def blamed(events: list[Span], marks: list[Span]) -> tuple[Span, Failure]:
     """The failure that ended a run: the trainer's, or that of a refresh, which the trainer only told of."""
-    begun = max((mark["start"] for mark in marks if mark["name"] == "started"), default=0.0)
-    told = marks[-1].get("message")
-    refreshes = (e for e in events if e["name"] == "failed" and e["role"] != "trainer" and e["start"] >= begun)
-    return next((event for event in refreshes if event.get("message") == told), marks[-1])
+    told, failure = marks[-1], failure_of(marks[-1])
+    begun = max((mark.start for mark in marks if mark.name == SpanName.STARTED), default=0.0)
+    theirs = (e for e in reversed(events) if e.name == SpanName.FAILED and e.role == failure.blames and e.start >= begun)
+    blamed = next(theirs, None)
+    return (told, failure) if blamed is None else (blamed, failure_of(blamed))
 
 
-def how_it_ended(failure: dict[str, Any]) -> str:
-    if failure.get("error") == "SystemExit":
+def failure_of(mark: Span) -> Failure:
+    """What a `failed` mark says, as far as it says anything."""
+    try:
+        return Failure.from_json(mark.facts)
+    except ValueError:
+        return Failure("", "", explained=False)
+
+
+def how_it_ended(failure: Failure) -> str:
+    if failure.error == "SystemExit":
         return "was stopped by a signal"
-    return "was stopped by hand" if failure.get("error") in ("KeyboardInterrupt", "Abort") else "failed"
+    return "was stopped by hand" if failure.error in ("KeyboardInterrupt", "Abort") else "failed"
 
 
 def in_use(store: Store) -> bool | None:
@@ -375,3 +393,13 @@ def tail(path: Path, size: int = 1 << 14) -> Iterator[str]:
         file.seek(start)
         lines = file.read().decode("utf-8", "replace").split("\n")
         yield from reversed(lines[1:-1] if start else lines[:-1])
+
+
+def newest(path: Path, size: int = 1 << 14) -> Iterator[Any]:
+    """What the whole lines of JSON at the end of a file hold, newest first; what is none is left out."""
+    for text in tail(path, size):
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            continue
+        yield value

@@ -5,17 +5,17 @@ Colours are names behind "@", which the page turns into those of its light or da
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from numbers import Real
 from typing import Any
 
 import numpy as np
 
-from npd.loop import SMOOTHING
-from npd.report.facts import RunFacts
+from npd.records import for_people
+from npd.report.facts import MOST_FIGURE, RunFacts
 from npd.report.reduce import bucket_means, few_digits, m4, smoothed_kl
 from npd.report.text import plot_text
+from npd.schedule import SMOOTHING
 
 VERDICTS = ("proximal", "degenerate", "disconnect", "undefined", "reference")
 RUNS = [f"@run{i}" for i in range(8)]
@@ -45,7 +45,7 @@ def axis(title: str, **more: Any) -> dict[str, Any]:
 
 def number(value: float | None, digits: int = 4) -> str:
     """A figure for a sentence or a table; "–" where there is none."""
-    if not isinstance(value, Real) or not np.isfinite(value):
+    if value is None or not abs(value) < MOST_FIGURE:
         return "–"
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.{digits}g}"
 
@@ -188,9 +188,26 @@ def curves(runs: Sequence[RunFacts]) -> list[Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def has_interval(line: dict[str, Any], key: str) -> bool:
-    """Does a line of metrics have a figure with both ends of its interval?"""
-    return all(name in line for name in (key, f"{key}_low", f"{key}_high"))
+def has_interval(figures: Mapping[str, float], key: str) -> bool:
+    """Is there a figure with both ends of its interval?"""
+    return all(name in figures for name in (key, f"{key}_low", f"{key}_high"))
+
+
+def verdicts_of(runs: Sequence[RunFacts]) -> list[str]:
+    """The verdicts that npd's own rules give, and whatever others responses or manifests have."""
+    found = {str(v) for run in runs for v in {*run.column("verdict")} if v}
+    found |= {v for run in runs for manifest in run.manifests.values() for v in manifest.selection.verdicts}
+    return [*VERDICTS, *sorted(found - {*VERDICTS})]
+
+
+def verdict_colour(verdict: str) -> str:
+    return f"@{verdict}" if verdict in VERDICTS else "@muted"
+
+
+def evaluated(runs: Sequence[RunFacts]) -> list[str]:
+    """Names of the figures that evaluations gave, but interval ends and counts."""
+    keys = dict.fromkeys(key for run in runs for line in run.evaluations for key in line.figures)
+    return [key for key in keys if for_people(key)]
 
 
 def measured_tokens(run: RunFacts) -> np.ndarray:
@@ -230,7 +247,7 @@ def near_policy(runs: Sequence[RunFacts]) -> Figure | None:
                 {"type": "scatter", "mode": "lines", "x": x, "y": few_digits(y[index]), "name": "smoothed", "line": line}
             )
             said.append(f"Smoothed it ends at {number(float(y[index[-1]]))}")
-        if any(line.get("near_policy_kl_is_proxy") for line in run.steps):
+        if any(line.near_policy_kl_is_proxy for line in run.steps):
             said.append(f"In {label(runs, i)} sampling was tempered or truncated: there it is a proxy")
     for budget in sorted(budgets):
         style = {"color": "@red", "width": 1.5, "dash": "dash"}
@@ -245,30 +262,27 @@ def near_policy(runs: Sequence[RunFacts]) -> Figure | None:
 
 def evaluation_curves(runs: Sequence[RunFacts]) -> list[Figure]:
     """Accuracy of each task with its interval, and the distance to the teacher, over steps."""
-    keys = list(dict.fromkeys(k for run in runs for line in run.evaluations for k in line if k.startswith("eval/")))
     figures: list[Figure] = []
-    for key in keys:
-        if key.endswith(("_low", "_high", "_tokens")):
-            continue
+    for key in evaluated(runs):
         traces: list[Trace] = []
         said: list[str] = []
         shapes: list[dict[str, Any]] = []
         for i, run in enumerate(runs):
-            lines = [line for line in run.evaluations if isinstance(line.get(key), int | float)]
+            lines = [line for line in run.evaluations if key in line.figures]
             if not lines:
                 continue
-            y = [line[key] for line in lines]
+            y = [line.figures[key] for line in lines]
             trace: Trace = {
                 "type": "scatter",
                 "mode": "lines+markers",
-                "x": [line["step"] for line in lines],
+                "x": [line.step for line in lines],
                 "y": few_digits(y),
                 "name": named(runs, i, "student" if len(runs) == 1 else ""),
                 "line": colour(runs, i, "@accent"),
             }
-            if all(has_interval(line, key) for line in lines):
-                above = [line[f"{key}_high"] - line[key] for line in lines]
-                below = [line[key] - line[f"{key}_low"] for line in lines]
+            if all(has_interval(line.figures, key) for line in lines):
+                above = [line.figures[f"{key}_high"] - line.figures[key] for line in lines]
+                below = [line.figures[key] - line.figures[f"{key}_low"] for line in lines]
                 trace["error_y"] = {
                     "type": "data",
                     "symmetric": False,
@@ -277,7 +291,7 @@ def evaluation_curves(runs: Sequence[RunFacts]) -> list[Figure]:
                     "thickness": 1,
                 }
             traces.append(trace)
-            ends = f"from {number(y[0])} at step {lines[0]['step']} to {number(y[-1])} at step {lines[-1]['step']}"
+            ends = f"from {number(y[0])} at step {lines[0].step} to {number(y[-1])} at step {lines[-1].step}"
             said.append(f"{label(runs, i)}: {ends}")
             ceiling = run.teacher.get(key.replace("eval/", "teacher/", 1))
             if ceiling is not None:
@@ -296,14 +310,14 @@ def evaluation_curves(runs: Sequence[RunFacts]) -> list[Figure]:
 
 def evaluation_points(runs: Sequence[RunFacts]) -> list[Figure]:
     """Each run's last figure on each task, with its interval, beside those of the others."""
-    keys = dict.fromkeys(k for run in runs for line in run.evaluations[-1:] for k in line if k.endswith("_low"))
+    keys = dict.fromkeys(k for run in runs for line in run.evaluations[-1:] for k in line.figures if k.endswith("_low"))
     figures: list[Figure] = []
     for low in keys:
         key = low.removesuffix("_low")
         have = [
-            (label(runs, i), run.evaluations[-1])
+            (label(runs, i), run.evaluations[-1].figures)
             for i, run in enumerate(runs)
-            if run.evaluations and has_interval(run.evaluations[-1], key)
+            if run.evaluations and has_interval(run.evaluations[-1].figures, key)
         ]
         if not have:
             continue

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from npd.errors import NpdError
 from npd.observe.display import Display
-from npd.observe.events import Events, failure_facts, mark
+from npd.observe.events import Events, SpanName
 
 FIRST = 60.0  # seconds into a run at which its report is first written
 SHARE = 0.01  # of the wall-clock that writing it may take
@@ -26,14 +26,14 @@ def observed(events: Events, display: Display, *, report: bool, command: str = "
     A report that can't be written is a warning: never the end of a run.
     """
     run_dir = events.path.parent
-    mark(events, "started", command=command)
+    events.mark(SpanName.STARTED, command=command)
     pages = Pages(run_dir) if report else None
     try:
         yield
-        mark(events, "ended", command=command)
+        events.mark(SpanName.ENDED, command=command)
     except BaseException as error:
         # KeyboardInterrupt too: it is on record that the run was stopped by hand, not killed.
-        mark(events, "failed", command=command, **failure_facts(error))
+        events.failed(error, command=command)
         raise
     finally:
         if pages is not None:

@@ -9,7 +9,8 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol
+from itertools import islice
+from typing import Protocol
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.progress_bar import ProgressBar
@@ -17,24 +18,29 @@ from rich.table import Table
 from rich.text import Text
 
 from npd.config import Config
-from npd.observe.display import Task
-from npd.report.facts import part_tokens, tail
-from npd.selection import KEPT
+from npd.observe.display import pace_of
+from npd.observe.events import SpanName
+from npd.records import Progress, StepLine, as_line, as_span
+from npd.report.facts import newest, part_tokens
 from npd.store import Store
 
 LOOK = 1.0  # seconds between looks at the directory
 RECENT = 16  # steps whose speed is averaged
+DID: dict[str, str] = {SpanName.GENERATE: "generated", SpanName.SCORE: "scored"}
 
 Row = Text | ProgressBar | Table
 
 
-class Place(Protocol):
+class Standing(Protocol):
     """Where the trainer stands: see npd.loop.Position."""
 
     generation: int
     passes: int
     step: int
     tokens: int
+
+    @property
+    def near_policy_kl(self) -> float | None: ...
 
 
 class RunView:
@@ -49,17 +55,17 @@ class RunView:
         self,
         store: Store,
         config: Config,
-        at: Place,
+        at: Standing,
         progress: Callable[[], float],
         parts: Callable[[], int],
         generations: int,
     ) -> None:
         self.store, self.config, self.at, self.generations = store, config, at, generations
         self.progress, self.parts = progress, parts
-        self.task: Task | None = None
+        self.task: Progress | None = None
         self.began, self.from_progress, self.from_tokens = time.monotonic(), progress(), at.tokens
         self._looked = 0.0
-        self._line: dict[str, Any] = {}
+        self._line: StepLine | None = None
         self._speed = 0.0
         self._landed: dict[int, int] = {}
         self._kept: tuple[int, int, int] | None = None  # generation, kept, responses
@@ -74,54 +80,46 @@ class RunView:
         if time.monotonic() - self._looked < LOOK:
             return
         self._looked = time.monotonic()
-        steps = []
-        for text in tail(self.store.metrics):
-            with suppress(ValueError):
-                line = json.loads(text)
-                if "loss" in line:
-                    steps.append(line)
-            if len(steps) == RECENT:
-                break
+        lines = (as_line(raw) for raw in newest(self.store.metrics))
+        steps = list(islice((line for line in lines if isinstance(line, StepLine)), RECENT))
         if steps:
             self._line = steps[0]
-            self._speed = sum(line["tokens_per_second"] for line in steps) / len(steps)
+            self._speed = sum(line.tokens_per_second for line in steps) / len(steps)
         here = self.at.generation
         self._landed = {g: len(self.store.parts(g)) for g in (here, here + 1) if g < self.generations}
         for g in (here + 1, here, here - 1):
             manifest = self.store.manifest(g) if g >= 0 else None
             if manifest is not None:
-                counts = manifest["selection"]["verdicts"]
-                self._kept = g, sum(counts.get(verdict, 0) for verdict in KEPT), sum(counts.values())
+                self._kept = g, manifest.selection.kept, manifest.selection.rows
                 break
         self._look_at_others()
 
     def _look_at_others(self) -> None:
-        """What each background refresh did last, how fast, and what it says it is doing."""
-        seen: dict[str, str] = {}
-        fast: dict[str, str] = {}  # by the newest part that has landed
-        for text in tail(self.store.path / "events.jsonl", 1 << 16):
-            with suppress(ValueError, KeyError):
-                event = json.loads(text)
-                role = event["role"]
-                if role.startswith("trainer") or role in fast or event["name"] not in ("generate", "score", "wait"):
-                    continue
-                if event["name"] == "wait":
-                    seen.setdefault(role, "had nothing to do")
-                    continue
-                generation, part = event["generation"], event["part"]
-                what = {"generate": "generated", "score": "scored"}[event["name"]]
-                seen.setdefault(role, f"{what} g{generation} part {part + 1}/{self.parts() or '?'}")
+        """What each background refresh did last, how fast it wrote, and what it is doing now."""
+        said: dict[str, list[str]] = {}
+        timed: set[str] = set()  # by the newest part that has landed
+        for raw in newest(self.store.path / "events.jsonl", 1 << 16):
+            span = as_span(raw)
+            if span is None or span.role.startswith("trainer") or span.role in timed:
+                continue
+            generation, part = span.facts.get("generation"), span.facts.get("part")
+            if span.name == SpanName.WAIT:
+                said.setdefault(span.role, ["had nothing to do"])
+            elif span.name in DID and isinstance(generation, int) and isinstance(part, int):
+                said.setdefault(span.role, [f"{DID[span.name]} g{generation} part {part + 1}/{self.parts() or '?'}"])
                 tokens = self._tokens_of(generation, part)
-                if event["name"] == "generate" and tokens and event["end"] > event["start"]:
-                    fast[role] = f"{tokens / (event['end'] - event['start']):,.0f} tokens/s generated"
-        seen = {role: f"{what}; {fast[role]}" if role in fast else what for role, what in seen.items()}
-        for log in sorted((self.store.path / "logs").glob("refresh-*.log")):
-            now = next(tail(log, 1 << 12), "").strip()
-            if "/" in now and now.split(" ")[-1] in ("responses", "tokens"):  # a line of progress
-                doing = f"now {now.rpartition(': ')[2]}"
-                seen[log.stem] = f"{seen[log.stem]}; {doing}" if log.stem in seen else now
-            seen.setdefault(log.stem, "is starting")
-        self._others = dict(sorted(seen.items()))
+                if span.name == SpanName.GENERATE and tokens and span.seconds > 0:
+                    timed.add(span.role)
+                    said[span.role].append(f"{tokens / span.seconds:,.0f} tokens/s generated")
+        logs = self.store.path / "logs"
+        for file in logs.glob("*.progress.json"):
+            with suppress(OSError, ValueError):  # it has just ended
+                task, role = Progress.from_json(json.loads(file.read_text("utf-8"))), file.name.removesuffix(".progress.json")
+                name = f"now {task.short}" if role in said else task.name
+                said.setdefault(role, []).append(f"{name}: {pace_of(task)}")
+        for log in logs.glob("refresh-*.log"):
+            said.setdefault(log.stem, ["is starting"])
+        self._others = {role: "; ".join(said[role]) for role in sorted(said)}
 
     def _tokens_of(self, generation: int, part: int) -> int:
         """Response tokens of a part, once it has landed."""
@@ -159,27 +157,27 @@ class RunView:
         ]
         task = self.task  # another thread may take it away meanwhile
         if task is not None:
-            rows.append(("now", Text(f"{task.name.rpartition(': ')[2]}: {task.figures()}")))
+            rows.append(("now", Text(f"{task.short}: {pace_of(task)}")))
         landed = ", ".join(f"g{g} {there}/{self.parts() or '?'}" for g, there in self._landed.items())
         if landed and self.parts():
             rows.append(("parts landed", Text(landed)))
         if self._kept is not None:
             g, kept, n = self._kept
             rows.append(("kept", Text(f"{kept / n:.1%} of g{g}: {kept:,} of {n:,} responses" if n else "–")))
-        if line:
-            rows.append(("loss", Text(f"{line['loss']:.4f}   CE {line['ce']:.4f}, KD {line['kd']:.4f}")))
+        if line is not None:
+            rows.append(("loss", Text(f"{line.loss:.4f}   CE {line.ce:.4f}, KD {line.kd:.4f}")))
             rows += self._near_policy(line)
             rows.append(("trainer", Text(f"{self._speed:,.0f} tokens/s while training, {at.tokens:,} tokens trained")))
         rows += [(role, Text(what)) for role, what in self._others.items()]
         return rows
 
-    def _near_policy(self, line: dict[str, Any]) -> list[tuple[str, Row]]:
-        smooth = getattr(self.at, "near_policy_kl", None)
-        value = smooth if smooth is not None else line.get("near_policy_kl")
+    def _near_policy(self, line: StepLine) -> list[tuple[str, Row]]:
+        smooth = self.at.near_policy_kl
+        value = smooth if smooth is not None else line.near_policy_kl
         if value is None:
             return []
         budget = self.config.schedule.kl_budget
-        proxy = " (proxy)" if line.get("near_policy_kl_is_proxy") else ""
+        proxy = " (proxy)" if line.near_policy_kl_is_proxy else ""
         if budget is None:
             return [("near-policy KL", Text(f"{value:.4f}{proxy}   no budget"))]
         return [("near-policy KL", _bar(min(1.0, value / budget), f"{value:.4f} of {budget:g}{proxy}"))]

@@ -24,6 +24,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, select_autoescape
 
 from npd.errors import UserError
+from npd.observe.events import SpanName
 from npd.report import figures as fig
 from npd.report import pictures as pic
 from npd.report import tables as tab
@@ -54,7 +55,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Section:
+class Chapter:
     id: str
     title: str
     intro: list[str] = field(default_factory=list)
@@ -74,7 +75,7 @@ class Page:
     subtitle: str
     state: str
     tiles: list[tab.Tile]
-    sections: list[Section]
+    chapters: list[Chapter]
     missing: list[str]
     browser: Browser = field(default_factory=Browser)
 
@@ -122,17 +123,17 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
     generations = tab.generation_table(facts, browser)
     sources = tab.source_table(facts)
     evaluation = tab.evaluation_table(runs)
-    sections = [
-        Section("failure", "What went wrong", *failure(facts)),
-        Section(
+    chapters = [
+        Chapter("failure", "What went wrong", *what_went_wrong(facts)),
+        Chapter(
             "spent",
             "Before, after, and what it took",
             tables=[t for t in [evaluation] if t],
             bars=tab.bars(facts),
             figures=fig.evaluation_curves(runs),
         ),
-        Section("training", "Training", figures=fig.curves(runs)),
-        Section(
+        Chapter("training", "Training", figures=fig.curves(runs)),
+        Chapter(
             "selection",
             "Selection: Δ-IFD",
             intro=[SELECTION] if np.isfinite(facts.column("delta_ifd").astype(float)).any() else [],
@@ -141,15 +142,15 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
             ),
             tables=[t for t in [sources] if t],
         ),
-        Section(
+        Chapter(
             "data",
             "Responses",
             figures=_some(pic.lengths(facts)),
             tables=[t for t in [generations, tab.engine_table(facts)] if t],
         ),
-        Section("time", "Time", intro=[TIME] if facts.events else [], figures=_some(pic.timeline(facts))),
-        Section("samples", "Samples", browser=bool(browser.samples)),
-        Section("configuration", "Configuration and versions", codes=configuration(facts)),
+        Chapter("time", "Time", intro=[TIME] if facts.events else [], figures=_some(pic.timeline(facts))),
+        Chapter("samples", "Samples", browser=bool(browser.samples)),
+        Chapter("configuration", "Configuration and versions", codes=configuration(facts)),
     ]
     command = f"npd {facts.command}" if facts.command else "npd"
     teacher = facts.option("teacher.model") or facts.option("teacher.server") or "references"
@@ -159,7 +160,7 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
         f"{command} · {facts.option('student.model', '?')} ← {teacher} · {when}",
         facts.status.kind,
         tab.tiles(facts),
-        [section for section in sections if section],
+        [chapter for chapter in chapters if chapter],
         [*([facts.status.sentence] if facts.status.kind in ("running", "between") else []), *facts.missing],
         browser,
     )
@@ -180,25 +181,23 @@ def _some(*figures: fig.Figure | None) -> list[fig.Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def failure(facts: RunFacts) -> tuple[list[str], list[tab.Table], list[tab.Bar], list[fig.Figure], list[Code]]:
+def what_went_wrong(facts: RunFacts) -> tuple[list[str], list[tab.Table], list[tab.Bar], list[fig.Figure], list[Code]]:
     """Of a run that failed or was stopped: what happened, when, where, the last words, what to do next."""
     if facts.status.kind not in ("failed", "stopped"):
         return [], [], [], [], []
-    store, event = Store(facts.path), facts.status.failure
+    store, failed, failure = Store(facts.path), facts.status.failed, facts.status.failure
     said = [facts.status.sentence]
     codes = []
-    if event is not None:
-        where = f"Process {event.get('process', '?')}, the {event.get('role', 'trainer')}"
-        step = f", after step {facts.steps[-1]['step']:,}" if facts.steps else ", before the first optimiser step"
-        said.append(f"{where}{step}.")
-        message = str(event.get("message", ""))
-        if message:
-            codes.append(Code(f"The message ({event.get('error', 'error')})", message, open=True))
-        if event.get("traceback"):
-            codes.append(Code("Traceback", str(event["traceback"])))
-    for death in [e for e in facts.events if e["name"] == "restart"][-5:]:
-        how = f"refresh-{death.get('rank', '?')} died (exit status {death.get('code', '?')})"
-        said.append(f"At {clock(death['start'])} {how} and was started again.")
+    if failed is not None and failure is not None:
+        step = f", after step {facts.steps[-1].step:,}" if facts.steps else ", before the first optimiser step"
+        said.append(f"Process {failed.process}, the {failed.role}{step}.")
+        if failure.message:
+            codes.append(Code(f"The message ({failure.error})", failure.message, open=True))
+        if failure.traceback:
+            codes.append(Code("Traceback", failure.traceback))
+    for death in [event for event in facts.events if event.name == SpanName.RESTART][-5:]:
+        how = f"refresh-{death.facts.get('rank', '?')} died (exit status {death.facts.get('code', '?')})"
+        said.append(f"At {clock(death.start)} {how} and was started again.")
     steps = store.checkpoints()
     resume = (
         f"It goes on from step {steps[-1]:,}, the newest checkpoint."
@@ -206,15 +205,15 @@ def failure(facts: RunFacts) -> tuple[list[str], list[tab.Table], list[tab.Bar],
         else "There is no checkpoint yet: training begins anew, from the parts that are there."
     )
     again = f"npd {facts.command or 'distill'} {shlex.quote(str(facts.path))}"
-    if event is None:
+    if failure is None:
         said.append(
             "What to do: if it ran out of memory (`dmesg` names killed processes), lower rollout.batch_size, "
             "scoring.batch_tokens or training.micro_batch_rows; then run the same command again. "
             f"{resume} Everything that was finished is kept."
         )
-    elif how_it_ended(event).startswith("was stopped"):
+    elif how_it_ended(failure).startswith("was stopped"):
         said.append(f"What to do: run the same command again. {resume}")
-    elif event.get("explained"):
+    elif failure.explained:
         said.append(f"What to do: the message says how to mend it; then run the same command again. {resume}")
     else:
         said.append(
@@ -243,23 +242,23 @@ def comparison_page(runs: list[RunFacts]) -> Page:
         drawn = [(names[i], draw(run, f"{id}-{i}")) for i, run in enumerate(runs)]
         return [fig.retitled(figure, f"{name}: {figure.title}") for name, figure in drawn if figure is not None]
 
-    sections = [
-        Section(
+    chapters = [
+        Chapter(
             "runs",
             "Figures",
             tables=[t for t in [tab.run_table(runs), tab.evaluation_table(runs)] if t],
             figures=_some(*fig.evaluation_points(runs)),
         ),
-        Section("differences", "What differs", tables=[tab.differing_table(runs)]),
-        Section("training", "Training", figures=[*fig.evaluation_curves(runs), *fig.curves(runs)]),
-        Section(
+        Chapter("differences", "What differs", tables=[tab.differing_table(runs)]),
+        Chapter("training", "Training", figures=[*fig.evaluation_curves(runs), *fig.curves(runs)]),
+        Chapter(
             "selection",
             "Selection: Δ-IFD",
             intro=[SELECTION],
             figures=[*_some(pic.delta_overlay(runs)), *each(pic.delta_histogram, "delta"), *each(pic.ifd_scatter, "scatter")],
         ),
-        Section("data", "Responses", figures=each(pic.lengths, "lengths")),
-        Section(
+        Chapter("data", "Responses", figures=each(pic.lengths, "lengths")),
+        Chapter(
             "time",
             "Time",
             figures=each(pic.timeline, "timeline"),
@@ -277,7 +276,7 @@ def comparison_page(runs: list[RunFacts]) -> Page:
         f"{len(runs)} runs compared · written {clock(time.time())}",
         "",
         [],
-        [section for section in sections if section],
+        [chapter for chapter in chapters if chapter],
         missing,
     )
 
@@ -286,7 +285,7 @@ def comparison_page(runs: list[RunFacts]) -> Page:
 
 
 def render(page: Page) -> str:
-    figures = {figure.id: figure for section in page.sections for figure in section.figures}
+    figures = {figure.id: figure for chapter in page.chapters for figure in chapter.figures}
     data = {
         "figures": {
             id: {"traces": figure.traces, "layout": figure.layout, "height": figure.height} for id, figure in figures.items()

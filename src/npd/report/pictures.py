@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from npd.observe.events import SpanName
+from npd.records import number_of
 from npd.report.facts import RunFacts
-from npd.report.figures import RUNS, VERDICTS, Figure, Trace, axis, label, named
+from npd.report.figures import RUNS, Figure, Trace, axis, label, named, verdict_colour, verdicts_of
 from npd.report.reduce import edges_for, few_digits, histogram, spread
 from npd.report.text import plot_text
 from npd.report.timeline import coarser, innermost, lanes
@@ -23,14 +25,19 @@ LANE_STRETCHES = 400  # a lane of the timeline is this many stretches long at mo
 
 
 def bounds(run: RunFacts) -> tuple[float, float] | None:
-    """The band that was kept: as configured, or the widest that the adaptive rule gave; None without a rule."""
-    rule = run.option("selection.rule")
-    if rule == "adaptive":
-        pairs = [m["selection"]["bounds"] for m in run.manifests.values() if m["selection"].get("bounds")]
-        return (min(p[0] for p in pairs), max(p[1] for p in pairs)) if pairs else None
-    if rule != "delta_ifd":
-        return None
-    return float(run.option("selection.lower", 0.0)), float(run.option("selection.upper", 0.8))
+    """The widest band that a manifest says was kept; None where none says so.
+
+    Manifests that have no bounds may be of a rule without any, or older than their being kept there: the configured band
+    then counts if every verdict read is what it gives.
+    """
+    pairs = [pair for manifest in run.manifests.values() if (pair := manifest.selection.bounds) is not None]
+    if pairs:
+        return min(low for low, _ in pairs), max(high for _, high in pairs)
+    low, high = (number_of(run.option(f"selection.{end}")) for end in ("lower", "upper"))
+    delta, verdict = run.column("delta_ifd").astype(float), run.column("verdict")
+    judged = np.isfinite(delta)
+    given = np.where(delta < low, "degenerate", np.where(delta > high, "disconnect", "proximal"))
+    return (low, high) if low <= high and judged.any() and (given[judged] == verdict[judged]).all() else None
 
 
 def delta_histogram(run: RunFacts, id: str = "delta") -> Figure | None:
@@ -45,18 +52,18 @@ def delta_histogram(run: RunFacts, id: str = "delta") -> Figure | None:
     edges = edges_for(delta, 70, *inside)
     centres, width = (edges[:-1] + edges[1:]) / 2, edges[1] - edges[0]
     traces, below, above = [], 0, 0
-    for name in VERDICTS:
+    for name in verdicts_of([run]):
         counts, under, over = histogram(delta[verdict == name], edges)
         below, above = below + under, above + over
         if counts.sum():
-            style = {"color": f"@{name}", "line": {"width": 0}}
+            style = {"color": verdict_colour(name), "line": {"width": 0}}
             traces.append(
                 {
                     "type": "bar",
                     "x": few_digits(centres),
                     "y": counts.tolist(),
                     "width": float(width),
-                    "name": name,
+                    "name": plot_text(name),
                     "marker": style,
                 }
             )
@@ -74,7 +81,7 @@ def delta_histogram(run: RunFacts, id: str = "delta") -> Figure | None:
     finite = delta[np.isfinite(delta)]
     q = np.quantile(finite, (0.05, 0.5, 0.95))
     summary = f"{len(finite):,} responses; Δ at 5%, 50% and 95%: {q[0]:.3f}, {q[1]:.3f}, {q[2]:.3f}. " + ", ".join(
-        f"{name} {int((verdict == name).sum()):,}" for name in VERDICTS if (verdict == name).any()
+        f"{name} {int((verdict == name).sum()):,}" for name in verdicts_of([run]) if (verdict == name).any()
     )
     if band:
         summary += f". Kept from {band[0]:.3g} to {band[1]:.3g}"
@@ -147,17 +154,18 @@ def ifd_scatter(run: RunFacts, id: str = "scatter") -> Figure | None:
             }
         )
     traces = []
-    for name in VERDICTS:
+    for name in verdicts_of([run]):
         here = shown[verdict[shown] == name]
         if len(here):
-            marker = {"color": f"@{name}/0.65", "size": 5 if name == "proximal" else 6, "symbol": SYMBOLS.get(name, "circle")}
+            size, symbol = 5 if name == "proximal" else 6, SYMBOLS.get(name, "circle")
+            marker = {"color": f"{verdict_colour(name)}/0.65", "size": size, "symbol": symbol}
             traces.append(
                 {
                     "type": "scatter",
                     "mode": "markers",
                     "x": few_digits(x[here], 4),
                     "y": few_digits(y[here], 4),
-                    "name": name,
+                    "name": plot_text(name),
                     "marker": marker,
                 }
             )
@@ -177,12 +185,12 @@ def ifd_scatter(run: RunFacts, id: str = "scatter") -> Figure | None:
 def boxes(run: RunFacts, by: str) -> Figure | None:
     """Quantiles of Δ (5, 25, 50, 75, 95%) by generation or by source, as the manifests have them."""
     rows: list[tuple[str, dict[str, float]]] = []
-    summed = [(g, m["selection"]) for g, m in sorted(run.manifests.items())]
+    summed = [(g, manifest.selection) for g, manifest in sorted(run.manifests.items())]
     if by == "generation":
-        rows = [(f"g{g}" if g >= 0 else "references", s["delta_ifd_quantiles"]) for g, s in summed]
+        rows = [(f"g{g}" if g >= 0 else "references", s.delta_ifd_quantiles) for g, s in summed]
     elif summed:
         newest = [s for g, s in summed if g >= 0] or [s for _, s in summed]
-        rows = [(name or "(none)", s["delta_ifd_quantiles"]) for name, s in newest[-1]["sources"].items()]
+        rows = [(name or "(none)", s.delta_ifd_quantiles) for name, s in newest[-1].sources.items()]
     rows = [(name, q) for name, q in rows if len(q) == 5]
     if len(rows) < 2:
         return None
@@ -236,20 +244,20 @@ def lengths(run: RunFacts, id: str = "lengths") -> Figure | None:
 
 # -- time
 
-COLOURS = {
-    "train": "@green",
-    "generate": "@accent",
-    "score": "@purple",
-    "wait": "@wait",
-    "load": "@orange",
-    "evaluate": "@yellow",
-    "write": "@sky",
-    "publish": "@red",
-    "checkpoint": "@red",
-    "save": "@red",
-    "store": "@sky",
-    "check": "@yellow",
-    "finish": "@sky",
+COLOURS: dict[str, str] = {
+    SpanName.TRAIN: "@green",
+    SpanName.GENERATE: "@accent",
+    SpanName.SCORE: "@purple",
+    SpanName.WAIT: "@wait",
+    SpanName.LOAD: "@orange",
+    SpanName.EVALUATE: "@yellow",
+    SpanName.WRITE: "@sky",
+    SpanName.PUBLISH: "@red",
+    SpanName.CHECKPOINT: "@red",
+    SpanName.SAVE: "@red",
+    SpanName.STORE: "@sky",
+    SpanName.CHECK: "@yellow",
+    SpanName.FINISH: "@sky",
 }
 
 
@@ -258,8 +266,8 @@ def timeline(run: RunFacts, id: str = "timeline") -> Figure | None:
     found = lanes(run.events)
     if not found:
         return None
-    origin = min(s["start"] for spans in found.values() for s in spans)
-    wall = max(s["end"] for spans in found.values() for s in spans) - origin
+    origin = min(s.start for spans in found.values() for s in spans)
+    wall = max(s.end for spans in found.values() for s in spans) - origin
     roles: dict[tuple[str, str], list[Any]] = {}
     for (role, _, thread), spans in found.items():  # a process that was started again goes on in its lane
         name = role if thread == "MainThread" else f"{role}, {thread}"
@@ -290,7 +298,7 @@ def timeline(run: RunFacts, id: str = "timeline") -> Figure | None:
                 "marker": {
                     "color": COLOURS.get(what, "@muted"),
                     "line": {"width": 0},
-                    **({"pattern": {"shape": "/"}} if what == "wait" else {}),
+                    **({"pattern": {"shape": "/"}} if what == SpanName.WAIT else {}),
                 },
                 "hovertemplate": "%{fullData.name}: %{x:.2f} s from %{base:.1f} s<extra>%{y}</extra>",
             }

@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
-from npd.evaluation.verify import wilson_interval
-from npd.observe.events import seconds_by_role
-from npd.report.facts import RunFacts
-from npd.report.figures import VERDICTS, has_interval, label, number, smooth_near_policy
+from npd.config import flat
+from npd.intervals import wilson_interval
+from npd.observe.events import SpanName, seconds_by_role
+from npd.records import KEPT, EngineCheck, number_of
+from npd.report.facts import UNDER_WAY, RunFacts
+from npd.report.figures import evaluated, has_interval, label, number, smooth_near_policy, verdicts_of
 from npd.report.samples import Browser
-from npd.selection import KEPT
 from npd.store import REFERENCE
 
 MOST_ROWS = 30  # of a table; of more, the first and the last
 
-WORK = {
-    "train": "train",
-    "generate": "generate",
-    "score": "score",
-    "wait": "wait",
-    "evaluate": "evaluate",
-    "load": "load models",
-    "checkpoint": "checkpoint",
-    "publish": "publish",
-    "save": "save",
-    "store": "store",
-    "verify": "verify",
-    "check": "check",
-    "finish": "finish",
-    "under way": "under way",
-}
+WORK: tuple[str, ...] = (
+    SpanName.TRAIN,
+    SpanName.GENERATE,
+    SpanName.SCORE,
+    SpanName.WAIT,
+    SpanName.EVALUATE,
+    SpanName.LOAD,
+    SpanName.CHECKPOINT,
+    SpanName.PUBLISH,
+    SpanName.SAVE,
+    SpanName.STORE,
+    SpanName.VERIFY,
+    SpanName.CHECK,
+    SpanName.FINISH,
+    UNDER_WAY,
+)
+"""What a process's time is split into; the rest is "other"."""
+NAMES: dict[str, str] = {SpanName.LOAD: "load models"}
 
 
 @dataclass(frozen=True)
@@ -78,20 +82,23 @@ def percent(share: float, digits: int = 1) -> str:
     return f"{100 * share:.{digits}f}%"
 
 
-def interval(figures: dict[str, Any], key: str) -> str:
+def interval(figures: Mapping[str, float], key: str) -> str:
     """An evaluation figure, an accuracy with its 95% interval."""
     value = figures.get(key)
-    if not isinstance(value, int | float):
+    if value is None:
         return "–"
     if has_interval(figures, key):
-        return f"{100 * value:.1f}% [{100 * figures[f'{key}_low']:.1f}, {100 * figures[f'{key}_high']:.1f}]"
-    return percent(value) if "accuracy" in key or "pass@" in key or key.endswith("agreement") else number(value, 3)
+        return f"{percent(value)} [{100 * figures[f'{key}_low']:.1f}, {100 * figures[f'{key}_high']:.1f}]"
+    return point(figures, key)
 
 
-def evaluated(run: RunFacts) -> list[str]:
-    """Names of the figures that evaluations gave, but interval ends and counts."""
-    keys = dict.fromkeys(key for line in run.evaluations for key in line if key.startswith("eval/"))
-    return [key for key in keys if not key.endswith(("_low", "_high", "_tokens"))]
+def point(figures: Mapping[str, float], key: str) -> str:
+    """An evaluation figure without its interval."""
+    value = figures.get(key)
+    if value is None:
+        return "–"
+    share = has_interval(figures, key) or "accuracy" in key or "pass@" in key or key.endswith("agreement")
+    return percent(value) if share else number(value, 3)
 
 
 def verdict_counts(run: RunFacts, generation: int | None = None) -> Counter[str]:
@@ -101,7 +108,7 @@ def verdict_counts(run: RunFacts, generation: int | None = None) -> Counter[str]
     for g in {*run.manifests, *np.unique(of).tolist()}:
         if (generation is not None and g != generation) or (generation is None and g == REFERENCE and len(run.parts) > 1):
             continue
-        counts += Counter(run.manifests[g]["selection"]["verdicts"] if g in run.manifests else verdicts[of == g].tolist())
+        counts += Counter(run.manifests[g].selection.verdicts if g in run.manifests else verdicts[of == g].tolist())
     return counts
 
 
@@ -130,18 +137,18 @@ def duration(seconds: float) -> str:
 def tiles(run: RunFacts) -> list[Tile]:
     """The headline: before and after, the teacher's ceiling, speed, kept share, staleness."""
     out = []
-    first, last = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else ({}, {})
-    for key in evaluated(run):
+    for key in evaluated([run]):
+        first, last = run.evaluations[0], run.evaluations[-1]
         if "pass@" in key or key.endswith("top1_agreement"):
             continue
         ceiling = interval(run.teacher, key.replace("eval/", "teacher/", 1))
         beside = f"; teacher {ceiling}" if ceiling != "–" else ""
         name = key.removeprefix("eval/").replace("kl_to_teacher", "KL to the teacher").replace("/accuracy", " accuracy")
         if first is last:
-            out.append(Tile(name, interval(last, key), f"at step {last['step']}{beside}"))
+            out.append(Tile(name, interval(last.figures, key), f"at step {last.step}{beside}"))
         else:
-            before, after = interval(first, key), interval(last, key)
-            head = f"{before.split(' [')[0]} → {after.split(' [')[0]}"
+            before, after = interval(first.figures, key), interval(last.figures, key)
+            head = f"{point(first.figures, key)} → {point(last.figures, key)}"
             detail = f"before {before}, after {after}{beside}" if "[" in after else f"nats a token, before and after{beside}"
             out.append(Tile(name, head, detail))
     wall, tokens = wall_seconds(run), trained_tokens(run)
@@ -179,22 +186,23 @@ def bars(run: RunFacts) -> list[Bar]:
         wall = seconds.get("wall", 0.0)
         if not wall:
             continue
-        shares = [
-            Share(WORK[n], seconds[n] / wall, f"{seconds[n]:.1f} s ({percent(seconds[n] / wall)})")
-            for n in WORK
-            if seconds.get(n, 0.0) > 0.0005 * wall
-        ]
-        rest = wall - sum(seconds[n] for n in WORK if seconds.get(n, 0.0) > 0.0005 * wall)
+        shown = {name: seconds[name] for name in WORK if seconds.get(name, 0.0) > 0.0005 * wall}
+        rest = wall - sum(shown.values())
         if rest > 0.001 * wall:
-            shares.append(Share("other", rest / wall, f"{rest:.1f} s ({percent(rest / wall)})"))
+            shown["other"] = rest
+        shares = [
+            Share(NAMES.get(name, str(name)), spent / wall, f"{spent:.1f} s ({percent(spent / wall)})")
+            for name, spent in shown.items()
+        ]
         out.append(Bar(f"Time of {role}, {duration(wall)}", sorted(shares, key=lambda s: -s.share)))
     counts = verdict_counts(run)
     if n := counts.total():
-        shares = [Share(v, counts[v] / n, f"{counts[v]:,} ({percent(counts[v] / n)})") for v in VERDICTS if counts[v]]
+        seen = [verdict for verdict in verdicts_of([run]) if counts[verdict]]
+        shares = [Share(v, counts[v] / n, f"{counts[v]:,} ({percent(counts[v] / n)})") for v in seen]
         out.append(Bar(f"Responses, {n:,}", shares))
-    spent = token_counts(run)
-    if total := sum(spent.values()):
-        shares = [Share(name, n / total, f"{n:,} ({percent(n / total)})") for name, n in spent.items() if n]
+    tokens = token_counts(run)
+    if total := sum(tokens.values()):
+        shares = [Share(name, n / total, f"{n:,} ({percent(n / total)})") for name, n in tokens.items() if n]
         there = sum(n for g, parts in run.parts.items() if g != REFERENCE or len(run.parts) == 1 for n in parts.values())
         which = "on disk" if total >= there else f"of the parts that were read, out of {there:,} on disk"
         out.append(Bar(f"Response tokens {which}, {total:,}", shares))
@@ -205,7 +213,7 @@ def token_counts(run: RunFacts) -> dict[str, int]:
     """Response tokens of the responses that were read, kept and by why they were dropped."""
     verdict, tokens = run.column("verdict"), run.column("tokens")
     own = run.column("generation") != REFERENCE if len(run.parts) > 1 else np.ones(len(verdict), bool)
-    return {v: int(tokens[own & (verdict == v)].sum()) for v in VERDICTS if (own & (verdict == v)).any()}
+    return {v: int(tokens[own & (verdict == v)].sum()) for v in verdicts_of([run]) if (own & (verdict == v)).any()}
 
 
 def generation_table(run: RunFacts, browser: Browser) -> Table | None:
@@ -215,8 +223,8 @@ def generation_table(run: RunFacts, browser: Browser) -> Table | None:
     if not numbers:
         return None
     shown = [g for g in middle_left_out(numbers) if g is not None]
-    dropped = [v for v in VERDICTS if v not in KEPT and any(verdict_counts(run, g)[v] for g in shown)]
-    ended = {line["generation"]: line for line in run.ended if "generation" in line}
+    dropped = [v for v in verdicts_of([run]) if v not in KEPT and any(verdict_counts(run, g)[v] for g in shown)]
+    ended = {end.generation: end for end in run.ended}
     rows = []
     for g in middle_left_out(numbers):
         if g is None:
@@ -225,12 +233,12 @@ def generation_table(run: RunFacts, browser: Browser) -> Table | None:
         manifest, mine = run.manifests.get(g), of == g
         counts = verdict_counts(run, g)
         n = counts.total()
-        quantiles = (manifest or {}).get("selection", {}).get("delta_ifd_quantiles") or {}
+        quantiles = manifest.selection.delta_ifd_quantiles if manifest else {}
         delta = " / ".join(f"{quantiles[q]:.3f}" for q in ("0.05", "0.5", "0.95")) if quantiles else "–"
-        response_tokens = manifest.get("response_tokens") if manifest else sum(run.parts.get(g, {}).values())
-        cut = manifest.get("length_stops") if manifest else int((finish[mine] == "length").sum())
+        response_tokens = manifest.response_tokens if manifest else sum(run.parts.get(g, {}).values())
+        cut = manifest.length_stops if manifest else int((finish[mine] == "length").sum())
         mass, agreed, measured = browser.mass.get(g, (None, None, 0))
-        end = ended.get(g, {})
+        end = ended.get(g)
         rows.append(
             [
                 "references" if g == REFERENCE else f"g{g}" + ("" if manifest else " (unfinished)"),
@@ -243,8 +251,8 @@ def generation_table(run: RunFacts, browser: Browser) -> Table | None:
                 percent(cut / n) if n and cut is not None else "–",
                 "–" if mass is None else f"{mass:.4f}",
                 "–" if agreed is None else percent(agreed),
-                f"{end['generation_ended']} after {number(end['passes'], 3)}" if "passes" in end else "–",
-                number(end.get("near_policy_kl_smoothed"), 3),
+                f"{end.reason} after {number(end.passes, 3)}" if end else "–",
+                number(end.near_policy_kl_smoothed, 3) if end else "–",
             ]
         )
     columns = [
@@ -301,14 +309,14 @@ def source_table(run: RunFacts) -> Table | None:
 
 def evaluation_table(runs: Sequence[RunFacts]) -> Table | None:
     """Evaluation figures before and after, with intervals, and the teacher's."""
-    keys = list(dict.fromkeys(key for run in runs for key in evaluated(run)))
+    keys = evaluated(runs)
     if not keys:
         return None
     rows = []
     for key in keys:
         for i, run in enumerate(runs):
             if run.evaluations:
-                ends = [interval(run.evaluations[0], key), interval(run.evaluations[-1], key)]
+                ends = [interval(line.figures, key) for line in (run.evaluations[0], run.evaluations[-1])]
                 ceiling = interval(run.teacher, key.replace("eval/", "teacher/", 1))
                 rows.append([key.removeprefix("eval/"), label(runs, i), *ends, ceiling])
     columns = ["figure", "run", "before", "after", "teacher"]
@@ -323,11 +331,14 @@ def evaluation_table(runs: Sequence[RunFacts]) -> Table | None:
 
 def engine_table(run: RunFacts) -> Table | None:
     """How far the rollout engine's log-probabilities were from those of the same weights in transformers."""
-    keys = ("generation", "part", "samples", "tokens", "mean_difference", "mean_abs_difference")
-    checks = [e for e in run.events if e["name"] == "engine" and all(isinstance(e.get(k), int | float) for k in keys)]
-    rows = [[number(e[k]) for k in keys] for e in checks[-MOST_ROWS:]]
+    rows = []
+    for event in [e for e in run.events if e.name == SpanName.ENGINE]:
+        with suppress(ValueError):
+            check, generation = EngineCheck.from_json(event.facts), number_of(event.facts.get("generation"))
+            rows.append([number(value) for value in (generation, *check.to_json().values())])
     note = "Log-probabilities of the engine minus those of the snapshot in transformers, nats a token."
-    return Table("Checks of the engine", [key.replace("_", " ") for key in keys], rows, note) if rows else None
+    columns = ["generation", *(spec.name.replace("_", " ") for spec in fields(EngineCheck))]
+    return Table("Checks of the engine", columns, rows[-MOST_ROWS:], note) if rows else None
 
 
 def run_table(runs: Sequence[RunFacts]) -> Table:
@@ -354,7 +365,7 @@ def run_table(runs: Sequence[RunFacts]) -> Table:
                 f"{q[1]} [{q[0]}, {q[2]}]" if q else "–",
                 f"{percent(kept(counts) / n)} [{100 * low:.1f}, {100 * high:.1f}]" if n else "–",
                 number(float(smooth.max()), 3) if len(smooth) else "–",
-                number(run.steps[-1]["loss"]) if run.steps else "–",
+                number(run.steps[-1].loss) if run.steps else "–",
             ]
         )
     columns = [
@@ -372,26 +383,18 @@ def run_table(runs: Sequence[RunFacts]) -> Table:
     return Table("Runs", columns, rows)
 
 
-def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        out |= flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return out
-
-
 def differing_table(runs: Sequence[RunFacts]) -> Table:
     """Options and versions that are not alike in all runs."""
     trees = [flat(run.config | {"versions": run.versions, "command": run.command}) for run in runs]
     keys = list(dict.fromkeys(key for tree in trees for key in tree if key != "run_dir"))
     rows = []
     for key in keys:
-        values = [_plain(tree[key]) if key in tree else "–" for tree in trees]
+        values = [as_yaml(tree[key]) if key in tree else "–" for tree in trees]
         if len(set(values)) > 1:
             rows.append([key, *values])
     note = "" if rows else "The runs have the same options and versions."
     return Table("What differs", ["key", *(label(runs, i) for i in range(len(runs)))], rows, note)
 
 
-def _plain(value: Any) -> str:
+def as_yaml(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

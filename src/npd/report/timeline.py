@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from npd.observe.events import MARKS
+from npd.records import Span
 from npd.report.output import check_output, write_output
-
-Event = dict[str, Any]
 
 
 class Stretch(NamedTuple):
@@ -22,32 +21,30 @@ class Stretch(NamedTuple):
     end: float
 
 
-def lanes(events: Iterable[Event]) -> dict[tuple[str, int, str], list[Event]]:
+def lanes(events: Iterable[Span]) -> dict[tuple[str, int, str], list[Span]]:
     """(role, process, thread) -> its spans in order of their start; the trainer's lanes first."""
-    found: defaultdict[tuple[str, int, str], list[Event]] = defaultdict(list)
+    found: defaultdict[tuple[str, int, str], list[Span]] = defaultdict(list)
     for event in events:
-        if event["name"] not in MARKS:
-            key = str(event.get("role", "trainer")), int(event.get("process", 0)), str(event.get("thread", "MainThread"))
-            found[key].append(event)
+        if event.name not in MARKS:
+            found[event.role, event.process, event.thread].append(event)
     ordered = sorted(
-        found, key=lambda k: (not k[0].startswith("trainer"), k[0], k[2] != "MainThread", min(e["start"] for e in found[k]))
+        found, key=lambda k: (not k[0].startswith("trainer"), k[0], k[2] != "MainThread", min(e.start for e in found[k]))
     )
-    return {key: sorted(found[key], key=lambda e: (e["start"], -e["end"])) for key in ordered}
+    return {key: sorted(found[key], key=lambda e: (e.start, -e.end)) for key in ordered}
 
 
-def innermost(spans: list[Event]) -> list[Stretch]:
+def innermost(spans: list[Span]) -> list[Stretch]:
     """One thread's spans as stretches that do not overlap: at any time the innermost span counts."""
     out: list[Stretch] = []
-    open_spans: list[Event] = []
+    open_spans: list[tuple[str, float]] = []  # name and end
     at = 0.0
 
     def close(until: float) -> None:
         nonlocal at
-        while open_spans and open_spans[-1]["end"] <= until:
-            span = open_spans.pop()
-            add(span["name"], span["end"])
+        while open_spans and open_spans[-1][1] <= until:
+            add(*open_spans.pop())
         if open_spans:
-            add(open_spans[-1]["name"], until)
+            add(open_spans[-1][0], until)
 
     def add(name: str, end: float) -> None:
         nonlocal at
@@ -55,12 +52,11 @@ def innermost(spans: list[Event]) -> list[Stretch]:
             out.append(Stretch(name, at, end))
             at = end
 
-    for span in sorted(spans, key=lambda e: (e["start"], -e["end"])):
-        close(span["start"])
-        at = max(at, span["start"])
+    for span in sorted(spans, key=lambda e: (e.start, -e.end)):
+        close(span.start)
+        at = max(at, span.start)
         # A clock that was set back may let a span end after the one around it; it then ends with that.
-        end = min(span["end"], open_spans[-1]["end"]) if open_spans else span["end"]
-        open_spans.append({"name": span["name"], "end": end})
+        open_spans.append((span.name, min(span.end, open_spans[-1][1]) if open_spans else span.end))
     close(float("inf"))
     return out
 
@@ -96,13 +92,13 @@ def coarser(stretches: list[Stretch], resolution: float) -> list[Stretch]:
     return out
 
 
-def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
+def chrome_trace(events: Iterable[Span]) -> dict[str, Any]:
     """Spans in the Trace Event Format: complete events ("X") in microseconds since the first, one track a thread.
 
     Marks such as `failed` are instants ("i"); further facts of a span are its `args`.
     """
     events = list(events)
-    origin = min((event["start"] for event in events), default=0.0)
+    origin = min((event.start for event in events), default=0.0)
     processes: dict[tuple[str, int], int] = {}  # processes of two machines may have one number
     threads: dict[tuple[int, str], int] = {}
     trace: list[dict[str, Any]] = []
@@ -110,9 +106,8 @@ def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
     def name(kind: str, pid: int, tid: int, text: str) -> None:
         trace.append({"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": text}})
 
-    for event in sorted(events, key=lambda e: (e["start"], -e["end"])):
-        role, process = str(event.get("role", "trainer")), int(event.get("process", 0))
-        thread = str(event.get("thread", "MainThread"))
+    for event in sorted(events, key=lambda e: (e.start, -e.end)):
+        role, process, thread = event.role, event.process, event.thread
         if (role, process) not in processes:
             processes[role, process] = len(processes) + 1
             name("process_name", processes[role, process], 0, f"{role} (process {process})")
@@ -120,24 +115,23 @@ def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
         if (pid, thread) not in threads:
             threads[pid, thread] = len(threads) + 1
             name("thread_name", pid, threads[pid, thread], thread)
-        known = ("name", "start", "end", "role", "process", "thread")
         entry: dict[str, Any] = {
-            "name": event["name"],
+            "name": event.name,
             "cat": role,
             "pid": pid,
             "tid": threads[pid, thread],
-            "ts": (event["start"] - origin) * 1e6,
-            "args": {key: value for key, value in event.items() if key not in known},
+            "ts": (event.start - origin) * 1e6,
+            "args": event.facts,
         }
-        if event["name"] in MARKS:
+        if event.name in MARKS:
             entry |= {"ph": "i", "s": "g"}
         else:
-            entry |= {"ph": "X", "dur": max(0.0, event["end"] - event["start"]) * 1e6}
+            entry |= {"ph": "X", "dur": max(0.0, event.seconds) * 1e6}
         trace.append(entry)
     return {"traceEvents": trace, "displayTimeUnit": "ms", "otherData": {"origin_seconds_since_epoch": origin}}
 
 
-def write_trace(events: Iterable[Event], path: Path) -> int:
+def write_trace(events: Iterable[Span], path: Path) -> int:
     """Write a trace file; the number of spans and marks in it.
 
     Raises:

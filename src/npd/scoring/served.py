@@ -120,7 +120,7 @@ def check_server(config: TeacherConfig, question: Question) -> list[str]:
     try:
         return _check(config, question)
     except RunError as error:
-        raise UserError(f"{str(error).split(' Nothing that was')[0]} Start it, or correct teacher.server.") from None
+        raise UserError(error.what, "Start it, or correct teacher.server.") from None
 
 
 def _check(config: TeacherConfig, question: Question) -> list[str]:

@@ -84,8 +84,8 @@ class Server:
                 if stop.is_set() or time.monotonic() + pause - began > patience:
                     asked = f" (asked {tries} times in {time.monotonic() - began:.0f} s)" if tries > 1 else ""
                     raise RunError(
-                        f"The server {self.url} can't be used: {error}{asked}. Nothing that was finished is lost: see to the "
-                        "server and run the same command again."
+                        f"The server {self.url} can't be used: {error}{asked}.",
+                        "Nothing that was finished is lost: see to the server and run the same command again.",
                     ) from None
                 self._is_away(str(error), patience)
                 stop.wait(pause)

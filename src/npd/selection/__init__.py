@@ -7,7 +7,8 @@ arXiv:2402.00530; the difference of teacher and student and its bands from Near-
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,8 +17,9 @@ import pyarrow.compute as pc
 
 from npd.config import SelectionConfig
 from npd.errors import RunError
+from npd.records import DEGENERATE, DISCONNECT, KEPT, PROXIMAL, UNDEFINED, SelectionSummary
 from npd.registry import RULES
-from npd.selection.rules import DEGENERATE, DISCONNECT, KEPT, PROXIMAL, UNDEFINED, Bounds, Judgement, Rule, bands
+from npd.selection.rules import Bounds, Judgement, Rule, bands
 
 __all__ = [
     "DEGENERATE", "DISCONNECT", "KEPT", "PROXIMAL", "QUANTILES", "UNDEFINED", "Bounds", "Judgement", "Rule", "Select",
@@ -103,39 +105,39 @@ class Summary:
             self.verdicts[source].update(mine["verdict"].to_pylist())
             self.deltas[source].append(mine["delta_ifd"].to_numpy().astype(np.float32))
 
-    def result(self) -> dict[str, Any]:
-        """JSON types; `bounds` are the lowest and the highest that any part had."""
-        return self._one(list(self.verdicts)) | {"sources": {source: self._one([source]) for source in sorted(self.verdicts)}}
+    def result(self) -> SelectionSummary:
+        """Of all that was added; `bounds` are the lowest and the highest that any part had."""
+        sources = {source: self._one([source]) for source in sorted(self.verdicts)}
+        return replace(self._one(list(self.verdicts)), sources=sources)
 
-    def _one(self, sources: list[str]) -> dict[str, Any]:
+    def _one(self, sources: list[str]) -> SelectionSummary:
         counts = sum((self.verdicts[source] for source in sources), Counter())
         deltas = np.concatenate([piece for source in sources for piece in self.deltas[source]] or [np.empty(0, np.float32)])
         finite = deltas[np.isfinite(deltas)]
         quantiles = [float(q) for q in np.quantile(finite, QUANTILES)] if finite.size else []
         bounds = [b for source in sources for b in self.bounds[source]]
-        return {
-            "rows": counts.total(),
-            "verdicts": dict(sorted(counts.items())),
-            "delta_ifd_quantiles": dict(zip(map(str, QUANTILES), quantiles, strict=False)),
-            **({"bounds": [float(min(b.lower for b in bounds)), float(max(b.upper for b in bounds))]} if bounds else {}),
-        }
+        return SelectionSummary(
+            counts.total(),
+            dict(sorted(counts.items())),
+            dict(zip(map(str, QUANTILES), quantiles, strict=False)),
+            (float(min(b.lower for b in bounds)), float(max(b.upper for b in bounds))) if bounds else None,
+        )
 
 
-def check_some_kept(summary: dict[str, Any], config: SelectionConfig) -> None:
+def check_some_kept(summary: SelectionSummary, config: SelectionConfig) -> None:
     """Stop a run whose selection leaves nothing to train on, and say which bound did it."""
-    counts = summary["verdicts"]
-    if any(counts.get(verdict) for verdict in KEPT):
+    if summary.kept:
         return
     rule: Rule = RULES[config.rule]()
-    lower, upper = rule.name_bounds(config, Bounds(*summary["bounds"]) if "bounds" in summary else None)
+    lower, upper = rule.name_bounds(config, None if summary.bounds is None else Bounds(*summary.bounds))
     reasons = {
         DEGENERATE: f"below {lower} (degenerate)",
         DISCONNECT: f"above {upper} (disconnect)",
         UNDEFINED: "with an undefined delta (a model gives the response alone a likelihood of 1)",
     }
-    what = ", ".join(f"{count} {reasons.get(verdict, verdict)}" for verdict, count in counts.items())
-    quantiles = ", ".join(f"{float(q):.0%}: {value:.3f}" for q, value in summary["delta_ifd_quantiles"].items())
+    what = ", ".join(f"{count} {reasons.get(verdict, verdict)}" for verdict, count in summary.verdicts.items())
+    quantiles = ", ".join(f"{float(q):.0%}: {value:.3f}" for q, value in summary.delta_ifd_quantiles.items())
     raise RunError(
-        f"Selection dropped all {summary['rows']} responses of this generation: {what}. Quantiles of delta: "
+        f"Selection dropped all {summary.rows} responses of this generation: {what}. Quantiles of delta: "
         f"{quantiles or 'none'}. Widen the bound, choose selection.rule none, or warm the student up with `npd sft`."
     )

@@ -10,10 +10,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from npd.config import SelectionConfig
-
-PROXIMAL, DEGENERATE, DISCONNECT, UNDEFINED = "proximal", "degenerate", "disconnect", "undefined"
-KEPT = (PROXIMAL, "reference")
-"""The verdicts that may be trained on."""
+from npd.records import DEGENERATE, DISCONNECT, PROXIMAL, UNDEFINED
 
 
 class Bounds(NamedTuple):

@@ -36,6 +36,11 @@ def explained_full_disk(path: Path) -> Iterator[None]:
         raise
 
 
+def beside(path: Path) -> Path:
+    """Where this process writes what is to be renamed to `path`; what it leaves there is swept away."""
+    return path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[Path]:
     """A path to write to instead of `path` (a file or a directory), renamed to it once whole and on disk.
@@ -43,7 +48,7 @@ def writing(path: Path) -> Iterator[Path]:
     Raises:
         RunError: the disk is full.
     """
-    aside = path.with_name(f".{path.name}.{HOST}.{os.getpid()}.tmp")
+    aside = beside(path)
     try:
         with explained_full_disk(path):
             path.parent.mkdir(parents=True, exist_ok=True)

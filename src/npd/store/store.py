@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ import yaml
 from npd.config import Config, SelectionConfig, config_tree, differing_keys
 from npd.errors import UserError
 from npd.prompts import Prompts
+from npd.records import GenerationEnd, Line, Manifest, PartEntry, as_line
 from npd.store import files
 from npd.store.files import (
     HOST,
@@ -38,9 +39,8 @@ from npd.store.files import (
     write_text,
     writing,
 )  # fmt: skip
+from npd.store.lock import run_lock
 from npd.store.schema import OTHERS, REFERENCE, SCHEMA, SPLIT
-
-MANIFEST_KEYS = {"generation", "rows", "parts", "policy_version", "selection"}
 
 PACKAGES = ("npd", "torch", "transformers", "accelerate", "peft", "pyarrow", "tokenizers")
 
@@ -117,42 +117,13 @@ class Store:
             if abandoned(leftover):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Be the only process that trains or changes this run; the system lets go of the lock when the process ends.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process has it, or the directory cannot be written.
         """
-        try:
-            import fcntl
-        except ImportError:  # not on Windows
-            yield
-            return
-        existed = self.path.exists()
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a+")
-        except OSError as error:
-            raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(f"{self.path} is in use by process {file.read().strip()}. Wait for it or stop it.") from None
-            except OSError:  # a filesystem without locks
-                pass
-            file.truncate(0)
-            file.write(f"{os.getpid()} on {HOST}")
-            file.flush()
-            try:
-                yield
-            finally:
-                if not existed and not (self.path / "config.yaml").exists():  # nothing was begun
-                    with suppress(OSError):
-                        (self.path / ".lock").unlink()
-                        self.path.rmdir()
+        return run_lock(self.path)
 
     @property
     def finished(self) -> bool:
@@ -162,9 +133,8 @@ class Store:
         try:
             return read()
         except Exception as error:
-            raise UserError(
-                f"{path} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]}).", remedy
-            ) from error
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+            raise UserError(f"{path} is damaged ({why}).", remedy) from error
 
     def _point_latest(self, newest: Path) -> None:
         pointer = newest.with_name("LATEST")
@@ -209,7 +179,7 @@ class Store:
         for old in reversed(there):  # oldest first, so that a crash leaves none behind that this would not look at
             manifest = self.manifest(old)
             if manifest is not None:
-                write_json(self.generation(old) / "manifest.json", manifest | {"removed": True})
+                self.finish_generation(replace(manifest, removed=True))
             for part in self.parts(old):
                 self.part(old, part).unlink()
 
@@ -242,7 +212,7 @@ class Store:
             file = path / name
             if not file.is_file() or sha256(file) != expected:
                 why = "not what was written" if file.is_file() else "missing"
-                raise UserError(f"The {kind} {path} is damaged: {name} is {why}. {remedy}")
+                raise UserError(f"The {kind} {path} is damaged: {name} is {why}.", remedy)
         return facts
 
     # -- generations
@@ -253,17 +223,18 @@ class Store:
     def part(self, generation: int, part: int) -> Path:
         return self.generation(generation) / f"part-{part:05d}.parquet"
 
-    def manifest(self, generation: int) -> dict[str, Any] | None:
-        """The manifest of a finished generation, or None."""
+    def manifest(self, generation: int) -> Manifest | None:
+        """The manifest of a finished generation, or None.
+
+        Raises:
+            UserError: it is damaged.
+        """
         path = self.generation(generation) / "manifest.json"
-
-        def read() -> dict[str, Any]:
-            manifest: dict[str, Any] = json.loads(path.read_text())
-            if not manifest.keys() >= MANIFEST_KEYS:
-                raise ValueError(f"it lacks {', '.join(sorted(MANIFEST_KEYS - manifest.keys()))}")
-            return manifest
-
         remedy = "Delete it and run the same command again: it will be made again from the parts."
+
+        def read() -> Manifest:
+            return Manifest.from_json(json.loads(path.read_text()))
+
         return self._read(path, read, remedy) if path.exists() else None
 
     @property
@@ -302,7 +273,7 @@ class Store:
                 write_page_checksum=True,
             )
         manifest = None if keep_manifest else self.manifest(generation)
-        if manifest is not None and {p["file"]: p["sha256"] for p in manifest["parts"]}.get(path.name) != sha256(path):
+        if manifest is not None and {p.file: p.sha256 for p in manifest.parts}.get(path.name) != sha256(path):
             (self.generation(generation) / "manifest.json").unlink()  # made again, and not the same, as on other hardware
 
     def read_part(self, generation: int, part: int, columns: list[str] | None = None) -> pa.Table:
@@ -321,34 +292,38 @@ class Store:
             raise self._damaged_part(path, " ".join(str(error).split())[:200]) from error
 
     def _damaged_part(self, path: Path, why: str) -> UserError:
-        return UserError(
-            f"The part {path} is damaged ({why}).",
-            "Delete it and run the same command again: it will be made again, identical.",
-        )
+        remedy = "Delete it and run the same command again: it will be made again, identical."
+        return UserError(f"The part {path} is damaged ({why}).", remedy)
 
     def drop_damaged_parts(self, generation: int) -> list[str]:
         """Delete the parts of a finished generation that are not what its manifest says; their names."""
         manifest = self.manifest(generation)
         damaged = []
-        for part in manifest["parts"] if manifest is not None and not manifest.get("removed") else ():
-            path = self.generation(generation) / part["file"]
-            if path.exists() and (path.stat().st_size != part["bytes"] or sha256(path) != part["sha256"]):
+        for part in manifest.parts if manifest is not None and not manifest.removed else ():
+            path = self.generation(generation) / part.file
+            if path.exists() and (path.stat().st_size != part.bytes or sha256(path) != part.sha256):
                 path.unlink()
-                damaged.append(part["file"])
+                damaged.append(part.file)
         return damaged
 
-    def finish_generation(self, generation: int, count: int, facts: dict[str, Any]) -> dict[str, Any]:
-        """Write the manifest, the last file of a generation."""
-        parts = []
+    def part_entries(self, generation: int, count: int) -> tuple[PartEntry, ...]:
+        """What a manifest says of a generation's `count` parts.
+
+        Raises:
+            UserError: one is damaged or missing.
+        """
+        entries = []
         for part in range(count):
             path = self.part(generation, part)
             rows = self._read(path, partial(pq.read_metadata, path)).num_rows
-            parts.append({"file": path.name, "rows": rows, "bytes": path.stat().st_size, "sha256": sha256(path)})
-        manifest = {"generation": generation, "rows": sum(p["rows"] for p in parts), "parts": parts} | facts
-        write_json(self.generation(generation) / "manifest.json", manifest)
-        return manifest
+            entries.append(PartEntry(path.name, rows, path.stat().st_size, sha256(path)))
+        return tuple(entries)
 
-    def check_generation(self, generation: int) -> dict[str, Any]:
+    def finish_generation(self, manifest: Manifest) -> None:
+        """Write the manifest, the last file of a generation."""
+        write_json(self.generation(manifest.generation) / "manifest.json", manifest.to_json())
+
+    def check_generation(self, generation: int) -> Manifest:
         """Compare every part of a finished generation with the manifest's checksums.
 
         Raises:
@@ -356,9 +331,9 @@ class Store:
         """
         manifest = self.manifest(generation)
         assert manifest is not None, "only a finished generation is checked"
-        for part in manifest["parts"]:
-            path = self.generation(generation) / part["file"]
-            if sha256(path) != part["sha256"]:
+        for part in manifest.parts:
+            path = self.generation(generation) / part.file
+            if sha256(path) != part.sha256:
                 raise self._damaged_part(path, "its checksum is not the manifest's")
         return manifest
 
@@ -404,6 +379,11 @@ class Store:
         facts: dict[str, Any] = self._read(path / "npd.json", lambda: json.loads((path / "npd.json").read_text()), remedy)
         return facts
 
+    def resumed_generation(self, *, oldest: bool = False) -> int:
+        """The generation that a resumed run would go on with, from its newest or its oldest checkpoint."""
+        steps = self.checkpoints()
+        return int(self.checkpoint_facts(steps[0 if oldest else -1])["generation"]) if steps else 0
+
     def save_checkpoint(
         self,
         step: int,
@@ -439,16 +419,19 @@ class Store:
 
     # -- lines
 
-    def append_metrics(self, line: dict[str, Any]) -> None:
+    def append_metrics(self, line: Line) -> None:
         with explained_full_disk(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(line.to_json()) + "\n")
 
-    def read_metrics(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[Line]:
         """Every whole line of metrics.jsonl that has a step; what a crash cut short is left out."""
-        return [line for line in json_lines(self.metrics) if isinstance(line, dict) and type(line.get("step")) is int]
+        return [line for raw in json_lines(self.metrics) if (line := as_line(raw)) is not None]
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what was logged after a checkpoint: those steps will be trained again, and that generation ended."""
-        ended = "generation_ended"
-        kept = [line for line in self.read_metrics() if line["step"] <= step and (ended not in line or line["step"] < step)]
-        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        kept = []
+        for raw in json_lines(self.metrics):
+            line = as_line(raw)
+            if line is not None and (line.step < step or (line.step == step and not isinstance(line, GenerationEnd))):
+                kept.append(json.dumps(raw) + "\n")  # as it was, whatever else it has
+        write_text(self.metrics, "".join(kept))

@@ -16,10 +16,9 @@ import numpy as np
 
 from npd.config import Config
 from npd.packing import pack
-from npd.schedule import derive_seed
+from npd.schedule import SMOOTHING, derive_seed
 
 BLOCK = 1 << 16  # samples packed at once in a pass over all of a generation
-SMOOTHING = 0.9  # weight of the past in the smoothed near-policy KL, a step
 
 PASSES, KL_BUDGET, MAX_STEPS, MAX_TOKENS = "passes", "kl_budget", "max_steps", "max_tokens"
 

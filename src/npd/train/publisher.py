@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import partial
 
 from npd.models import State
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
 from npd.store import Store
 from npd.train.trainer import Trainer
 
@@ -27,7 +27,7 @@ class Publisher:
             RunError: the snapshot before could not be written.
         """
         self.join()
-        with self.events.span("publish", version=version):
+        with self.events.span(SpanName.PUBLISH, version=version):
             if version in self.store.policies():
                 self.store.point_to_newest_policy()  # if a crash came between
                 return
@@ -37,7 +37,7 @@ class Publisher:
 
     def _write(self, version: int, state: State, step: int) -> None:
         try:
-            with self.events.span("write", version=version):
+            with self.events.span(SpanName.WRITE, version=version):
                 self.store.publish(version, partial(self.trainer.save_policy, state=state), step)
         except BaseException as error:
             self._failed = error
@@ -59,7 +59,7 @@ class Publisher:
         """
         if self._thread is None:
             return
-        with self.events.span("publish") if self._thread.is_alive() else nullcontext():
+        with self.events.span(SpanName.PUBLISH) if self._thread.is_alive() else nullcontext():
             self._thread.join()
         self._thread = None
         failed, self._failed = self._failed, None

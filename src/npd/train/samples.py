@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from npd.errors import UserError
-from npd.selection import KEPT
+from npd.records import KEPT
 from npd.store import Store, writing
 
 COLUMNS = ["sample_id", "prompt_ids", "response_ids", "behavior_logprobs", "verdict", "topk_ids", "topk_logprobs"]

@@ -27,7 +27,7 @@ from npd.config import Config, LossConfig
 from npd.errors import RunError, UserError
 from npd.losses import LossOutput, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
-from npd.observe.events import Events
+from npd.observe.events import Events, SpanName
 from npd.packing import pack_tokens
 from npd.schedule import derive_seed, learning_rate
 from npd.store import Store
@@ -169,7 +169,7 @@ class Trainer:
             with quiet_transformers():
                 self.accelerator.save_state(str(path), safe_serialization=True)
 
-        with self.events.span("checkpoint", step=step):
+        with self.events.span(SpanName.CHECKPOINT, step=step):
             self.store.save_checkpoint(
                 step,
                 save,

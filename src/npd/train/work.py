@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -15,11 +15,12 @@ from accelerate.utils import broadcast_object_list
 
 from npd.config import Config
 from npd.errors import UserError
-from npd.observe.console import show_generation, shown_figures, warn_of_engine
+from npd.observe.console import show_evaluation, show_generation, warn_of_age, warn_of_engine
 from npd.observe.display import Advance, Display, untold
-from npd.observe.events import Events
-from npd.observe.trackers import Trackers, selection_figures
+from npd.observe.events import Events, SpanName
+from npd.observe.trackers import Trackers
 from npd.placement import Placement
+from npd.records import EvaluationLine, GenerationEnd, Line, SelectionLine, StepLine, TeacherLine
 from npd.store import REFERENCE, Store
 from npd.train.loop import KL_BUDGET, Loop, Position, Trained
 from npd.train.publisher import Publisher
@@ -115,7 +116,8 @@ class RunWork:
         self.threads = torch.get_num_threads()
         self._shown = shown  # generations whose table was shown
         self._logged: set[int] | None = None  # generations whose selection is in the metrics
-        self._facts: dict[str, Any] = {}  # for the next step's line of metrics
+        self._published: int | None = None  # since the last step, and how long training stood still for it
+        self._publish_seconds: float | None = None
         self._advance: Advance = untold
         self._advance_run: Callable[[], None] = untold
         self._advanced = 0.0
@@ -149,7 +151,7 @@ class RunWork:
     def begin(self, generation: int) -> tuple[int, int, np.ndarray]:
         if self.main:
             self.publisher.join()
-            self.store.tidy(resumed_generation(self.store, oldest=True), self.config.checkpoint.keep)
+            self.store.tidy(self.store.resumed_generation(oldest=True), self.config.checkpoint.keep)
             self.store.current = generation
             clear_cache(self.store)
         self.wait()
@@ -188,8 +190,8 @@ class RunWork:
         at, passes = self.at, self.config.schedule.passes
         name = f"generation {at.generation}, pass {at.passes + 1}/{passes}: train"
         with (
-            self.events.span("train", generation=at.generation, passes=at.passes),
-            self.display.task(name, 100, "%") as self._advance,
+            self.events.span(SpanName.TRAIN, generation=at.generation, passes=at.passes),
+            self.display.task(name, 100, "%", short="train") as self._advance,
         ):
             self._advanced = 0.0
             yield
@@ -203,27 +205,27 @@ class RunWork:
             self.supply.check()
         at = self.at
         found = self.trainer.step(self.samples, rows, tokens, at.step, progress)
-        facts, self._facts = self._facts, {}
-        line: dict[str, Any] = {
-            "step": at.step,
-            "generation": at.generation,
-            "pass": at.passes,
-            "tokens": at.tokens,
-            "loss": found.loss,
-            "ce": found.ce,
-            "kd": found.kd,
-            "near_policy_kl": found.kl / found.kl_tokens if found.kl_tokens else None,
-            "lr": found.lr,
-            "grad_norm": found.grad_norm,
-            "fill": found.fill,
-            "tokens_per_second": found.tokens_per_second,
-            **facts,
-        }
-        if found.kl_tokens and self.near_policy_is_proxy:
-            line["near_policy_kl_is_proxy"] = True
-        if found.kl_tokens < tokens:
-            line["reference_tokens"] = tokens - found.kl_tokens
-        self._log(line)
+        self._log(
+            StepLine(
+                at.step,
+                at.generation,
+                at.passes,
+                at.tokens,
+                found.loss,
+                found.ce,
+                found.kd,
+                found.kl / found.kl_tokens if found.kl_tokens else None,
+                found.lr,
+                found.grad_norm,
+                found.fill,
+                found.tokens_per_second,
+                published=self._published,
+                publish_seconds=self._publish_seconds,
+                near_policy_kl_is_proxy=bool(found.kl_tokens) and self.near_policy_is_proxy,
+                reference_tokens=tokens - found.kl_tokens if found.kl_tokens < tokens else None,
+            )
+        )
+        self._published = self._publish_seconds = None
         self._advance(100 * steps - self._advanced, note=f"loss {found.loss:.4f}")
         self._advanced = 100 * steps
         return Trained(found.kl, found.kl_tokens)
@@ -232,7 +234,7 @@ class RunWork:
         if self.contents.by_student and self.main:
             began = time.perf_counter()
             self.publisher.publish(version, self.at.step)
-            self._facts = {"published": version, "publish_seconds": time.perf_counter() - began}
+            self._published, self._publish_seconds = version, time.perf_counter() - began
         if self.supply.in_turns:
             self.publisher.join()
         self.wait()
@@ -254,15 +256,18 @@ class RunWork:
         if taken:
             self._complete()
         self._show_finished()
-        line: dict[str, Any] = {"generation": at.generation, "generation_ended": reason, "passes": passes}
-        if at.near_policy_kl is not None and self.near_policy_is_proxy:
-            line["near_policy_kl_is_proxy"] = True
-        self._log({"step": at.step, **line, "near_policy_kl_smoothed": at.near_policy_kl})
-        if self.main and self.placement.workers and not taken and reason == KL_BUDGET:
-            self.display.say(
-                f"Generation {at.generation} passed schedule.kl_budget in its first pass, after {passes:.2f} passes: its "
-                "responses were too old before all were read. A smaller schedule.lead, or a larger budget, wastes less."
+        self._log(
+            GenerationEnd(
+                at.step,
+                generation=at.generation,
+                reason=reason,
+                passes=passes,
+                near_policy_kl_is_proxy=at.near_policy_kl is not None and self.near_policy_is_proxy,
+                near_policy_kl_smoothed=at.near_policy_kl,
             )
+        )
+        if self.main and self.placement.workers and not taken and reason == KL_BUDGET:
+            warn_of_age(at.generation, passes, self.display)
 
     # -- how it is done
 
@@ -271,7 +276,7 @@ class RunWork:
         """Samples not drawn from the plain policy make the near-policy KL a proxy."""
         return self.config.rollout.temperature != 1.0 or self.config.rollout.top_p != 1.0
 
-    def _log(self, line: dict[str, Any]) -> None:
+    def _log(self, line: Line) -> None:
         """One line of metrics.jsonl, and the same figures to every tracker."""
         if self.main:
             self.store.append_metrics(line)
@@ -286,10 +291,10 @@ class RunWork:
         manifest = self.store.manifest(at.generation)
         if self._logged is None:  # a resumed run has logged some
             lines = self.store.read_metrics()
-            self._logged = {line["selection/generation"] for line in lines if "selection/generation" in line}
+            self._logged = {line.generation for line in lines if isinstance(line, SelectionLine)}
         if manifest is not None and at.generation not in self._logged:
             self._logged.add(at.generation)
-            self._log({"step": at.step, "selection": True, **selection_figures(manifest)})
+            self._log(SelectionLine.of(at.step, manifest))
 
     def _complete(self) -> None:
         """See that a generation whose parts have all landed has its manifest; usually it was written meanwhile."""
@@ -343,7 +348,7 @@ class RunWork:
             whose += f" ({self.supply.waits_for})"
         count, shown = len(self.contents.parts(generation)), 0
         with (
-            self.events.span("wait", generation=generation),
+            self.events.span(SpanName.WAIT, generation=generation),
             self.display.task(f"wait for {whose}", count, "parts") as advance,
         ):
 
@@ -364,11 +369,11 @@ class RunWork:
         due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
         if self.measures and due and self.main and not self._evaluated(at.step):
             self.publisher.join()  # generation changes the model's generation_config, which a snapshot has too
-            with self.events.span("evaluate", step=at.step):
+            with self.events.span(SpanName.EVALUATE, step=at.step):
                 self._evaluate_teacher()
                 figures = self.measures(at.step)
-            self._log({"step": at.step, "eval": True, **figures})
-            self.display.say(f"step {at.step}: {shown_figures(figures)}")
+            self._log(EvaluationLine(at.step, figures))
+            show_evaluation(f"step {at.step}", figures, self.display)
         self.wait()
 
     def _evaluate_teacher(self) -> None:
@@ -376,13 +381,13 @@ class RunWork:
         options = self.config.evaluation
         if not (options.teacher and options.tasks):
             return
-        if not any("teacher" in line for line in self.store.read_metrics()):
+        if not any(isinstance(line, TeacherLine) for line in self.store.read_metrics()):
             figures = self.measures.of_teacher()
-            self._log({"step": self.at.step, "teacher": True, **figures})
-            self.display.say(f"teacher: {shown_figures(figures)}")
+            self._log(TeacherLine(self.at.step, figures))
+            show_evaluation("teacher", figures, self.display)
 
     def _evaluated(self, step: int) -> bool:
-        return any(line["step"] == step and "eval" in line for line in self.store.read_metrics())
+        return any(line.step == step and isinstance(line, EvaluationLine) for line in self.store.read_metrics())
 
     # -- what is shown
 
@@ -410,12 +415,6 @@ class RunWork:
         manifest = None if generation in self._shown or not self.main else self.store.manifest(generation)
         if manifest is not None:
             self._shown.add(generation)
-            show_generation(generation, manifest, self.display)
-            if "engine" in manifest:
-                warn_of_engine(manifest["engine"], self.config.rollout.check_bound, self.display)
-
-
-def resumed_generation(store: Store, *, oldest: bool = False) -> int:
-    """The generation that a resumed run would go on with, from its newest or its oldest checkpoint."""
-    steps = store.checkpoints()
-    return int(store.checkpoint_facts(steps[0 if oldest else -1])["generation"]) if steps else 0
+            show_generation(manifest, self.display)
+            if manifest.engine is not None:
+                warn_of_engine(manifest.engine, self.config.rollout.check_bound, self.display)

@@ -7,28 +7,30 @@ import torch
 
 from npd.config import PlacementConfig, ScheduleConfig, load_config
 from npd.errors import UserError
-from npd.placement import Placement, place
-from npd.preflight import check_engine_place, placement_of, prepare
+from npd.placement import Placement, assign_devices, check_engine, resolve_placement
+from npd.preflight import prepare
 
 
 def placed(lead: float, size: int = 1, **options) -> Placement:
-    return place(PlacementConfig(**options), ScheduleConfig(lead=lead), gpus=4, cpus=16, engine_gpus=size, engine_first=True)
+    return assign_devices(
+        PlacementConfig(**options), ScheduleConfig(lead=lead), gpus=4, cpus=16, engine_gpus=size, engine_first=True
+    )
 
 
 def test_vllm_in_the_trainers_process_needs_it_to_itself(make_tree):
     config = load_config(make_tree(rollout={"engine": "vllm"}))
     two = load_config(make_tree(rollout={"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}))
-    check_engine_place(config, placed(0.0), 1, trains=True)
-    check_engine_place(two, placed(1.0, 2), 1, trains=True)  # beside the trainer it may have whatever it wants
-    check_engine_place(two, placed(0.0, 2), 1, trains=False)  # as it may where nobody trains
+    check_engine(config, placed(0.0), 1, trains=True)
+    check_engine(two, placed(1.0, 2), 1, trains=True)  # beside the trainer it may have whatever it wants
+    check_engine(two, placed(0.0, 2), 1, trains=False)  # as it may where nobody trains
     with pytest.raises(UserError, match="2 trainers, 1 GPUs an engine, the first on cuda:0"):
-        check_engine_place(
-            config, place(PlacementConfig(), ScheduleConfig(lead=0.0), processes=2, gpus=2, cpus=4), 2, trains=True
+        check_engine(
+            config, assign_devices(PlacementConfig(), ScheduleConfig(lead=0.0), processes=2, gpus=2, cpus=4), 2, trains=True
         )
     with pytest.raises(UserError, match="1 trainers, 2 GPUs an engine"):
-        check_engine_place(two, placed(0.0, 2), 1, trains=True)
+        check_engine(two, placed(0.0, 2), 1, trains=True)
     with pytest.raises(UserError, match="the first on cuda:2"):
-        check_engine_place(config, placed(0.0, rollout="cuda:2"), 1, trains=True)
+        check_engine(config, placed(0.0, rollout="cuda:2"), 1, trains=True)
 
 
 def test_vllm_on_the_cpu_of_a_machine_with_gpus(make_tree, monkeypatch):
@@ -36,22 +38,22 @@ def test_vllm_on_the_cpu_of_a_machine_with_gpus(make_tree, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for lead in (0.0, 1.0):
         with pytest.raises(UserError, match="takes a GPU where there is one"):
-            check_engine_place(config, placed(lead, rollout="cpu", train="cuda:0"), 1, trains=True)
+            check_engine(config, placed(lead, rollout="cpu", train="cuda:0"), 1, trains=True)
 
 
 def test_commands_that_do_not_roll_out_need_no_gpus_for_it(make_tree):
     """`npd eval` and `npd sft` on a machine too small for the engine."""
     config = load_config(make_tree(rollout={"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}))
-    assert placement_of(config, turns=True, writes=False).rollout == "cpu"
+    assert resolve_placement(config, take_turns=True, generates=False).rollout == "cpu"
     with pytest.raises(UserError, match="asks for 2 GPUs an engine"):
-        placement_of(config, turns=True)
+        resolve_placement(config, take_turns=True)
 
 
 def test_options_of_an_engine_that_is_not_used(make_tree):
     with pytest.raises(UserError, match="engine is transformers"):
         load_config(make_tree(rollout={"vllm": {"seed": 1}}))
     with pytest.raises(UserError, match="temperatures up to 2"):
-        load_config(make_tree(rollout={"engine": "vllm", "temperature": 2.5}))
+        prepare(load_config(make_tree(rollout={"engine": "vllm", "temperature": 2.5})), "distill")
 
 
 def test_a_machine_without_a_compiler_is_told_before_anything_is_loaded(make_tree, monkeypatch):

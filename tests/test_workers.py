@@ -32,14 +32,15 @@ import npd.generations.workers
 import npd.placement
 import npd.run
 import npd.store
-from npd.generations.generation import Refresher
-from npd.generations.workers import Jobs
+from npd.generations.books import Books
+from npd.generations.generation import Generations
+from npd.generations.workers import Workers
 from npd.observe.display import Display
 from npd.observe.events import read_events
 from npd.report.facts import gather
-from npd.run import Run
 from npd.store import Store
 from npd.train.trainer import Trainer
+from npd.train.work import RunWork
 
 Tree = dict[str, Any]
 
@@ -73,7 +74,7 @@ class Forked:
     started: Path
     """A file with the process id of every job of a test."""
 
-    def __init__(self, command: list[str], *, stdout: IO[bytes], **_: Any) -> None:
+    def __init__(self, command: list[str], *, stdout: IO[bytes], pass_fds: tuple[int, ...], **_: Any) -> None:
         assert command[:3] == [sys.executable, "-m", "npd.generations.workers"]
         theirs, mine = os.pipe()
         self.returncode: int | None = None
@@ -84,7 +85,9 @@ class Forked:
                 os.setsid()
                 for here, there in ((theirs, 0), (stdout.fileno(), 1), (stdout.fileno(), 2)):
                     os.dup2(here, there)
-                os.closerange(3, 4096)  # as Popen does: the pipe's other end, the run's lock, ...
+                (says,) = pass_fds
+                os.closerange(3, says)  # as Popen does: the pipe's other end, the run's lock, ...
+                os.closerange(says + 1, 4096)
                 sys.stdin, sys.stdout, sys.stderr = open(0, closefd=False), open(1, "w", 1, closefd=False), open(2, "w", 1)  # noqa: SIM115
                 sys.argv = command[2:]
                 npd.generations.workers.main()
@@ -226,10 +229,10 @@ def patch(owner: Any, name: str, wrapper: Callable[..., Any]) -> None:
 def at_step(n: int, action: Callable[[], None]) -> None:
     """Do something before the nth optimiser step of the run."""
 
-    def step(real: Any, trainer: Trainer, *args: Any) -> Any:
-        if trainer.position.step == n:
+    def step(real: Any, trainer: Trainer, samples: Any, rows: Any, tokens: int, step: int, *args: Any) -> Any:
+        if step == n:
             action()
-        return real(trainer, *args)
+        return real(trainer, samples, rows, tokens, step, *args)
 
     patch(Trainer, "step", step)
 
@@ -337,7 +340,7 @@ def states(base, tmp_path_factory) -> Callable[..., dict[str, Any]]:
 
 
 def roles(run_dir: str | Path, name: str) -> set[str]:
-    return {event["role"] for event in read_events(Path(run_dir) / "events.jsonl") if event["name"] == name}
+    return {event.role for event in read_events(Path(run_dir) / "events.jsonl") if event.name == name}
 
 
 def snapshot_steps(run_dir: str | Path) -> list[int]:
@@ -347,7 +350,7 @@ def snapshot_steps(run_dir: str | Path) -> list[int]:
 
 
 def restarts(run_dir: str | Path) -> int:
-    return sum(event["name"] == "restart" for event in read_events(Path(run_dir) / "events.jsonl"))
+    return sum(event.name == "restart" for event in read_events(Path(run_dir) / "events.jsonl"))
 
 
 # -- 1: overlap is deterministic
@@ -483,15 +486,15 @@ def test_killed_at_random_moments(make, states, tmp_path):
 def fail_parts(counter: Path, fails: Callable[[list[str], str], bool]) -> None:
     """Making a part raises wherever `fails(parts tried so far, this part)`; calls are counted over all processes."""
 
-    def table(real: Any, refresher: Refresher, generation: int, part: int) -> pa.Table:
+    def table(real: Any, generations: Generations, generation: int, part: int) -> pa.Table:
         tried = counter.read_text().split() if counter.exists() else []
         with counter.open("a") as file:
             file.write(f"{generation}/{part}\n")
         if fails(tried, f"{generation}/{part}"):
             raise ValueError("boom")
-        return real(refresher, generation, part)
+        return real(generations, generation, part)
 
-    patch(Refresher, "_table", table)
+    patch(Generations, "table", table)
 
 
 def test_a_job_that_raises_is_started_again(make, states, tmp_path):
@@ -508,10 +511,10 @@ def test_a_job_that_raises_is_started_again(make, states, tmp_path):
 
 def assert_blamed(run_dir: str) -> None:
     """The report names the job that failed, not the trainer that told of it."""
-    failure = gather(run_dir).status.failure
-    assert failure is not None
-    assert failure["role"] == "refresh-0"
-    assert failure["process"] not in processes(Path(run_dir), "trainer")
+    failed = gather(run_dir).status.failed
+    assert failed is not None
+    assert failed.role == "refresh-0"
+    assert failed.process not in processes(Path(run_dir), "trainer")
 
 
 def test_a_job_that_raises_for_ever_ends_the_run(make, tmp_path):
@@ -563,13 +566,13 @@ def test_a_damaged_snapshot_stops_the_run_at_once(make, tmp_path):
 @pytest.mark.parametrize("generations", [1, 3])
 @pytest.mark.parametrize("slow", [False, True], ids=["", "late-manifest"])
 def test_a_selection_that_keeps_nothing_stops_the_run_at_once(make, tmp_path, generations, slow):
-    def late(real: Any, *args: Any) -> None:
+    def late(real: Any, *args: Any) -> Any:
         time.sleep(0.5)  # the trainer has read every part by then
-        real(*args)
+        return real(*args)
 
     def hook() -> None:
         if slow:
-            patch(Refresher, "finish", late)
+            patch(Books, "finish", late)
 
     tree = make(schedule={"generations": generations}, selection={"rule": "delta_ifd", "lower": 50.0, "upper": 60.0})
     child, said = started(tree, tmp_path, hook)
@@ -585,35 +588,37 @@ def test_a_selection_that_keeps_nothing_stops_the_run_at_once(make, tmp_path, ge
 def test_no_generation_is_left_without_its_manifest(make, states, tmp_path):
     """The trainer may be through with a generation before the job has counted it."""
 
-    def late(real: Any, *args: Any) -> None:
+    def late(real: Any, *args: Any) -> Any:
         time.sleep(0.5)
-        real(*args)
+        return real(*args)
 
     tree = make()
-    distilled(tree, tmp_path, lambda: patch(Refresher, "finish", late))
+    distilled(tree, tmp_path, lambda: patch(Books, "finish", late))
     assert_same(state_of(tree["run_dir"]), states())
 
 
 # -- 5: damaged parts
 
 
-def when_asked_for(generation: int, part: int, action: Callable[[Run], None]) -> None:
+def when_asked_for(generation: int, part: int, action: Callable[[RunWork], None]) -> None:
     """Do something once, between a part's landing and its being read."""
     done: list[bool] = []
 
-    def next_part(real: Any, run: Run, taken: list[int]) -> int:
+    def next_part(real: Any, run: RunWork, taken: list[int]) -> int:
         found = real(run, taken)
-        if (run.trainer.position.generation, found) == (generation, part) and not done:
+        if (run.at.generation, found) == (generation, part) and not done:
             done.append(True)
             until(run.store.part(generation, part).exists, "part")
             action(run)
         return found
 
-    patch(Run, "next_part", next_part)
+    patch(RunWork, "next_part", next_part)
 
 
-def await_job(run: Run) -> None:
-    until(lambda: run.jobs.jobs[0].process.poll() == 0, "end of the job")
+def await_job(run: RunWork) -> None:
+    assert isinstance(run.supply, Workers)
+    workers = run.supply.workers
+    until(lambda: workers[0].process.poll() == 0, "end of the job")
 
 
 @pytest.mark.parametrize(("generation", "part"), [(0, 0), (1, 1), (2, 2)])
@@ -629,7 +634,7 @@ def test_a_part_damaged_before_it_is_taken_is_made_again(make, states, tmp_path,
 
 @pytest.mark.parametrize(("how", "part"), [(damage, 0), (Path.unlink, 1), (damage, 2), (Path.unlink, 2)])
 def test_a_part_lost_after_the_job_has_ended_is_made_again(make, states, tmp_path, how, part):
-    def action(run: Run) -> None:
+    def action(run: RunWork) -> None:
         await_job(run)
         how(run.store.part(2, part))
 
@@ -712,12 +717,12 @@ def command(*arguments: str) -> Callable[[], None]:
 def begun(tree: Tree, folder: Path) -> Path:
     """A run whose first snapshot is published and whose trainer is gone."""
 
-    def publish(real: Any, run: Run, version: int) -> None:
+    def publish(real: Any, run: RunWork, version: int) -> None:
         real(run, version)
-        run._join_writer()
+        run.publisher.join()
         kill_self()
 
-    child, _ = started(tree, folder, lambda: patch(Run, "publish", publish))
+    child, _ = started(tree, folder, lambda: patch(RunWork, "publish", publish))
     assert child.wait() == -signal.SIGKILL, child.words()
     return Path(tree["run_dir"])
 
@@ -732,9 +737,9 @@ def test_two_followers_share_a_generation(make, states, tmp_path):
         followers.append(Child(command("refresh", str(run_dir), "--follow", "--share", share), tmp_path / share[0]))
     for follower in followers:
         assert follower.wait() == 0, follower.words()
-    events = [e for e in read_events(run_dir / "events.jsonl") if e["name"] == "part"]
-    assert sorted(e["part"] for e in events if e["role"] == "refresh-0") == [0, 2, 4]
-    assert sorted(e["part"] for e in events if e["role"] == "refresh-1") == [1, 3, 5]
+    events = [e for e in read_events(run_dir / "events.jsonl") if e.name == "part"]
+    assert sorted(e.facts["part"] for e in events if e.role == "refresh-0") == [0, 2, 4]
+    assert sorted(e.facts["part"] for e in events if e.role == "refresh-1") == [1, 3, 5]
     alone = states(**more)
     files = {str(file.relative_to(run_dir)): file.read_bytes() for file in run_dir.glob("generations/g000/*")}
     assert len(files) == 7
@@ -748,7 +753,7 @@ def test_two_jobs_beside_the_trainer(make, tmp_path):
     distilled(tree, tmp_path)
     run_dir = Path(tree["run_dir"])
     assert len(jobs_started()) == 2
-    assert {event["role"] for event in read_events(run_dir / "events.jsonl")} == {"trainer", "refresh-0", "refresh-1"}
+    assert {event.role for event in read_events(run_dir / "events.jsonl")} == {"trainer", "refresh-0", "refresh-1"}
     trained = 0
     for generation in range(2):
         tokens = sum(map(len, parts_of(run_dir, generation)["response_ids"].to_pylist()))
@@ -896,7 +901,7 @@ def real(*arguments: str) -> subprocess.Popen[bytes]:
 
 
 def processes(run_dir: Path, role: str) -> set[int]:
-    return {event["process"] for event in read_events(run_dir / "events.jsonl") if event["role"] == role}
+    return {event.process for event in read_events(run_dir / "events.jsonl") if event.role == role}
 
 
 def test_a_real_job(make, states, tmp_path, real_jobs):
@@ -905,11 +910,11 @@ def test_a_real_job(make, states, tmp_path, real_jobs):
     codes = tmp_path / "codes"
 
     def hook() -> None:
-        def leave(jobs_exit: Any, jobs: Jobs, *error: Any) -> None:
-            codes.write_text(" ".join(str(job.process.wait(timeout=HANG)) for job in jobs.jobs))
-            jobs_exit(jobs, *error)
+        def close(real: Any, workers: Workers) -> None:
+            codes.write_text(" ".join(str(worker.process.wait(timeout=HANG)) for worker in workers.workers))
+            real(workers)
 
-        patch(Jobs, "__exit__", leave)
+        patch(Workers, "close", close)
 
     said = distilled(tree, tmp_path, hook)
     assert codes.read_text() == "0", (Path(tree["run_dir"]) / "logs/refresh-0.log").read_text()
