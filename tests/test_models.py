@@ -632,4 +632,7 @@ def test_auto_dtype_on_cuda(monkeypatch):
     assert models.resolve_dtype(full, trained=True) == torch.float32
     assert models.resolve_dtype(full, trained=False) == torch.bfloat16
     assert models.resolve_dtype(lora, trained=True) == torch.bfloat16
-    assert models.resolve_dtype(StudentConfig(model="a/b", dtype="float16"), trained=True) == torch.float16
+    for name in ("float16", "bfloat16"):
+        named = StudentConfig(model="a/b", dtype=name)  # what is trained has float32 masters
+        assert models.resolve_dtype(named, trained=True) == torch.float32
+        assert models.resolve_dtype(named, trained=False) == getattr(torch, name)

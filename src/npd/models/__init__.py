@@ -13,6 +13,7 @@ from npd.models.loading import (
     load_tokenizer,
     parameter_count,
     quiet_transformers,
+    saved_dtype,
     snapshot_config,
     stop_ids_of,
 )
@@ -25,9 +26,10 @@ from npd.models.reading import (
     head_bias,
     head_weight,
     hidden_states,
+    prompt_batches,
 )
 from npd.models.saving import ADAPTER, State, copy_state, save_model
-from npd.models.students import add_lora, cut_student, evenly_spaced
+from npd.models.students import add_lora, cut_student, evenly_spaced, freeze_unread, learning_mode
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary
 
 __all__ = [
@@ -56,18 +58,22 @@ __all__ = [
     "evenly_spaced",
     "expected_mode",
     "fast_bfloat16",
+    "freeze_unread",
     "head_bias",
     "head_weight",
     "hidden_states",
     "layout_of",
+    "learning_mode",
     "load_model",
     "load_model_config",
     "load_tokenizer",
     "parameter_count",
+    "prompt_batches",
     "prove_layout",
     "quiet_transformers",
     "resolve_dtype",
     "save_model",
+    "saved_dtype",
     "shared_vocabulary",
     "snapshot_config",
     "stop_ids_of",

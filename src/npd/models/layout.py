@@ -57,6 +57,8 @@ class Layout:
     after_head: AfterHead = field(default_factory=AfterHead)
     switch: int | None = None
     """See `npd.models.rope.rope_switch`."""
+    left_padding: bool = True
+    """May prompts of different lengths be answered together, padded on their left under a mask?"""
     windows: tuple[tuple[str, int | None], ...] = ()
     """For block masks: kinds of layers and how many tokens they see, where the decoder takes a mask for each kind."""
 
@@ -123,7 +125,12 @@ def decoder_arguments(layout: Layout, decoder: Callable[..., Any], input_ids: Te
     else:
         # Causal, so what is right of a sample changes nothing in it: neither mask nor positions of the padding.
         arguments["position_ids"] = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    taken = inspect.signature(getattr(decoder, "forward", decoder)).parameters
+    return _accepted(getattr(decoder, "forward", decoder), arguments)
+
+
+def _accepted(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a function takes."""
+    taken = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in taken.values()):
         return arguments
     return {name: value for name, value in arguments.items() if name in taken}
@@ -280,7 +287,8 @@ def _prove(model: PreTrainedModel, name: str, head: nn.Module, tolerance: float)
             f"{who} has hidden states that npd cannot read by themselves: they differ by {found:.2g} from what its "
             "language-model head is given. It can't be used."
         )
-    layout = Layout(parts, "packed", after, rope_switch(model.config))
+    padded = _apart_padded(model, head, samples, probe) <= tolerance
+    layout = Layout(parts, "packed", after, rope_switch(model.config), left_padding=padded)
     differences = {}
     for mode in ladder:
         for windows in ((), _windows(model.config)) if mode == "block mask" else ((),):
@@ -318,6 +326,28 @@ def _prove_head(who: str, head: Any, candidates: list[AfterHead], probe: _Probe,
             f"{difference:.2g} of their size from what its configuration says: {after}); its loss would be wrong."
         )
     return after
+
+
+def _apart_padded(model: PreTrainedModel, head: nn.Module, samples: list[Tensor], probe: _Probe) -> float:
+    """How far samples are from themselves alone when they are padded on the left, as generation pads prompts."""
+    width = max(map(len, samples))
+    ids = torch.stack([F.pad(sample, (width - len(sample), 0)) for sample in samples])
+    mask = torch.stack([F.pad(torch.ones_like(sample), (width - len(sample), 0)) for sample in samples])
+    given: list[Tensor] = []
+
+    def take(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        given.append(args[0].detach().float())
+        return output[..., :1]
+
+    hook = head.register_forward_hook(take)
+    arguments = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    try:
+        model(**_accepted(model.forward, arguments), use_cache=False)
+    except Exception:
+        return float("inf")
+    finally:
+        hook.remove()
+    return max(_apart(given[0][i, width - len(s) :], probe.inputs[i]) for i, s in enumerate(samples))
 
 
 def _find_parts(

@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import re
 import threading
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,15 @@ from transformers import (
 from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError
 from npd.models.devices import device, resolve_dtype
-from npd.models.files import check_files, check_names, check_quantisation, plain_quantisation, quantisation_of
+from npd.models.files import (
+    check_files,
+    check_names,
+    check_quantisation,
+    plain_quantisation,
+    quantisation_of,
+    stored_dtype,
+    weight_files,
+)
 from npd.models.layout import prove_layout
 
 
@@ -209,6 +218,7 @@ def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = N
     check_loaded(config.model, model, info)
     if "gguf_file" in source or dequantised:
         _unmark(model)
+    mend_generation_config(model)
     if dequantised:
         model = model.to(loading["dtype"])
     model = model.to(on or device()).eval()
@@ -250,12 +260,49 @@ def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
                 yield name
 
 
+def mend_generation_config(model: PreTrainedModel) -> None:
+    """Make a model's generation_config one that transformers saves: it refuses options of sampling beside greedy decoding."""
+    options = getattr(model, "generation_config", None)
+    if options is None or _is_saved(options):
+        return
+    options.do_sample = True  # what those who give a temperature mean
+    if not _is_saved(options):
+        kept = {name: getattr(options, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = transformers.GenerationConfig(**kept)
+
+
+def _is_saved(options: transformers.GenerationConfig) -> bool:
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
 def _unmark(model: PreTrainedModel) -> None:
     """transformers has dequantised every weight, but would still refuse to save the model as not serialisable."""
     for owner in (model, model.config):
         for mark in ("hf_quantizer", "quantization_config", "quantization_method", "is_quantized"):
             if mark in vars(owner):
                 delattr(owner, mark)
+
+
+def saved_dtype(config: StudentConfig) -> torch.dtype | None:
+    """The type in which a finished student is saved: the one that is named, else that of the checkpoint it began as.
+
+    None where that is not known, or is no type of plain weights: then as it is in memory.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    directory = directory_of(config)
+    if directory is not None:
+        return stored_dtype(weight_files(directory))
+    if config.model.endswith(".gguf"):
+        return None
+    declared = load_model_config(config).dtype
+    return declared if isinstance(declared, torch.dtype) else None
 
 
 def context_length(config: transformers.PreTrainedConfig) -> int | None:
