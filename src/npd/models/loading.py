@@ -35,7 +35,7 @@ from npd.models.files import (
     stored_dtype,
     weight_files,
 )
-from npd.models.layout import prove_layout
+from npd.models.proof import prove_layout
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from transformers import PreTrainedModel
 from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError
 from npd.models.files import stored_dtype, weight_files
-from npd.models.layout import layout_of, probe_ids, prove_layout
+from npd.models.layout import layout_of, probe_ids
 from npd.models.loading import load_model
+from npd.models.proof import prove_layout
 from npd.models.reading import backbone, base_model, hidden_states
 from npd.models.saving import adapted
 
@@ -149,7 +150,7 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes floats
         lora_dropout=config.lora.dropout,
         target_modules=config.lora.target_modules,
-        exclude_modules=unread_modules(model) or None,
+        exclude_modules=[*unread_modules(model), *_routers(model)] or None,
         task_type="CAUSAL_LM",
     )
     head = model.get_output_embeddings()
@@ -171,6 +172,16 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
         )
     _prove_merge(wrapped, config.model)
     return wrapped
+
+
+def _routers(model: PreTrainedModel) -> list[str]:
+    """Names of linear layers that a family gives a meaning of its own, such as routers: an adapter would not know it."""
+    own = type(model).__module__
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__ == own and type(module).forward is not nn.Linear.forward
+    ]
 
 
 @torch.no_grad()
