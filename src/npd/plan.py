@@ -118,6 +118,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
             "student in training",
             f"{plan.student_parameters:,} parameters, {plan.training_bytes / GIB:.2f} GiB before activations",
         ],
+        ["student reads", models.MODES[models.expected_mode(setup.tokens.student)]],
     ]
     if contents.by_student:
         rows.append(["student in rollout", f"{plan.inference_bytes / GIB:.2f} GiB"])

@@ -87,6 +87,9 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     if config.training.compile and command != EVAL:
         models.check_compiler()
     tokens = load_tokenizers(config)
+    finished = Store(config.run_dir).finished
+    # What is not trained any more need not be there any more.
+    notes = [] if command == EVAL or finished else models.check_weights(config.student, tokens.student, trained=True)
     prompts = None if command == EVAL else _load_train(config, command, tokens.tokenizer)
     held_out, tasks = _load_tasks(config, tokens.tokenizer)
     longest = max([0, *(p.longest for p in (prompts, held_out) if p is not None), *(task.longest_prompt for task in tasks)])
@@ -96,12 +99,11 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         key=lambda pair: pair[1],
     )
     models.check_context(config.student.model, tokens.student, longest, response, option)
-    notes = []
     compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
     for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
         if read is not None:
             notes += check_sources(config, read, name)
-    reads = (needs_teacher or compared is not None) and not (command != EVAL and Store(config.run_dir).finished)
+    reads = (needs_teacher or compared is not None) and not (command != EVAL and finished)
     question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, longest, response, option)
     for key, teacher in config.all_teachers.items() if reads else ():
         notes += teacher_kind(teacher).check(teacher, tokens.teachers[key], question)

@@ -40,13 +40,14 @@ class LocalTeacher(Teacher):
     def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
         assert identity.config is not None, "a teacher that is loaded here has a configuration"
         models.check_context(config.model, identity.config, question.prompt, question.response, question.option)
-        return []
+        return models.check_weights(config, identity.config)
 
     @classmethod
     def plan(cls, config: TeacherConfig, identity: Identity) -> str:
         count = models.parameter_count(identity.config, trust_remote_code=config.trust_remote_code)  # type: ignore[arg-type]
         held = count * models.resolve_dtype(config, trained=False).itemsize
-        return f"{count:,} parameters, {held / (1 << 30):.2f} GiB"
+        how = models.MODES[models.expected_mode(identity.config)]  # type: ignore[arg-type]
+        return f"{count:,} parameters, {held / (1 << 30):.2f} GiB; reads {how}"
 
     @property
     def prefill(self) -> Prefill:
