@@ -102,7 +102,7 @@ KINDS = [(registry, name) for registry in (ENGINES, TEACHERS, PRODUCERS, RULES, 
 # Words that mean something else there: (kind, module).
 OTHER_MEANINGS = {
     ("transformers", "npd.models.loading"),  # a logger
-    ("transformers", "npd.store.store"),  # a package whose version is kept
+    ("transformers", "npd.store.provenance"),  # a package whose version is kept
     ("vllm", "npd.config.sections"),  # what a teacher's server runs
     ("vllm", "npd.scoring.server"),
     ("none", "npd.selection"),  # no quantiles

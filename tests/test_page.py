@@ -29,6 +29,7 @@ OPTIONS = (
     "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -73,7 +74,7 @@ class Page:
     def wait(self, condition: str) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, 60).until(lambda d: d.execute_script(f"return {condition}"), condition)
+        WebDriverWait(self.driver, 300).until(lambda d: d.execute_script(f"return {condition}"), condition)
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -151,7 +152,7 @@ def test_what_a_page_asks_for_is_known_from_what_the_browser_does(page, tmp_path
     wanted = {f"http://127.0.0.1:9/{name}" for name in ("img", "link", "srcdoc", "fetch", "beacon")}
     wanted |= {(tmp_path / name).as_uri() for name in ("page.html", "inner.html")}
     seen: set[str] = set()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not seen >= wanted and time.monotonic() < deadline:
         seen |= page.asked()
         time.sleep(0.05)
@@ -167,6 +168,10 @@ def test_what_a_page_asks_for_is_known_from_what_the_browser_does(page, tmp_path
 def test_every_page_is_in_order(page, run_dir, tmp_path, width, dark):
     page.open(run_dir / "report.html", width, dark)
     page.assert_in_order()
+    fills = page.run(
+        "return [...document.querySelectorAll('.strip')].map(s => [...s.children].map(e => getComputedStyle(e).background))"
+    )
+    assert [len(set(strip)) for strip in fills] == [2, 3, 3, 3]  # train, wait; generate, score, other; verdicts, twice
     background = page.run("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background[4:-1].split(","))) < 200) == dark
 

@@ -7,7 +7,6 @@ trainer, which holds its lock, and refreshes, which make parts.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
@@ -40,14 +39,8 @@ from npd.store.files import (
     writing,
 )  # fmt: skip
 from npd.store.lock import run_lock
-from npd.store.schema import OTHERS, REFERENCE, SCHEMA, SPLIT
-
-PACKAGES = ("npd", "torch", "transformers", "accelerate", "peft", "pyarrow", "tokenizers")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+from npd.store.provenance import versions
+from npd.store.schema import REFERENCE, write_columns
 
 
 class Store:
@@ -258,20 +251,9 @@ class Store:
 
     def write_part(self, generation: int, part: int, table: pa.Table, *, keep_manifest: bool = False) -> None:
         """Write a finished part with the contract's columns in their order; columns a stage did not add are null."""
-        for field in SCHEMA:
-            if field.name not in table.column_names:
-                table = table.append_column(field, pa.nulls(len(table), field.type))
-        table = table.select(SCHEMA.names).cast(SCHEMA)
         path = self.part(generation, part)
         with writing(path) as aside:
-            pq.write_table(
-                table,
-                aside,
-                compression="zstd",
-                use_dictionary=OTHERS,
-                column_encoding=dict.fromkeys(SPLIT, "BYTE_STREAM_SPLIT"),
-                write_page_checksum=True,
-            )
+            write_columns(table, aside)
         manifest = None if keep_manifest else self.manifest(generation)
         if manifest is not None and {p.file: p.sha256 for p in manifest.parts}.get(path.name) != sha256(path):
             (self.generation(generation) / "manifest.json").unlink()  # made again, and not the same, as on other hardware
