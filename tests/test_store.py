@@ -201,7 +201,8 @@ def test_leftovers_of_a_killed_writer_are_removed(tmp_path, make_tree):
     store = Store(tree["run_dir"])
     store.open(load_config(tree), "distill")
     gone = f"{HOST}.{number_of_a_dead_process()}.tmp"
-    for name in (f".metrics.jsonl.{gone}", f"generations/g000/.part-00000.parquet.{HOST}.{os.getpid()}.tmp"):
+    half = (f".metrics.jsonl.{gone}", f"generations/g000/.part-00000.parquet.{HOST}.{os.getpid()}.tmp")
+    for name in (*half, "logs/refresh-0.progress.json"):
         (store.path / name).parent.mkdir(parents=True, exist_ok=True)
         (store.path / name).write_text("half")
     for name in (f"policy/.v000001.{gone}", f"checkpoints/.step-000003.{HOST}.trainer.tmp"):

@@ -105,7 +105,9 @@ class Store:
         return SelectionConfig.model_validate(tree)
 
     def sweep(self) -> None:
-        """Delete what processes that were killed while writing have left."""
+        """Delete what processes that were killed have left: files half written, and what workers said they were doing."""
+        for leftover in (self.path / "logs").glob("*.progress.json"):
+            leftover.unlink(missing_ok=True)
         for leftover in list(self.path.rglob(".*.tmp")):
             if abandoned(leftover):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
