@@ -10,10 +10,14 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import settings
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from npd.config import load_config
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
+from npd.models import Vocabulary
+from npd.rollout import Setting
+from npd.rollout.transformers import TransformersEngine
 
 settings.register_profile("npd", deadline=None)  # machines are shared: time is no property of the code
 settings.load_profile("npd")
@@ -55,6 +59,28 @@ def teacher_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def student_dir(tmp_path_factory) -> Path:
     return save_model(tmp_path_factory.mktemp("models") / "student", seed=2)
+
+
+class Held:
+    """A model that is loaded already, as weights for an engine."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def model(self) -> PreTrainedModel:
+        return self._model
+
+    def path(self) -> Path:
+        raise AssertionError("transformers' engine asks for no files")
+
+
+def engine_of(model: PreTrainedModel, vocabulary: Vocabulary, *, pad_id: int = 0, batch_size: int = 4) -> TransformersEngine:
+    """What writes with a model that is loaded already, in transformers."""
+    tree = {"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": {"batch_size": batch_size}}
+    config = load_config(tree)
+    engine = TransformersEngine(Setting(config, config.student, vocabulary, pad_id, "cpu", longest_prompt=64))
+    engine.take(Held(model))
+    return engine
 
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> Path:

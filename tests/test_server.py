@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,18 @@ from conftest import save_model
 from fake_server import FakeServer, changed, cut_short, dropped, malformed, reply, serving, slow, status
 from hypothesis import given
 from hypothesis import strategies as st
-from npd.rollout.served import ServedRollout
 
 import npd
 import npd.preflight
 import npd.scoring.served
 import npd.scoring.server
-from npd.config import ModelConfig, TeacherConfig, load_config
+from npd.config import ModelConfig, Sampling, TeacherConfig, load_config
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary, load_model, load_tokenizer
-from npd.scoring import Prefill, Routed, ScoreTeacher, ServedPrefill
-from npd.scoring.served import check_server
-from npd.scoring.server import Server, _sglang_logprobs, _vllm_logprobs
+from npd.scoring import Prefill, Question, ScoreTeacher, Setting
+from npd.scoring.routed import Routed
+from npd.scoring.served import ServedTeacher, check_server
+from npd.scoring.server import _sglang_logprobs, _vllm_logprobs
 from npd.store import Store
 
 VOCABULARY = Vocabulary(size=20, stop_ids=(2,), start_id=1)
@@ -52,6 +53,11 @@ def teacher_config(server: FakeServer, **options: Any) -> TeacherConfig:
     )
 
 
+def served(server: FakeServer, say: Callable[[str], None] = lambda text: None, **options: Any) -> ServedTeacher:
+    """The teacher on a server."""
+    return ServedTeacher(teacher_config(server, **options), Setting(VOCABULARY, 0, "cpu", 64, say))
+
+
 def pairs(count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
     rng = np.random.default_rng(seed)
     contexts = [rng.integers(3, 20, rng.integers(1, 9)).tolist() for _ in range(count)]
@@ -74,7 +80,7 @@ def test_readings_equal_those_of_the_model_here(server, teacher_dir, top_k):
     local = Prefill(load_model(ModelConfig(model=str(teacher_dir))), VOCABULARY, 0, 64)
     contexts, responses = pairs(9, seed=top_k)
     told: list[int] = []
-    ours = ServedPrefill(Server(teacher_config(server)), VOCABULARY)(contexts, responses, top_k, told.append)
+    ours = served(server)(contexts, responses, top_k, told.append)
     assert_alike(ours, local(contexts, responses, top_k))
     assert sum(told) == sum(map(len, responses))
 
@@ -83,10 +89,10 @@ def test_the_stage_adds_the_same_columns(server, teacher_dir):
     contexts, responses = pairs(6, seed=3)
     table = pa.table({"prompt_ids": contexts, "response_ids": responses})
     local = ScoreTeacher(Prefill(load_model(ModelConfig(model=str(teacher_dir))), VOCABULARY, 0, 64), 4)(table)
-    served = ScoreTeacher(ServedPrefill(Server(teacher_config(server)), VOCABULARY), 4)(table)
-    assert served.schema == local.schema
+    there = ScoreTeacher(served(server), 4)(table)
+    assert there.schema == local.schema
     for name in ("teacher_nll", "teacher_nll_free"):
-        np.testing.assert_allclose(served[name].to_numpy(), local[name].to_numpy(), atol=1e-4)
+        np.testing.assert_allclose(there[name].to_numpy(), local[name].to_numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -95,7 +101,7 @@ def test_ids_that_only_pad_the_teachers_vocabulary_are_left_out(tmp_path, kind):
     local = Prefill(load_model(ModelConfig(model=str(path))), VOCABULARY, 0, 64)
     contexts, responses = pairs(6, seed=1)
     with serving(path, kind=kind, cap=30) as padded:
-        ours = ServedPrefill(Server(teacher_config(padded)), VOCABULARY)(contexts, responses, 6)
+        ours = served(padded)(contexts, responses, 6)
         asked = {body.get("prompt_logprobs", body.get("top_logprobs_num")) for body in padded.bodies}
     assert_alike(ours, local(contexts, responses, 6))
     assert max(asked) > 6  # more than the top-k, or the test would prove nothing
@@ -129,7 +135,7 @@ def test_requests_are_in_flight_together_but_no_more_than_asked_for(server):
     server.delay, server.most_at_once = 0.05, 0
     try:
         contexts, responses = pairs(20, seed=5)
-        ServedPrefill(Server(teacher_config(server, concurrency=3)), VOCABULARY)(contexts, responses, 2)
+        served(server, concurrency=3)(contexts, responses, 2)
     finally:
         server.delay = 0.0
     assert server.most_at_once == 3
@@ -139,8 +145,12 @@ def test_references_are_written_by_the_server(server, teacher_dir):
     """In the model's own distribution, whatever the server's defaults, and no further than the first stop token."""
     prompts, _ = pairs(5, seed=8)
     table = pa.table({"prompt_ids": prompts})
-    rollout = ServedRollout(Server(teacher_config(server)), VOCABULARY, max_new_tokens=10, temperature=1.0, top_p=1.0)
-    rows = rollout(table, seed=3).to_pylist()
+    told: list[int] = []
+    rows = served(server).write(table, Sampling(10), 3, told.append).to_pylist()
+    assert told == [1] * 5
+    twice = served(server).write(table, Sampling(10, samples_per_prompt=2), 3).to_pylist()
+    assert [row["prompt_ids"] for row in twice] == [prompt for prompt in prompts for _ in range(2)]
+    assert twice[::2] == twice[1::2] == rows  # it is greedy, whatever it is asked
     for prompt, row in zip(prompts, rows, strict=True):
         expected = server._written(prompt, {"max_tokens": 10, "max_new_tokens": 10, "stop_token_ids": [2]})
         ids = expected["choices"][0]["token_ids"] if server.kind == "vllm" else expected["output_ids"]
@@ -173,11 +183,9 @@ def test_what_can_be_asked_again_is(server, teacher_dir, fault):
     local = Prefill(load_model(ModelConfig(model=str(teacher_dir))), VOCABULARY, 0, 64)
     contexts, responses = pairs(5, seed=9)
     said: list[str] = []
-    config = teacher_config(server, timeout=0.7 if fault.__qualname__.startswith("slow") else 5.0)
+    teacher = served(server, said.append, timeout=0.7 if fault.__qualname__.startswith("slow") else 5.0)
     server.faults = [fault, fault]
-    assert_alike(
-        ServedPrefill(Server(config, said.append), VOCABULARY)(contexts, responses, 3), local(contexts, responses, 3)
-    )
+    assert_alike(teacher(contexts, responses, 3), local(contexts, responses, 3))
     assert not server.faults
     assert any("can't be used now" in line for line in said)
     assert any("is back" in line for line in said)
@@ -186,7 +194,7 @@ def test_what_can_be_asked_again_is(server, teacher_dir, fault):
 def test_retry_after_is_obeyed(server):
     server.faults = [status(429, Retry_After="1")]
     began = time.monotonic()
-    ServedPrefill(Server(teacher_config(server)), VOCABULARY)([[4]], [[5, 2]], 2)
+    served(server)([[4]], [[5, 2]], 2)
     assert time.monotonic() - began >= 1.0
 
 
@@ -194,7 +202,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_words(server):
     server.faults = [status(503, "model is loading")] * 200
     try:
         with pytest.raises(RunError, match="model is loading") as error:
-            ServedPrefill(Server(teacher_config(server, retry_seconds=0.3)), VOCABULARY)(*pairs(8, seed=1), 2)
+            served(server, retry_seconds=0.3)(*pairs(8, seed=1), 2)
     finally:
         server.faults = []
     assert "run the same command again" in str(error.value)
@@ -205,7 +213,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_words(server):
 
 def test_a_4xx_is_an_error_at_once(server):
     server.faults = [status(400, "this model's context is 12 tokens")]
-    reader = ServedPrefill(Server(teacher_config(server, retry_seconds=60)), VOCABULARY)
+    reader = served(server, retry_seconds=60)
     with pytest.raises(UserError, match="context is 12 tokens"):
         reader(*pairs(1, seed=2), 2)
     assert not server.faults
@@ -214,7 +222,7 @@ def test_a_4xx_is_an_error_at_once(server):
 def test_the_first_error_ends_the_others(server):
     """Those that wait to ask again do not keep the run from saying what is wrong."""
     server.faults = [status(503)] * 3 + [status(400, "no such thing")]
-    reader = ServedPrefill(Server(teacher_config(server, concurrency=8, retry_seconds=600)), VOCABULARY)
+    reader = served(server, concurrency=8, retry_seconds=600)
     with pytest.raises(UserError, match="no such thing"):
         reader(*pairs(8, seed=2), 2)
     server.faults = []
@@ -256,14 +264,16 @@ def fewer_tokens(answer: dict[str, Any]) -> None:
 def test_an_answer_to_another_question_is_refused(server, change, words):
     server.faults = [changed(change)]
     with pytest.raises(UserError, match=words):
-        ServedPrefill(Server(teacher_config(server)), VOCABULARY)([[4]], [[5, 6, 2]], 4)
+        served(server)([[4]], [[5, 6, 2]], 4)
 
 
 # -- what is seen before anything is generated
 
 
 def checked(config: TeacherConfig, student_dir: Path, *, top_k: int = 4, tokens: int = 40) -> list[str]:
-    return check_server(config, load_tokenizer(ModelConfig(model=str(student_dir))), top_k, tokens, VOCABULARY)
+    tokenizer = load_tokenizer(ModelConfig(model=str(student_dir)))
+    question = Question(tokenizer, VOCABULARY, top_k, tokens - 12, 12, "rollout.max_new_tokens")
+    return check_server(config, question)
 
 
 def test_a_good_server_passes(server, student_dir, teacher_dir):
@@ -333,20 +343,20 @@ def test_a_hanging_request_keeps_no_error_back(server):
     server.faults = [slow(4.0), status(400, "no such thing")]
     began = time.monotonic()
     with pytest.raises(UserError, match="no such thing"):
-        ServedPrefill(Server(teacher_config(server)), VOCABULARY)(*pairs(2, seed=2), 2)
+        served(server)(*pairs(2, seed=2), 2)
     assert time.monotonic() - began < 3.0
     server.faults = [slow(4.0)] * 2
-    stopped = Server(teacher_config(server))
+    stopped = served(server)
     threading.Timer(0.3, stopped.stop).start()
     with pytest.raises(RunError, match="Stopped"):
-        ServedPrefill(stopped, VOCABULARY)(*pairs(2, seed=2), 2)
+        stopped(*pairs(2, seed=2), 2)
     assert time.monotonic() - began < 6.0
 
 
 def test_a_server_that_does_not_know_how_is_not_asked_again(server):
     server.faults = [status(501, "not implemented")]
     with pytest.raises(UserError, match="not implemented"):
-        ServedPrefill(Server(teacher_config(server)), VOCABULARY)(*pairs(1, seed=2), 2)
+        served(server)(*pairs(1, seed=2), 2)
 
 
 def test_checks_at_the_start_do_not_wait_for_long(server, student_dir, monkeypatch):
@@ -392,19 +402,19 @@ def test_a_run_with_a_served_teacher_equals_one_with_it_here(make_tree, server, 
     """The same samples; scores and weights up to rounding. Its distance is at most the true one."""
     evaluation = {"data": {"eval": str(data_file)}}
     local = npd.distill(make_tree("local", **evaluation))
-    served = npd.distill(make_tree("served", teacher={"model": "big", "server": server.url}, **evaluation))
+    there = npd.distill(make_tree("there", teacher={"model": "big", "server": server.url}, **evaluation))
     for generation in (0, 1):
         for part in range(3):
-            a, b = (Store(run.run_dir).read_part(generation, part) for run in (local, served))
+            a, b = (Store(run.run_dir).read_part(generation, part) for run in (local, there))
             if generation == 0:
                 assert a["response_ids"] == b["response_ids"]
                 assert a["behavior_logprobs"] == b["behavior_logprobs"]
                 for name in ("teacher_nll", "teacher_nll_free", "delta_ifd"):
                     np.testing.assert_allclose(a[name].to_numpy(), b[name].to_numpy(), atol=1e-3)
             assert a.schema == b.schema
-    assert served.before["eval/top1_agreement"] == local.before["eval/top1_agreement"]
-    assert 0 < served.before["eval/kl_to_teacher_at_least"] <= local.before["eval/kl_to_teacher"]
-    assert served.before["eval/kl_to_teacher_at_least"] == pytest.approx(local.before["eval/kl_to_teacher"], rel=0.5)
+    assert there.before["eval/top1_agreement"] == local.before["eval/top1_agreement"]
+    assert 0 < there.before["eval/kl_to_teacher_at_least"] <= local.before["eval/kl_to_teacher"]
+    assert there.before["eval/kl_to_teacher_at_least"] == pytest.approx(local.before["eval/kl_to_teacher"], rel=0.5)
 
 
 def test_a_server_that_restarts_costs_nothing_that_was_finished(make_tree, teacher_dir):
