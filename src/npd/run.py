@@ -31,7 +31,6 @@ from npd.observe.live import RunView
 from npd.observe.reporter import observed
 from npd.observe.trackers import selection_figures, start_trackers
 from npd.placement import Placement
-from npd.prompts import Prompts
 from npd.refresher import Generation, Refresher, show_generation
 from npd.reselect import reselect as reselection
 from npd.rollout.vllm import check_options
@@ -96,8 +95,9 @@ class Run:
                 self.store.open(self.config, self.command)
             self.wait()
             assert self.setup.prompts is not None
-            prompts = self.store.keep_prompts(self.setup.prompts) if self.main else self.setup.prompts
-            self.setup.prompts = prompts
+            kept = self.store.keep_prompts(self.setup.prompts) if self.main else None
+            self.wait()
+            prompts = self.setup.prompts = kept or self.store.prompts()
             role = "trainer" if self.main else f"trainer-{self.accelerator.process_index}"
             self.events = Events(self.store.path / "events.jsonl", role)
             here = "" if self.world > 1 else self.placement.train[0]  # a teacher that evaluates stands beside the trainer
@@ -149,6 +149,7 @@ class Run:
             self.resources.enter_context(self.jobs)  # they load their models while this process loads its own
         with self.events.span("load"):
             student = models.load_model(self.config.student, trained=True)
+            models.stop_at(student, self.setup.vocabulary.stop_ids)
             self.trainer = Trainer(
                 self.config,
                 self.store,
@@ -653,6 +654,7 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
         if not store.policies():
             began = time.time()
             student = models.load_model(run.config.student, trained=True)
+            models.stop_at(student, run.setup.vocabulary.stop_ids)
             store.publish(0, lambda path: models.save_model(student, run.setup.tokenizer, path), 0)
             del student
             run.display.say(f"Published the student as it starts, v000000, in {time.time() - began:.1f} s.")
@@ -699,7 +701,7 @@ def follower(config: Config, placement: Placement | None, rank: int, world: int,
     return Refresher(
         config,
         store,
-        Prompts.open(store.path / "prompts.arrow"),
+        store.prompts(),
         tokenizer,
         vocabulary,
         display,

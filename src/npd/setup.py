@@ -15,7 +15,7 @@ from npd.config import Config, load_config
 from npd.errors import UserError
 from npd.evaluation import Task, load_task
 from npd.placement import EXTERNAL, Placement, place
-from npd.prompts import Prompts, count_sources, load_prompts
+from npd.prompts import Chat, Prompts, count_sources, read_data
 from npd.refresher import usable_references
 from npd.rollout.vllm import check_options, devices_per_engine
 from npd.scoring.served import check_server
@@ -69,13 +69,23 @@ def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, dict[s
     tokenizer = models.load_tokenizer(config.student)
     student_config = models.load_model_config(config.student)
     stop_ids = models.stop_ids_of(config.student)
-    teacher_configs = {}
+    teacher_configs, notes = {}, []
     for key, teacher in config.all_teachers.items():
         if teacher.server is None:
-            models.check_compatible(tokenizer, models.load_tokenizer(teacher), (config.student.model, teacher.model))
+            theirs = models.load_tokenizer(teacher)
+            models.check_compatible(tokenizer, theirs, (config.student.model, teacher.model))
+            if difference := models.template_difference(tokenizer, theirs, config.data.template_options):
+                notes.append(f"The chat template of {teacher.model} is another one than the student's: {difference}.")
             teacher_configs[key] = models.load_model_config(teacher)
             stop_ids += models.stop_ids_of(teacher)
-    vocabulary = models.shared_vocabulary(tokenizer, student_config, *teacher_configs.values(), stop_ids=stop_ids)
+    vocabulary = models.shared_vocabulary(
+        tokenizer,
+        student_config,
+        *teacher_configs.values(),
+        stop_ids=stop_ids,
+        template_options=config.data.template_options,
+    )
+    vocabulary = replace(vocabulary, notes=tuple(notes))
     if len(teacher_configs) < len(config.all_teachers):  # how far a served teacher's vocabulary is padded is not known
         vocabulary = replace(vocabulary, size=min(vocabulary.size, 1 + max(tokenizer.get_vocab().values())))
     if config.scoring.top_k > vocabulary.size:
@@ -123,32 +133,14 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
     if config.training.compile and command in ("distill", "sft"):
         models.check_compiler()
     tokenizer, vocabulary, student_config, teacher_configs = load_tokenizers(config)
-    given = command == "sft" and config.data.references == "given"
-    prompts = None
-    if command != "eval":
-        prompts = load_prompts(
-            config.data.train,
-            tokenizer,
-            split=config.data.split,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_completion_tokens=config.rollout.max_new_tokens if given else None,
-            need="completion" if given else None,
+    chat = Chat(tokenizer, config.data.template_options, now=Store(config.run_dir).began, stop_ids=vocabulary.stop_ids)
+    prompts, held_out = read_data(config, command, chat)
+    if command == "distill" and config.schedule.references and prompts and not len(usable_references(config, prompts)):
+        raise UserError(
+            "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
+            "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
         )
-        if command == "distill" and config.schedule.references and not len(usable_references(config, prompts)):
-            raise UserError(
-                "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
-                "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
-            )
-    held_out = None
-    if config.data.eval is not None:
-        held_out = load_prompts(
-            config.data.eval,
-            tokenizer,
-            split=config.data.split,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            need="answer" if any(task.name == "answer" for task in config.evaluation.tasks) else None,
-        )
-    tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
+    tasks = [load_task(task, tokenizer, held_out, chat) for task in config.evaluation.tasks]
     asked = [p.longest for p in (prompts, held_out) if p is not None]
     longest = max([0, *asked, *(max(map(len, task.prompts["prompt_ids"].to_pylist())) for task in tasks)])
     option, new = max(
@@ -166,7 +158,11 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
                 f"The longest prompt ({longest} tokens) and {option} ({new}) together pass the context of "
                 f"{model.model} ({context} tokens). Lower data.max_prompt_tokens or {option}."
             )
-    notes = []
+    notes = [
+        f"{name}: {note}" for read, name in ((prompts, "data.train"), (held_out, "data.eval")) if read for note in read.notes
+    ]
+    if any(read is not None and read.templated for read in (prompts, held_out)):
+        notes += vocabulary.notes
     compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
     for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
         if read is not None:

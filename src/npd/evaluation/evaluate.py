@@ -17,7 +17,7 @@ from npd.evaluation.verify import extract_answer, is_correct, pass_at_k, wilson_
 from npd.losses import sparse_soft_cross_entropy
 from npd.models import Vocabulary, head_weight
 from npd.observe.display import Display
-from npd.prompts import Prompts
+from npd.prompts import Chat, Prompts, accepted_answers
 from npd.rollout import TransformersRollout
 from npd.schedule import derive_seed
 from npd.scoring import Prefill, Reader
@@ -38,7 +38,9 @@ class Task:
     """(problem index, response text) -> 0..1"""
 
 
-def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: Prompts | None) -> Task:
+def load_task(
+    config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: Prompts | None, chat: Chat | None = None
+) -> Task:
     """A reasoning-gym task by name, or the `answer` column of data.eval.
 
     Raises:
@@ -51,7 +53,7 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: 
         answers = prompts["answer"].to_pylist()
         if None in answers:
             raise UserError(f"evaluation.tasks has `answer`, but row {answers.index(None) + 1} of data.eval has none.")
-        return Task("answer", prompts, lambda i, text: float(is_correct(text, answers[i])))
+        return Task("answer", prompts, lambda i, text: float(any(is_correct(text, a) for a in accepted_answers(answers[i]))))
 
     import reasoning_gym
 
@@ -64,7 +66,8 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: 
             f"evaluation.tasks: {config.name!r} with options {config.options} is no task: {error}. Give a reasoning-gym task "
             "or `answer`."
         ) from error
-    questions = [_question(entry["question"], tokenizer) for entry in entries]
+    chat = chat or Chat(tokenizer)
+    questions = [chat.question(entry["question"]) for entry in entries]
 
     def score(i: int, text: str) -> float:
         whole = "\n" in str(entries[i]["answer"]) and "<answer>" not in text
@@ -76,13 +79,6 @@ def load_task(config: TaskConfig, tokenizer: PreTrainedTokenizerBase, held_out: 
             return 0.0
 
     return Task(config.name, pa.table({"prompt_ids": pa.array(questions, pa.list_(pa.int32()))}), score)
-
-
-def _question(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": question}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    return list(tokenizer(question + "\n")["input_ids"])
 
 
 class Evaluator:

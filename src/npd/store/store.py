@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -363,25 +364,64 @@ class Store:
 
     # -- prompts
 
+    @property
+    def began(self) -> datetime | None:
+        """The moment that prompts of this run were rendered at, for templates that ask for the date; None: not yet."""
+        path = self.path / "prompts.arrow"
+        if not path.exists():
+            return None
+        with suppress(Exception):  # damaged: whoever opens it says so
+            return datetime.fromisoformat(Prompts.facts(path)["date"])
+        return datetime.fromtimestamp(path.stat().st_mtime)  # made by an older version, when the run began
+
+    def prompts(self) -> Prompts:
+        """The prompts of this run, mapped.
+
+        Raises:
+            UserError: they are damaged, or not there.
+        """
+        path = self.path / "prompts.arrow"
+        remedy = "Delete it, and run `npd distill` again on this directory: it will be made again."
+        prompts: Prompts = self._read(path, lambda: Prompts.open(path), remedy)
+        return prompts
+
     def keep_prompts(self, prompts: Prompts) -> Prompts:
         """Keep tokenised prompts for whoever makes generations; returns them, mapped from the run directory.
+
+        Those that are there already stay while raw data, tokenizer and options are the same, whatever the template would
+        make of them today; a damaged file is made again.
 
         Raises:
             UserError: the run began with other prompts.
         """
         path = self.path / "prompts.arrow"
+        why = None
         if path.exists():
-            theirs = self._read(path, lambda: Prompts.open(path), "Delete it: it will be made again.")
-            if theirs.table.equals(prompts.table):
-                return theirs
-            if any(self.path.glob("generations/*/part-*")):
-                raise UserError(
+            try:
+                theirs = Prompts.open(path)
+            except Exception:  # whatever a damaged file makes of it
+                if not self._answers(prompts):
+                    why = f"{path} is damaged, and the prompts of today are not those that it held"
+            else:
+                if (theirs.made_from and theirs.made_from == prompts.made_from) or theirs.table.equals(prompts.table):
+                    return theirs
+                before, now = theirs.made_from, prompts.made_from
+                changed = [f"the {name}" for name in before if before[name] != now.get(name)] or ["the data or the tokenizer"]
+                why = (
                     f"The prompts are not those that {self.path} began with ({len(theirs):,} then, {len(prompts):,} now): "
-                    "the data or the tokenizer has changed. Restore them, or choose another run_dir."
+                    f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} changed"
                 )
+        if why is not None and any(self.path.glob("generations/*/part-*")):
+            raise UserError(f"{why}. Restore them, or choose another run_dir.")
         with writing(path) as aside:
             prompts.save(aside)
         return Prompts.open(path)
+
+    def _answers(self, prompts: Prompts) -> bool:
+        """Do the parts that are there answer these prompts?"""
+        known = set(prompts.table["prompt_id"].to_pylist())
+        parts = self.path.glob("generations/*/part-*.parquet")
+        return all(known.issuperset(pq.read_table(part, columns=["prompt_id"])["prompt_id"].to_pylist()) for part in parts)
 
     # -- trainer state
 
