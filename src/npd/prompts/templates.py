@@ -75,7 +75,7 @@ class Chat:
     ) -> None:
         self.tokenizer, self.options, self.now = tokenizer, dict(options or {}), now or datetime.now()
         self.template = str(tokenizer.chat_template or "")
-        unknown = [name for name in self.options if name not in self.template]
+        unknown = [name for name in self.options if not re.search(rf"\b{re.escape(name)}\b", self.template)]
         if unknown:
             raise UserError(
                 f"data.template_options has {', '.join(unknown)}, but the student's tokenizer has "
@@ -83,7 +83,10 @@ class Chat:
             )
         self.dated = "strftime_now" in self.template
         self.end = turn_end(tokenizer, self.options)
-        ends = (tokenizer.eos_token_id, self.end.token, *stop_ids)
+        self._eos = tokenizer.eos_token_id  # asking the tokenizer takes its time
+        self._bos = str(tokenizer.bos_token or "")
+        self._begins = None if tokenizer.bos_token_id is None else [tokenizer.bos_token_id] * 2
+        ends = (self._eos, self.end.token, *stop_ids)
         self.stop_ids = frozenset(token for token in ends if token is not None)
         self._shows: dict[str, bool] = {}
 
@@ -116,11 +119,10 @@ class Chat:
 
     def ids_of(self, text: str) -> list[int]:
         """A plain text's ids: one BOS at most in front, and no EOS behind, for the response goes on from here."""
-        ids = list(self.tokenizer(text)["input_ids"])
-        bos, eos = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
-        if bos is not None and ids[:2] == [bos, bos] and text.startswith(str(self.tokenizer.bos_token)):
+        ids: list[int] = self.tokenizer(text)["input_ids"]
+        if self._begins is not None and ids[:2] == self._begins and text.startswith(self._bos):
             ids = ids[1:]
-        return ids[:-1] if eos is not None and ids and ids[-1] == eos else ids
+        return ids[:-1] if ids and ids[-1] == self._eos else ids
 
     def question(self, text: str) -> list[int]:
         """A question's ids: a user's turn through the template, or without one a line of its own."""
@@ -137,7 +139,9 @@ class Chat:
         """
         said = list(strings(reply["content"]))
         if isinstance(asked.prompt, str):
-            return self._cut(where, asked, "".join(said), said)
+            content = reply["content"]
+            text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+            return self._cut(where, asked, text, said)
         history, turn = list(asked.prompt), reply
         if asked.is_open:
             opened = history.pop()
@@ -146,15 +150,14 @@ class Chat:
             turn = {**opened, **reply, "content": opened["content"] + reply["content"]}
         whole = self._render(where, [*history, turn], asked.tools, asked.options, "closed")
         check_shown(where, self, [*history, turn], asked.tools, asked.options, whole, only=len(history))
-        opening = ""
-        if whole.startswith(asked.text):
-            rest = whole.removeprefix(asked.text)
-            kept = rest if self.end.token is not None else rest.removesuffix(self.end.whole)
-            if all(holds(rest, text) for text in said):
-                return self._cut(where, asked, kept, said)
+        rest = whole.removeprefix(asked.text) if whole.startswith(asked.text) else ""
+        body = rest.removesuffix(self.end.whole)
+        kept = body if self.end.token is None else rest
+        if rest and all(holds(body, text) for text in said) and not THOUGHT.search(asked.text[-200:]):
+            return self._cut(where, asked, kept, said)
         base = self._render(where, asked.prompt, asked.tools, asked.options, "closed")
         opening = asked.text[shared(base, asked.text) :]
-        if whole.startswith(asked.text) and rest and all(holds(opening + rest, text) for text in said):
+        if rest and all(holds(opening + body, text) for text in said) and _clash(opening, body) is None:
             return self._cut(where, asked, kept, said)
         if not is_plain(reply) or not isinstance(reply["content"], str):
             at = shared(whole, asked.text)
@@ -176,19 +179,8 @@ class Chat:
                 space = opening[len(begun) :]
                 content = content.lstrip()[len(begun) - at :]
                 return content.removeprefix(space) if space and content.startswith(space) else content
-        for match in THOUGHT.finditer(opening):
-            tag, end = match[0], match[0][0] + "/" + match[0][1:]
-            if tag in content:
-                raise UserError(
-                    f"{where}: the prompt ends with {opening!r}, and the completion begins with another {tag}.",
-                    "Take the thought out of the completion, or set data.template_options so that the prompt has none.",
-                )
-            if end not in opening[match.end() :] and end not in content:
-                raise UserError(
-                    f"{where}: the prompt ends with {opening!r}, but the completion has no {end}: a response goes on from "
-                    "within the thought.",
-                    "Give completions with their thoughts, or set data.template_options so that the template opens none.",
-                )
+        if clash := _clash(opening, content):
+            raise UserError(f"{where}: the prompt ends with {opening!r}, {clash[0]}.", clash[1])
         return content
 
     def _cut(self, where: str, asked: Asked, rest: str, said: list[str]) -> list[int]:
@@ -207,7 +199,7 @@ class Chat:
             self._check_stops(where, said, ids[: stops[0]])
         if stops:
             return ids[: stops[0] + 1]
-        return [*ids, self.end.token if ends_itself and self.end.token is not None else self.tokenizer.eos_token_id]
+        return [*ids, self.end.token if ends_itself and self.end.token is not None else self._eos]
 
     def _apart(self, where: str, prompt_ids: list[int], whole: list[int], rest: str) -> list[int]:
         """Ids of a text by itself, where with the prompt before it a token would reach across the border."""
@@ -290,6 +282,19 @@ class Chat:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens included."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _clash(opening: str, content: str) -> tuple[str, str] | None:
+    """How a reply does not go on from the thought that a generation prompt opened, and the remedy; None: it does."""
+    for match in THOUGHT.finditer(opening):
+        tag, end = match[0], match[0][0] + "/" + match[0][1:]
+        if tag in content:
+            remedy = "Take the thought out of the completion, or set data.template_options so that the prompt has none."
+            return f"and the completion has another {tag}", remedy
+        if end not in opening[match.end() :] and end not in content:
+            remedy = "Give completions with their thoughts, or set data.template_options so that the template opens none."
+            return f"but the completion has no {end}: a response goes on from within the thought", remedy
+    return None
 
 
 def shared(a: str, b: str) -> int:
