@@ -409,7 +409,7 @@ class Store:
                 changed = [f"the {name}" for name in before if before[name] != now.get(name)] or ["the data or the tokenizer"]
                 why = (
                     f"The prompts are not those that {self.path} began with ({len(theirs):,} then, {len(prompts):,} now): "
-                    f"{' and '.join(changed)} {'have' if len(changed) > 1 else 'has'} changed"
+                    f"{' and '.join(changed)} {'have' if len(changed) > 1 or changed[0].endswith('s') else 'has'} changed"
                 )
         if why is not None and any(self.path.glob("generations/*/part-*")):
             raise UserError(f"{why}. Restore them, or choose another run_dir.")
