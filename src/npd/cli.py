@@ -203,6 +203,27 @@ def evaluate(config: Config, model: str | None) -> None:
 
 
 @config_command(
+    "data",
+    "Show what a model is asked.",
+    "Show rows of data.train as a model reads them (special tokens in ⟦brackets⟧, token ids, where the prompt ends and the "
+    "response begins), what stops a response, what is left out and why, lengths, sources and their teachers. It needs no "
+    "weights.",
+    click.Option(["--rows"], type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show, from the first."),
+    click.Option(["--row"], type=click.IntRange(min=1), help="Show this row alone, counted from 1, and whole."),
+)
+def data(config: Config, rows: int, row: int | None) -> None:
+    from npd import setup
+    from npd.prompts.show import show_data
+
+    display = Display()
+    tokenizer, vocabulary, *_ = setup.load_tokenizers(config)
+    command = "distill" if config.has_teacher else "sft"
+    show_data(config, command, setup.chat_of(config, tokenizer, vocabulary), display, rows=rows, row=row)
+    for note in vocabulary.notes:
+        display.say(note)
+
+
+@config_command(
     "init-student",
     "Cut a student out of the teacher.",
     "Cut a student out of the teacher: keep some decoder layers, copy everything else, write it where student.model points.",

@@ -11,6 +11,7 @@ from npd import models
 from npd.observe.display import Display
 from npd.packing import pack
 from npd.prompts import count_sources
+from npd.prompts.show import show_data
 from npd.selection import ENOUGH
 from npd.setup import Setup, placement_of
 from npd.trainer import resolve_precision
@@ -107,8 +108,8 @@ def show_plan(setup: Setup, display: Display) -> None:
     display.table(f"npd {command}: the plan for {config.run_dir}", ["what", "how much"], rows)
     for note in setup.notes:
         display.say(note)
-    for line in setup.prompts.report():
-        display.say(f"data.train: {line}")
+    assert setup.chat is not None
+    show_data(config, command, setup.chat, display, read=(setup.prompts, setup.held_out))
     each = min(samples, config.rollout.part_size * (1 if sft else config.rollout.samples_per_prompt))
     if config.selection.rule == "adaptive" and each < ENOUGH:
         display.say(

@@ -41,6 +41,8 @@ class Setup:
     """Of teachers that are loaded here, by their keys in `Config.all_teachers`."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before it begins."""
+    chat: Chat | None = None
+    """The tokenizer with the template's options and all stop tokens."""
 
 
 def as_config(config: AnyConfig) -> Config:
@@ -93,6 +95,12 @@ def load_tokenizers(config: Config) -> tuple[Any, models.Vocabulary, Any, dict[s
     return tokenizer, vocabulary, student_config, teacher_configs
 
 
+def chat_of(config: Config, tokenizer: Any, vocabulary: models.Vocabulary) -> Chat:
+    """How this run's tokenizer writes conversations: with its options, its stop tokens, and the date it began."""
+    now = Store(config.run_dir).began
+    return Chat(tokenizer, config.data.template_options, now=now, stop_ids=vocabulary.stop_ids)
+
+
 def check_sources(config: Config, prompts: Prompts, name: str) -> list[str]:
     """See that every source has a teacher.
 
@@ -133,7 +141,7 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
     if config.training.compile and command in ("distill", "sft"):
         models.check_compiler()
     tokenizer, vocabulary, student_config, teacher_configs = load_tokenizers(config)
-    chat = Chat(tokenizer, config.data.template_options, now=Store(config.run_dir).began, stop_ids=vocabulary.stop_ids)
+    chat = chat_of(config, tokenizer, vocabulary)
     prompts, held_out = read_data(config, command, chat)
     if command == "distill" and config.schedule.references and prompts and not len(usable_references(config, prompts)):
         raise UserError(
@@ -173,7 +181,9 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
             notes += check_server(teacher, tokenizer, config.scoring.top_k, longest + new, vocabulary)
     if command != "eval":
         Store(config.run_dir).check(config, command)
-    return Setup(config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_configs, notes)
+    return Setup(
+        config, command, tokenizer, vocabulary, prompts, held_out, tasks, student_config, teacher_configs, notes, chat
+    )
 
 
 def check_engine_place(config: Config, placed: Placement, processes: int, *, trains: bool) -> None:

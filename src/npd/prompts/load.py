@@ -139,7 +139,7 @@ def load_prompts(
                 row = read_row(where, record, columns, chat=bool(chat.template), remark=partial(prompts.remark, where=where))
                 _check_needed(row, need)
                 asked, completion_ids = _rendered(row, chat, prompts, lenient)
-                reason = _unusable(row, asked, completion_ids, max_prompt_tokens, max_completion_tokens)
+                reason = unusable(row, asked, completion_ids, max_prompt_tokens, max_completion_tokens)
                 if reason is not None:
                     prompts.leave_out(reason, where)
                     continue
@@ -206,7 +206,7 @@ def _check_needed(row: Row, need: str | None) -> None:
         raise UserError(f"{row.where} has no {need}, which this needs for every row. Add it{remedy}")
 
 
-def _unusable(
+def unusable(
     row: Row, asked: Asked, completion_ids: list[int] | None, longest_prompt: int, longest_completion: int | None
 ) -> str | None:
     """Why a row can't be used, or None."""
