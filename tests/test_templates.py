@@ -16,10 +16,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import npd
-from npd.config import ModelConfig
+from npd.config import ModelConfig, load_config
 from npd.errors import UserError
 from npd.models import load_model, load_tokenizer, save_model, shared_vocabulary, stop_at, stop_ids_of, template_difference
 from npd.prompts import Chat, load_prompts, turn_end
+from npd.setup import prepare
 
 USER = {"role": "user", "content": "2+2=1"}
 THOUGHT = "<think>\nwhy\n</think>\n\n4"
@@ -103,7 +104,7 @@ def chat_model(tmp_path):
         tokenizer = byte_tokenizer(template, eos, ("<|im_start|>", "<|im_end|>", "<|return|>"))
         torch.manual_seed(seed)
         sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-        config = LlamaConfig(vocab_size=len(tokenizer), **sizes, num_key_value_heads=1, max_position_embeddings=256,
+        config = LlamaConfig(vocab_size=len(tokenizer), **sizes, num_key_value_heads=1, max_position_embeddings=512,
                              tie_word_embeddings=True, initializer_range=0.3, bos_token_id=None,
                              eos_token_id=tokenizer.eos_token_id)  # fmt: skip
         LlamaForCausalLM(config).save_pretrained(tmp_path / name)
@@ -458,3 +459,18 @@ def test_rows_are_refused_by_file_and_line(tmp_path):
 def test_gemma_refuses_turns_that_do_not_alternate():
     tokenizer = byte_tokenizer(GEMMA, "<eos>", ("<start_of_turn>", "<end_of_turn>"))
     assert "turns must alternate" in refused(Chat(tokenizer), [USER, USER])
+
+
+def test_a_run_is_told_of_a_teacher_with_another_template_and_of_its_date(chat_model, make_tree, tmp_path):
+    student, teacher = chat_model("student", seed=3), chat_model("teacher", seed=4, template=CHATML + "{{ '' }}\n!")
+    data = write_jsonl(tmp_path / "d.jsonl", [{"messages": [USER]}])
+    tree = make_tree(student={"model": str(student)}, teacher={"model": str(teacher)}, packing={"length": 512},
+                     data={"train": str(data), "max_prompt_tokens": 240})  # fmt: skip
+    notes = prepare(load_config(tree), "distill").notes
+    assert any(f"The chat template of {teacher} is another one than the student's: behind " in note for note in notes)
+    write_jsonl(data, [{"prompt": "1="}])  # which goes through neither
+    assert not any("is another one" in note for note in prepare(load_config(tree), "distill").notes)
+    dated = chat_model("dated", template=LLAMA3)
+    write_jsonl(data, [{"messages": [USER]}])
+    notes = prepare(load_config(tree | {"student": {"model": str(dated)}}), "distill").notes
+    assert any("the chat template asks for the date: this run keeps 20" in note for note in notes)

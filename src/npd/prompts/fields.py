@@ -45,14 +45,17 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(item)
 
 
-def holds(text: str, said: str, times: int = 1) -> bool:
-    """Does a text hold another so many times, whatever a template did to its white space, or written as JSON?"""
-    if text.count(said.strip()) >= times:
-        return True
+def count(text: str, said: str) -> int:
+    """How often a text holds another, whatever a template did to its white space, or written as JSON."""
     squeezed = "".join(text.split())
     quoted = [json.dumps(said.strip(), ensure_ascii=ascii)[1:-1] for ascii in (False, True)]
     quoted += [json.dumps(form)[1:-1] for form in quoted]
-    return any(squeezed.count("".join(form.split())) >= times for form in (said, *quoted))
+    return max(text.count(said.strip()), *(squeezed.count("".join(form.split())) for form in (said, *quoted)))
+
+
+def holds(text: str, said: str, times: int = 1) -> bool:
+    """Does a text hold another so many times, as `count` counts?"""
+    return text.count(said.strip()) >= times or count(text, said) >= times
 
 
 def check_shown(
@@ -80,7 +83,7 @@ def check_shown(
     for i, message in enumerate(messages):
         if is_plain(message) or only not in (None, i):
             continue
-        for key in message.keys() - {"role", "content"} - set(LINKS):
+        for key in sorted(message.keys() - {"role", "content", *LINKS}):
             rest = {name: value for name, value in message.items() if name != key}
             without = chat.try_render([*messages[:i], rest, *messages[i + 1 :]], tools, options, how)
             if _differs(text, without, message[key]):
@@ -123,7 +126,7 @@ def _differs(text: str, without: str | None, value: Any) -> bool:
     if without == text:
         return False
     pieces = [piece for said in strings(value) for piece in strings(_json(said))]
-    return all(_count(text, piece) > (0 if without is None else _count(without, piece)) for piece in pieces)
+    return all(count(text, piece) > (0 if without is None else count(without, piece)) for piece in pieces)
 
 
 def _json(said: str) -> Any:
@@ -134,13 +137,6 @@ def _json(said: str) -> Any:
         except json.JSONDecodeError:
             pass
     return said
-
-
-def _count(text: str, said: str) -> int:
-    count = 0
-    while holds(text, said, count + 1):
-        count += 1
-    return count
 
 
 def _called(earlier: list[Message], name: Any) -> bool:

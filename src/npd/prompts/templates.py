@@ -7,7 +7,6 @@ that the template strips), it is put together from the reply and the token that 
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -299,7 +298,11 @@ def _clash(opening: str, content: str) -> tuple[str, str] | None:
 
 def shared(a: str, b: str) -> int:
     """How many characters two texts begin with alike."""
-    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
+    low, high = 0, min(len(a), len(b))
+    while low < high:  # halving compares long texts at the speed of memory
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if a[:middle] == b[:middle] else (low, middle - 1)
+    return low
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> TurnEnd:
