@@ -27,13 +27,13 @@ FLOORS = (
     ("placement", "report"),
     ("generations", "train"),
     ("preflight",),
-    ("plan", "measures"),
+    ("plan", "measures", "dataview"),
     ("run",),
     ("demo",),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-LONGEST = 420  # lines of a module
+LONGEST = 430  # lines of a module
 
 
 @cache
@@ -106,6 +106,7 @@ OTHER_MEANINGS = {
     ("vllm", "npd.config.sections"),  # what a teacher's server runs
     ("vllm", "npd.scoring.server"),
     ("none", "npd.selection"),  # no quantiles
+    ("none", "npd.dataview"),  # no teacher
 }
 COLUMNS = {*store_schema.SCHEMA.names, *prompts.SCHEMA.names}
 

@@ -33,7 +33,7 @@ def make_evaluator(tree: dict) -> tuple[Evaluator, Evaluated]:
     config = load_config(tree)
     tokens = load_tokenizers(config)
     held_out = load_prompts(config.data.eval, tokens.tokenizer, max_prompt_tokens=64) if config.data.eval else None
-    setting = Setting(config, tokens.tokenizer, held_out)
+    setting = Setting(config, Chat(tokens.tokenizer), held_out)
     tasks = [benchmark_kind(task)(task, setting) for task in config.evaluation.tasks]
     placed, pad_id = resolve_placement(config, take_turns=True), tokens.tokenizer.pad_token_id
     kept = Models(config, Store(config.run_dir), tokens.vocabulary, pad_id, 64, QUIET, placed)

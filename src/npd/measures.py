@@ -39,7 +39,7 @@ class StudentMeasures:
     """Evaluates the student that is trained, through the same engine as its rollouts where that stands in this process."""
 
     def __init__(self, setup: Setup, shop: Workshop, trainer: Trainer) -> None:
-        setting = BenchmarkSetting(setup.config, setup.tokens.tokenizer, setup.held_out)
+        setting = BenchmarkSetting(setup.config, setup.chat, setup.held_out)
         self.evaluator = Evaluator(setting, setup.tasks)
         self.shop, self.trainer = shop, trainer
 

@@ -13,12 +13,11 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerBase
 
 from npd.config import Config, Sampling, TaskConfig
 from npd.evaluation.verify import pass_at_k
 from npd.intervals import wilson_interval
-from npd.prompts import Prompts
+from npd.prompts import Chat, Prompts
 from npd.registry import BENCHMARKS
 from npd.schedule import derive_seed
 
@@ -57,7 +56,8 @@ class Setting:
     """What a benchmark works with."""
 
     config: Config
-    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
+    """The student's tokenizer, and how it writes conversations."""
     held_out: Prompts | None = None
     """data.eval"""
 
@@ -113,7 +113,7 @@ class VerifiedTask(Benchmark):
 
     def __call__(self, student: Student) -> Figures:
         """Accuracy with its 95% interval, and pass@k for every power of two up to evaluation.samples."""
-        sampling, tokenizer = self.setting.sampling, self.setting.tokenizer
+        sampling, tokenizer = self.setting.sampling, self.setting.chat.tokenizer
         each = sampling.samples_per_prompt
         seed = derive_seed(self.setting.config.seed, "task", self.name)
         answered = student.write(self.prompts, sampling, seed, f"evaluate {self.name}")

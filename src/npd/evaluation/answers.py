@@ -6,6 +6,7 @@ from npd.config import TaskConfig
 from npd.errors import UserError
 from npd.evaluation import Setting, VerifiedTask
 from npd.evaluation.verify import is_correct
+from npd.prompts import accepted_answers
 
 
 class Answers(VerifiedTask):
@@ -23,4 +24,4 @@ class Answers(VerifiedTask):
         super().__init__(task, setting, table["prompt_ids"].to_pylist())
 
     def score(self, problem: int, text: str) -> float:
-        return float(is_correct(text, self.answers[problem]))
+        return float(any(is_correct(text, answer) for answer in accepted_answers(self.answers[problem])))

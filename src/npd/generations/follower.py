@@ -18,7 +18,6 @@ from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName
 from npd.placement import Placement, check_engine, resolve_placement
-from npd.prompts import Prompts
 from npd.store import REFERENCE, Store
 
 ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way
@@ -161,7 +160,7 @@ def _workshop(config: Config, placement: Placement | None, rank: int, world: int
         placement = resolve_placement(config.model_copy(update={"placement": anywhere}), take_turns=True)
         check_engine(config, placement, 1, trains=False)
     models.use_device(placement.rollout)
-    prompts = Prompts.open(store.path / "prompts.arrow")
+    prompts = store.prompts()
     events = Events(store.path / "events.jsonl", f"refresh-{rank}")
     generations = Generations(config, prompts)
     # The selection is read anew for each part: `npd refresh --reselect` may have changed it.

@@ -23,6 +23,7 @@ from npd.models import (
     shared_vocabulary,
     snapshot_config,
     stop_ids_of,
+    template_difference,
 )
 from npd.observe.display import Display
 from npd.placement import Placement
@@ -45,6 +46,8 @@ class Tokens(NamedTuple):
     """The student's own configuration."""
     teachers: dict[str | None, Identity]
     """By their keys in `Config.all_teachers`."""
+    notes: list[str]
+    """What the user should know of how their chat templates fit."""
 
 
 def load_tokenizers(config: Config) -> Tokens:
@@ -63,12 +66,18 @@ def load_tokenizers(config: Config) -> Tokens:
     for identity in teachers.values():
         stop_ids += identity.stop_ids
     known = [identity.config for identity in teachers.values() if identity.config is not None]
-    vocabulary = shared_vocabulary(tokenizer, student, *known, stop_ids=stop_ids)
+    options = config.data.template_options
+    vocabulary = shared_vocabulary(tokenizer, student, *known, stop_ids=stop_ids, template_options=options)
     if len(known) < len(teachers):  # how far another one's vocabulary is padded is not known
         vocabulary = replace(vocabulary, size=min(vocabulary.size, 1 + max(tokenizer.get_vocab().values())))
     if config.scoring.top_k > vocabulary.size:
         raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
-    return Tokens(tokenizer, vocabulary, student, teachers)
+    notes = []
+    for key, identity in teachers.items():
+        if identity.tokenizer is not None and (difference := template_difference(tokenizer, identity.tokenizer, options)):
+            name = config.all_teachers[key].model
+            notes.append(f"The chat template of {name} is another one than the student's: {difference}.")
+    return Tokens(tokenizer, vocabulary, student, teachers, notes)
 
 
 class Snapshot:

@@ -14,9 +14,9 @@ from npd.models.loading import (
     stop_ids_of,
 )
 from npd.models.reading import backbone, base_model, check_compiler, check_model, head_weight, hidden_states
-from npd.models.saving import ADAPTER, State, copy_state, save_model
+from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
 from npd.models.students import add_lora, cut_student, evenly_spaced
-from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary
+from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 
 __all__ = [
     "ADAPTER",
@@ -48,6 +48,8 @@ __all__ = [
     "save_model",
     "shared_vocabulary",
     "snapshot_config",
+    "stop_at",
     "stop_ids_of",
+    "template_difference",
     "use_device",
 ]

@@ -18,6 +18,7 @@ from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError
 from npd.models.devices import device, resolve_dtype
 from npd.models.reading import check_model
+from npd.models.tokens import named_stops
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
@@ -183,18 +184,19 @@ def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code:
 
 
 def stop_ids_of(config: ModelConfig) -> list[int]:
-    """Further stop tokens from a model's generation_config.json, as chat models have them."""
+    """The stop tokens that a model's directory names in generation_config.json, or where there is none in config.json.
+
+    `shared_vocabulary` joins what the tokenizer, its chat template and the configurations say.
+    """
     source = _source(config)
     if "gguf_file" in source:
         return []
     try:
         source.pop("trust_remote_code")
-        ids = transformers.GenerationConfig.from_pretrained(
-            source.pop("pretrained_model_name_or_path"), **source
-        ).eos_token_id
+        found: Any = transformers.GenerationConfig.from_pretrained(source.pop("pretrained_model_name_or_path"), **source)
     except OSError:
-        return []
-    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+        found = load_model_config(config)
+    return named_stops(found)
 
 
 def snapshot_config(config: StudentConfig, path: Path) -> StudentConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from npd.models.loading import quiet_transformers
 from npd.models.reading import base_model
+from npd.models.tokens import named_stops, stops_of
 
 ADAPTER = "adapter"  # what a snapshot keeps a student's adapters in, besides the merged weights
 
@@ -29,6 +31,7 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path,
     Adapters are merged into the weights, and written by themselves to adapter/ as well, as peft has them.
     """
     base = base_model(model)
+    stop_at(base, stops_of(tokenizer, ()))
     if state is None and base is not model:
         state = State(_merged_state(model), _adapter_state(model))
     with quiet_transformers():
@@ -38,6 +41,16 @@ def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path,
         options: Any = model.peft_config
         options["default"].save_pretrained(path / ADAPTER)
         save_file(state.adapter, path / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def stop_at(model: nn.Module, stop_ids: Sequence[int]) -> None:
+    """Make a model's own generation end at these tokens as well; its generation_config.json then says so."""
+    base: Any = base_model(model)
+    config = getattr(base, "generation_config", None)
+    if config is not None:
+        size = base.config.get_text_config().vocab_size
+        stops = sorted(token for token in {*named_stops(config, base.config), *stop_ids} if token < size)
+        config.eos_token_id = stops[0] if len(stops) == 1 else stops
 
 
 def copy_state(model: nn.Module) -> State:

@@ -58,6 +58,8 @@ class Identity(NamedTuple):
     """Its own configuration; None where it is not at hand: then ids end where the student's tokenizer ends."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end its responses, besides the student's."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Its own, with the chat template that it was made for; None where that is not at hand."""
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,9 @@ class LocalTeacher(Teacher):
 
     @classmethod
     def identify(cls, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: str) -> Identity:
-        models.check_compatible(tokenizer, models.load_tokenizer(config), (student, config.model))
-        return Identity(models.load_model_config(config), tuple(models.stop_ids_of(config)))
+        theirs = models.load_tokenizer(config)
+        models.check_compatible(tokenizer, theirs, (student, config.model))
+        return Identity(models.load_model_config(config), tuple(models.stop_ids_of(config)), theirs)
 
     @classmethod
     def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:

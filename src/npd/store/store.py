@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from npd.store.files import (
     write_text,
     writing,
 )  # fmt: skip
+from npd.store.kept_prompts import PROMPTS, began, keep_prompts
 from npd.store.lock import run_lock
 from npd.store.provenance import versions
 from npd.store.schema import REFERENCE, write_columns
@@ -323,25 +325,31 @@ class Store:
 
     # -- prompts
 
+    @property
+    def began(self) -> datetime | None:
+        """The moment that prompts of this run were rendered at, for templates that ask for the date; None: not yet."""
+        return began(self.path / PROMPTS)
+
+    def prompts(self) -> Prompts:
+        """The prompts of this run, mapped.
+
+        Raises:
+            UserError: they are damaged, or not there.
+        """
+        remedy = "Delete it, and run `npd distill` again on this directory: it will be made again."
+        prompts: Prompts = self._read(self.path / PROMPTS, lambda: Prompts.open(self.path / PROMPTS), remedy)
+        return prompts
+
     def keep_prompts(self, prompts: Prompts) -> Prompts:
         """Keep tokenised prompts for whoever makes generations; returns them, mapped from the run directory.
+
+        Those that are there already stay while raw data, tokenizer and options are the same, whatever the template would
+        make of them today; a damaged file is made again.
 
         Raises:
             UserError: the run began with other prompts.
         """
-        path = self.path / "prompts.arrow"
-        if path.exists():
-            theirs = self._read(path, lambda: Prompts.open(path), "Delete it: it will be made again.")
-            if theirs.table.equals(prompts.table):
-                return theirs
-            if any(self.path.glob("generations/*/part-*")):
-                raise UserError(
-                    f"The prompts are not those that {self.path} began with ({len(theirs):,} then, {len(prompts):,} now): "
-                    "the data or the tokenizer has changed. Restore them, or choose another run_dir."
-                )
-        with writing(path) as aside:
-            prompts.save(aside)
-        return Prompts.open(path)
+        return keep_prompts(self.path, prompts)
 
     # -- trainer state
 
