@@ -196,7 +196,7 @@ def _rendered(row: Row, chat: Chat, prompts: Prompts, lenient: bool) -> tuple[As
     except UserError as error:
         if not lenient:
             raise
-        prompts.remark(f"a completion can't be written as a reference, which nothing asks for here: {error.what}", row.where)
+        prompts.remark("the completion can't be written as a reference, which nothing asks for here", error.what)
         return asked, None
 
 
