@@ -142,7 +142,8 @@ def prepare(config: Config, command: str, *, turns: bool = False) -> Setup:
         models.check_compiler()
     tokenizer, vocabulary, student_config, teacher_configs = load_tokenizers(config)
     chat = chat_of(config, tokenizer, vocabulary)
-    prompts, held_out = read_data(config, command, chat)
+    need = "answer" if any(task.name == "answer" for task in config.evaluation.tasks) else None
+    prompts, held_out = read_data(config, command, chat, need)
     if command == "distill" and config.schedule.references and prompts and not len(usable_references(config, prompts)):
         raise UserError(
             "schedule.references asks for reference responses, but no row of data.train has a completion of at most "

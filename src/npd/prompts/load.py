@@ -45,8 +45,13 @@ class _Seen:
         return new
 
 
-def read_data(config: Config, command: str, chat: Chat) -> tuple[Prompts | None, Prompts | None]:
+def read_data(
+    config: Config, command: str, chat: Chat, held_out_need: str | None = None
+) -> tuple[Prompts | None, Prompts | None]:
     """What a command reads: data.train (None for `eval`, which trains on nothing) and data.eval (None without one).
+
+    Args:
+        held_out_need: the column that every row of data.eval must have.
 
     Raises:
         UserError: as `load_prompts`.
@@ -72,11 +77,8 @@ def read_data(config: Config, command: str, chat: Chat) -> tuple[Prompts | None,
             **common,
         )
     if data.eval is not None:
-        answers = any(task.name == "answer" for task in config.evaluation.tasks)
         split = data.eval_split or data.split
-        held_out = load_prompts(
-            data.eval, chat.tokenizer, split=split, need="answer" if answers else None, lenient=True, **common
-        )
+        held_out = load_prompts(data.eval, chat.tokenizer, split=split, need=held_out_need, lenient=True, **common)
     return train, held_out
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,20 +18,25 @@ from npd.prompts.readers import Source
 from npd.prompts.table import Prompts, count_sources
 from npd.prompts.templates import Chat
 
-if TYPE_CHECKING:
-    from npd.observe.display import Display
-
 QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99, "most": 1.0}
 LONGEST = 1500  # characters of a text that are shown where several rows are
 IDS = 12  # token ids shown from either end
 SOURCES = 20
 
 
+class Screen(Protocol):
+    """What prints: `npd.observe.display.Display`."""
+
+    def say(self, text: str) -> None: ...
+
+    def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None: ...
+
+
 def show_data(
     config: Config,
     command: str,
     chat: Chat,
-    display: Display,
+    display: Screen,
     *,
     rows: int = 3,
     row: int | None = None,
@@ -156,4 +161,4 @@ def _sources(config: Config, data: Prompts) -> Iterator[list[str]]:
 
 def _teacher(config: Config, source: str) -> str:
     teacher = config.all_teachers.get(config.teacher_of(source))
-    return "none" if teacher is None else teacher.model
+    return "-" if teacher is None else teacher.model
