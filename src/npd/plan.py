@@ -108,6 +108,8 @@ def show_plan(setup: Setup, display: Display) -> None:
     display.table(f"npd {command}: the plan for {config.run_dir}", ["what", "how much"], rows)
     for note in setup.notes:
         display.say(note)
+    for line in setup.prompts.report():
+        display.say(f"data.train: {line}")
     assert setup.chat is not None
     show_data(config, command, setup.chat, display, read=(setup.prompts, setup.held_out))
     each = min(samples, config.rollout.part_size * (1 if sft else config.rollout.samples_per_prompt))

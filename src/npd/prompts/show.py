@@ -47,7 +47,7 @@ def show_data(
     Args:
         rows: so many from the first.
         row: this one alone, counted from 1, and whole.
-        read: data.train and data.eval, where they have been read already.
+        read: data.train and data.eval, where they have been read already, and what was left out has been told.
 
     Raises:
         UserError: as `read_data`, or there is no such row.
@@ -64,7 +64,7 @@ def show_data(
         if data is None:
             continue
         display.say(f"{name}: {len(data):,} prompts of {data.rows:,} rows.")
-        for line in (*data.report(), *data.notes):
+        for line in (*data.report(), *data.notes) if read is None else ():
             display.say(f"{name}: {line}")
         display.table(f"{name}: tokens", ["", "rows", *QUANTILES], list(_lengths(data)))
         display.table(f"{name}: sources", ["source", "prompts", "teacher"], list(_sources(config, data)))
