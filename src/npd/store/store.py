@@ -420,8 +420,11 @@ class Store:
     def _answers(self, prompts: Prompts) -> bool:
         """Do the parts that are there answer these prompts?"""
         known = set(prompts.table["prompt_id"].to_pylist())
-        parts = self.path.glob("generations/*/part-*.parquet")
-        return all(known.issuperset(pq.read_table(part, columns=["prompt_id"])["prompt_id"].to_pylist()) for part in parts)
+        for part in self.path.glob("generations/*/part-*.parquet"):
+            with suppress(OSError, pa.ArrowException):  # a damaged part is made again
+                if not known.issuperset(pq.read_table(part, columns=["prompt_id"])["prompt_id"].to_pylist()):
+                    return False
+        return True
 
     # -- trainer state
 
