@@ -20,7 +20,7 @@ from npd.evaluation import Evaluator, Setting, VerifiedTask, benchmark_kind
 from npd.generations.models import Evaluated, Models, load_tokenizers
 from npd.observe.display import Display
 from npd.placement import resolve_placement
-from npd.prompts import load_prompts
+from npd.prompts import Chat, load_prompts
 from npd.rollout.transformers import TransformersEngine
 from npd.scoring.local import LocalTeacher
 from npd.store import Store

@@ -171,7 +171,7 @@ def test_a_known_layout_is_read_and_said_aloud(tmp_path, chatml, row, note):
     assert texts(prompts, chatml) == [(ASKED, "2<|im_end|>")]
     assert len(prompts.notes) == (note is not None)
     if note is not None:
-        assert re.search(rf"^{note}.* \(1 rows, first .*d\.jsonl, line 1\)\.$", prompts.notes[0])
+        assert re.search(rf"^{note}.* \(1 row, first .*d\.jsonl, line 1\)\.$", prompts.notes[0])
 
 
 def test_alpaca_with_input_system_and_history(tmp_path, chatml):
@@ -180,6 +180,10 @@ def test_alpaca_with_input_system_and_history(tmp_path, chatml):
     said = ["system\nBe brief.", "user\n0+1?", "assistant\n1", "user\nAdd.\n\n1+1"]
     assert prompt == "".join(f"<|im_start|>{turn}<|im_end|>\n" for turn in said) + "<|im_start|>assistant\n"
     assert reference == "2<|im_end|>"
+
+
+def test_questions_alone(tmp_path, chatml):
+    assert texts(rows_of(tmp_path, chatml, {"question": "1+1", "level": 3}), chatml) == [(ASKED, None)]
 
 
 def test_a_layout_without_a_chat_template_is_a_line(tmp_path, tokenizer):
@@ -295,7 +299,7 @@ def test_a_completion_that_nothing_asks_for_does_not_stop_a_run(tmp_path):
     assert "has no </think>" in refusal(tmp_path, r1, row)
     prompts = rows_of(tmp_path, r1, row, lenient=True)
     assert texts(prompts, r1)[0][1] is None
-    assert "a completion can't be written as a reference, which nothing asks for here" in prompts.notes[0]
+    assert "the completion can't be written as a reference, which nothing asks for here (1 row, first " in prompts.notes[0]
 
 
 def test_a_conversation_with_several_turns_and_results_is_a_prompt(tmp_path):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from chats import CHATML, FAMILIES, GEMMA, LLAMA3, MISTRAL, QWEN2, byte_tokenizer, metaspace_tokenizer, of_family
+from chats import CHATML, FAMILIES, GEMMA, LLAMA3, MISTRAL, QWEN2, SMOLLM3, byte_tokenizer, metaspace_tokenizer, of_family
 from conftest import write_jsonl
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -16,8 +16,9 @@ from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import npd
-from npd.config import ModelConfig, load_config
+from npd.config import ModelConfig, TaskConfig, load_config
 from npd.errors import UserError
+from npd.evaluation import load_task
 from npd.models import load_model, load_tokenizer, save_model, shared_vocabulary, stop_at, stop_ids_of, template_difference
 from npd.preflight import prepare
 from npd.prompts import Chat, load_prompts, turn_end
@@ -215,15 +216,25 @@ def test_mistral_on_a_tokenizer_with_spaces_before_words():
     assert tokenizer.convert_ids_to_tokens(Chat(tokenizer).answer("row 1", asked, reply("3 a"))) == ["▁3", "▁a", "</s>"]
 
 
-@pytest.mark.parametrize("given", [[0, 1], [1]])
-def test_a_string_that_begins_with_bos_gets_no_second_one(given):
+@pytest.fixture
+def marking():
+    """A tokenizer that puts BOS before every text and EOS behind."""
     tokenizer = byte_tokenizer(None, "</s>")
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single="<bos> $A </s>", special_tokens=[(t, tokenizer.convert_tokens_to_ids(t)) for t in ("<bos>", "</s>")]
-    )
-    text = "<bos>2+2=" if given == [0, 1] else "2+2="
-    assert pair(Chat(tokenizer), text, "4") == ("<bos>2+2=", "4</s>")
-    assert Chat(tokenizer).decode(Chat(tokenizer).question("2+2?")) == "<bos>2+2?\n"  # evaluation's go the same way
+    marks = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "</s>")]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A </s>", special_tokens=marks)
+    assert tokenizer.decode(tokenizer("<bos>1")["input_ids"]) == "<bos><bos>1</s>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt", ["<bos>2+2=", "2+2="])
+def test_a_string_that_begins_with_bos_gets_no_second_one(marking, prompt):
+    assert pair(Chat(marking), prompt, "4") == ("<bos>2+2=", "4</s>")
+
+
+def test_questions_of_evaluation_do_not_end_with_eos(marking):
+    assert Chat(marking).decode(Chat(marking).question("2+2?")) == "<bos>2+2?\n"
+    task = load_task(TaskConfig(name="basic_arithmetic", size=2), marking, None)
+    assert all(marking.eos_token_id not in ids for ids in task.prompts["prompt_ids"].to_pylist())
 
 
 def test_a_prompt_that_ends_within_the_assistants_turn_is_gone_on_with():
@@ -474,3 +485,27 @@ def test_a_run_is_told_of_a_teacher_with_another_template_and_of_its_date(chat_m
     write_jsonl(data, [{"messages": [USER]}])
     notes = prepare(load_config(tree | {"student": {"model": str(dated)}}), "distill").notes
     assert any("the chat template asks for the date: this run keeps 20" in note for note in notes)
+
+
+def test_a_run_with_a_date_and_template_options_goes_on_the_next_day(chat_model, make_tree, tmp_path, monkeypatch):
+    class Day(datetime):
+        at = 1
+
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2026, 3, cls.at)
+
+    monkeypatch.setattr("npd.prompts.templates.datetime", Day)
+    student, teacher = chat_model("student", seed=3, template=SMOLLM3), chat_model("teacher", seed=4, template=SMOLLM3)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"messages": [{"role": "user", "content": f"{i}+1"}]} for i in range(4)])
+    tree = make_tree(student={"model": str(student)}, teacher={"model": str(teacher)}, packing={"length": 256},
+                     schedule={"generations": 2, "passes": 1}, data={"train": str(data), "max_prompt_tokens": 200,
+                     "template_options": {"enable_thinking": True}})  # fmt: skip
+    npd.refresh(tree)
+    Day.at = 2
+    npd.distill(tree)
+    store, tokenizer = npd.store.Store(tree["run_dir"]), load_tokenizer(ModelConfig(model=str(student)))
+    asked = [str(tokenizer.decode(ids)) for g in (0, 1) for ids in store.read_part(g, 0)["prompt_ids"].to_pylist()]
+    assert len(asked) == 8
+    assert all("Today: 01 March 2026" in text and text.endswith("<|im_start|>assistant\n") for text in asked)
+    assert "enable_thinking: true" in (store.path / "config.yaml").read_text()

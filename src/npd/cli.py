@@ -156,7 +156,7 @@ def _train(config: Config, command: str, dry_run: bool) -> None:
         from npd.preflight import prepare
 
         setup = prepare(config, command)
-        show_data(config, command, setup.chat, display, lambda: (setup.prompts, setup.held_out))
+        show_data(config, command, setup.chat, display, lambda: (setup.prompts, setup.held_out), told=True)
         show_plan(command, config.run_dir, plan_rows(setup, make_plan(setup)), plan_notes(setup), display)
         return
     result = getattr(run, command)(config, display=display)

@@ -32,6 +32,7 @@ def show_data(
     read: Callable[[], tuple[Prompts | None, Prompts | None]],
     rows: int = 3,
     row: int | None = None,
+    told: bool = False,
 ) -> None:
     """Print rows of data.train as a model reads them, what stops a response, what is left out and why, lengths and sources.
 
@@ -39,6 +40,7 @@ def show_data(
         read: gives data.train and data.eval, once the rows are shown.
         rows: so many from the first.
         row: this one alone, counted from 1, and whole.
+        told: what was left out has been said already.
 
     Raises:
         UserError: as `read_data`, or there is no such row.
@@ -55,7 +57,7 @@ def show_data(
         if data is None:
             continue
         display.say(f"{name}: {len(data):,} prompts of {data.rows:,} rows.")
-        for line in (*data.report(), *data.notes):
+        for line in (*data.report(), *data.notes) if not told else ():
             display.say(f"{name}: {line}")
         display.table(f"{name}: tokens", ["", "rows", *QUANTILES], list(_lengths(data)))
         display.table(f"{name}: sources", ["source", "prompts", "teacher"], list(_sources(config, data)))
@@ -152,4 +154,4 @@ def _sources(config: Config, data: Prompts) -> Iterator[list[str]]:
 
 def _teacher(config: Config, source: str) -> str:
     teacher = config.all_teachers.get(config.teacher_of(source))
-    return "none" if teacher is None else teacher.model
+    return "-" if teacher is None else teacher.model

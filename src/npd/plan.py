@@ -155,7 +155,7 @@ def plan_notes(setup: Setup) -> list[str]:
     """What the user should know besides."""
     config, contents = setup.config, setup.generations
     assert setup.prompts is not None, "only what trains is planned"
-    notes = [*setup.notes]
+    notes = [*setup.notes, *(f"data.train: {line}" for line in setup.prompts.report())]
     each = min(contents.responses(0), config.rollout.part_size * contents.per_prompt(0))
     note = RULES[config.selection.rule]().note(config.selection, each)
     if note is not None:

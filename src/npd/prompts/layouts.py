@@ -32,7 +32,7 @@ PYTHON_NOTATION = (
 Remark = Callable[[str], None]
 
 
-@dataclass
+@dataclass(slots=True)
 class Row:
     """What a row says, its shape checked, nothing rendered yet."""
 
@@ -256,16 +256,17 @@ def _layout(where: str, record: Mapping[str, Any], chat: bool, remark: Remark) -
     for name in CONVERSATIONS:
         if record.get(name) is not None:
             turns = read_messages(where, name, record[name])
-            if record.get("system"):
-                turns = [{"role": "system", "content": str(record["system"])}, *turns]
-            remark(f"`{name}` is read as messages" + (", with `system` before them" if record.get("system") else ""))
+            before = record.get("system") if turns[0]["role"] != "system" else None
+            if before:
+                turns = [{"role": "system", "content": str(before)}, *turns]
+            remark(f"`{name}` is read as messages" + (", with `system` before them" if before else ""))
             return {**record, "messages": turns}
     question = next((name for name in QUESTIONS if isinstance(record.get(name), str)), None)
     reply = next((name for name in REPLIES if record.get(name) is not None), None)
-    if question is None or (reply is None and record.get("answer") is None):
+    if question is None:
         raise UserError(
             f"{where} has neither `prompt` nor `messages`; it has {', '.join(sorted(map(str, record))) or 'nothing'}.",
-            "Say by data.columns which columns to read, such as {prompt: question}." if record else "",
+            "Say by data.columns which columns to read, such as {prompt: body}." if record else "",
         )
     more = next((name for name in INPUTS if isinstance(record.get(name), str) and record[name].strip()), None)
     text = record[question] + (f"\n\n{record[more]}" if more else "")

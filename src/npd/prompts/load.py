@@ -45,11 +45,13 @@ class _Seen:
         return new
 
 
-def read_data(config: Config, command: str, chat: Chat, need: str | None = None) -> tuple[Prompts | None, Prompts | None]:
+def read_data(
+    config: Config, command: str, chat: Chat, held_out_need: str | None = None
+) -> tuple[Prompts | None, Prompts | None]:
     """What a command reads: data.train (None for `eval`, which trains on nothing) and data.eval (None without one).
 
     Args:
-        need: a column that every row of data.eval must have.
+        held_out_need: the column that every row of data.eval must have.
 
     Raises:
         UserError: as `load_prompts`.
@@ -76,7 +78,7 @@ def read_data(config: Config, command: str, chat: Chat, need: str | None = None)
         )
     if data.eval is not None:
         split = data.eval_split or data.split
-        held_out = load_prompts(data.eval, chat.tokenizer, split=split, need=need, lenient=True, **common)
+        held_out = load_prompts(data.eval, chat.tokenizer, split=split, need=held_out_need, lenient=True, **common)
     return train, held_out
 
 
@@ -196,7 +198,7 @@ def _rendered(row: Row, chat: Chat, prompts: Prompts, lenient: bool) -> tuple[As
     except UserError as error:
         if not lenient:
             raise
-        prompts.remark(f"a completion can't be written as a reference, which nothing asks for here: {error.what}", row.where)
+        prompts.remark("the completion can't be written as a reference, which nothing asks for here", error.what)
         return asked, None
 
 

@@ -69,7 +69,10 @@ class Prompts:
     @property
     def notes(self) -> list[str]:
         """One line for each thing to know of how rows were read, with the rows it is true of."""
-        notes = [f"{text} ({count:,} rows, first {self.places[text][0]})." for text, count in self.remarks.items()]
+        notes = [
+            f"{text} ({count:,} row{'s' * (count > 1)}, first {self.places[text][0]})."
+            for text, count in self.remarks.items()
+        ]
         if self.date is not None and self.templated:
             notes.append(f"the chat template asks for the date: this run keeps {self.date[:10]}.")
         return notes

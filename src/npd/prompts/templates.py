@@ -36,7 +36,7 @@ class TurnEnd:
     """All of it."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Asked:
     """What a model is asked: the text as rendered, its ids, and what both follow from."""
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from npd.errors import UserError
@@ -53,5 +54,8 @@ def keep_prompts(run_dir: Path, prompts: Prompts) -> Prompts:
 def _answers(run_dir: Path, prompts: Prompts) -> bool:
     """Do the parts that are there answer these prompts?"""
     known = set(prompts.table["prompt_id"].to_pylist())
-    parts = run_dir.glob("generations/*/part-*.parquet")
-    return all(known.issuperset(pq.read_table(part, columns=["prompt_id"])["prompt_id"].to_pylist()) for part in parts)
+    for part in run_dir.glob("generations/*/part-*.parquet"):
+        with suppress(OSError, pa.ArrowException):  # a damaged part is made again
+            if not known.issuperset(pq.read_table(part, columns=["prompt_id"])["prompt_id"].to_pylist()):
+                return False
+    return True
