@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -75,11 +75,15 @@ class VllmEngine(Engine):
 
     Each sample has a seed of its own, so what is drawn does not depend on what is decoded beside it. vLLM is started by the
     first `take`; where the student has adapters it keeps the base's weights, and takes only adapters from then on.
+
+    A process has room for one vLLM, which takes its process groups and allocators along when it ends: an engine that starts
+    closes the one before, and that one starts anew at its next `take`.
     """
 
     continuous = True
     takes_first_gpus = True
     holds_weights = True
+    _running: ClassVar[VllmEngine | None] = None
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -145,6 +149,8 @@ class VllmEngine(Engine):
 
     def _start(self, path: Path) -> None:
         """Start vLLM with the weights of a directory."""
+        if VllmEngine._running is not None:
+            VllmEngine._running.close()
         config, model = self.setting.config, self.setting.model
         model_config = load_model_config(ModelConfig(model=str(path), trust_remote_code=model.trust_remote_code))
         dtype = resolve_dtype(
@@ -191,6 +197,7 @@ class VllmEngine(Engine):
                     f"vLLM could not start: {type(error).__name__}: {' '.join(str(error).split())[:600]} "
                     "(rollout.vllm has its options; VLLM_LOGGING_LEVEL=INFO shows what it does)"
                 ) from error
+        VllmEngine._running = self
         # Rows that only pad the student's vocabulary: the teacher has no such token.
         self._padding = range(self.setting.vocabulary.size, model_config.get_text_config().vocab_size)
         self.path = path if self.lora is None else None
@@ -234,7 +241,8 @@ class VllmEngine(Engine):
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
-        self.llm = None
+        self.llm = self.path = self._adapter = VllmEngine._running = None
+        self._asleep = False
         cleanup_dist_env_and_memory()
 
     # -- answers
