@@ -87,7 +87,7 @@ class VllmEngine(Engine):
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
-        self.lora = setting.model.lora if isinstance(setting.model, StudentConfig) else None
+        self.lora = setting.model.lora if isinstance(setting.model, StudentConfig) and setting.base is not None else None
         self.llm: Any = None
         self.path: Path | None = None  # whose weights it has
         self.max_num_seqs = 0
@@ -153,9 +153,7 @@ class VllmEngine(Engine):
             VllmEngine._running.close()
         config, model = self.setting.config, self.setting.model
         model_config = load_model_config(ModelConfig(model=str(path), trust_remote_code=model.trust_remote_code))
-        dtype = resolve_dtype(
-            model.model_copy(update={"lora": None}) if self.lora else model, trained=False, on=self.setting.device
-        )
+        dtype = resolve_dtype(model, trained=False, on=self.setting.device)
         context = self.setting.longest_prompt + max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
         on_gpu = torch.cuda.is_available()
         defaults: dict[str, Any] = {
@@ -206,7 +204,7 @@ class VllmEngine(Engine):
         """Take a snapshot's weights, read from its files."""
         path = weights.path()
         if self.llm is None:
-            self._start(self.setting.base or path if self.lora is not None else path)
+            self._start(self.setting.base or path)
         if self._asleep:
             self.llm.wake_up()
             self._asleep = False
