@@ -122,3 +122,16 @@ def make_tree(tmp_path, teacher_dir, student_dir, data_file) -> Callable[..., di
         return tree
 
     return make
+
+
+@pytest.fixture
+def vllm_tree(make_tree, tmp_path) -> Callable[..., dict[str, Any]]:
+    """A run with vLLM rollouts; its student's heads are wide enough for vLLM's CPU kernels."""
+    student = save_model(tmp_path / "student", seed=2, hidden=64)
+
+    def make(run_dir: str = "run", **sections: Any) -> dict[str, Any]:
+        rollout = {"engine": "vllm", "batch_size": 8, **sections.pop("rollout", {})}
+        student_section = {"model": str(student), **sections.pop("student", {})}
+        return make_tree(run_dir, student=student_section, rollout=rollout, **sections)
+
+    return make

@@ -195,7 +195,8 @@ class Models:
         return self._engine
 
     def _start_engine(self, model: ModelConfig) -> Engine:
-        lora = getattr(model, "lora", None) is not None
+        base = self.store.policy(0)  # where adapters have changed nothing yet; only a distillation has snapshots
+        lora = getattr(model, "lora", None) is not None and base.is_dir()
         setting = Setting(
             self.config,
             model,
@@ -204,7 +205,7 @@ class Models:
             self.placement.rollout,
             self.longest_prompt,
             shares_device=self.placement.shared_gpu,
-            base=self.store.policy(0) if lora else None,  # where adapters have changed nothing yet
+            base=base if lora else None,
         )
         return self.engine_kind(setting)
 

@@ -55,7 +55,7 @@ class Setting:
     shares_device: bool = False
     """Must it give its device to others between generations?"""
     base: Path | None = None
-    """Weights that adapters are trained on, where the student has adapters."""
+    """Weights that adapters are trained on, where an engine may take adapters alone; None: it takes whole weights."""
 
 
 class Engine(ABC):
