@@ -16,7 +16,7 @@ from npd.config import load_config
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
 from npd.models import Vocabulary
-from npd.rollout import Setting
+from npd.rollout import EngineSetting
 from npd.rollout.transformers import TransformersEngine
 
 settings.register_profile("npd", deadline=None)  # machines are shared: time is no property of the code
@@ -78,7 +78,7 @@ def engine_of(model: PreTrainedModel, vocabulary: Vocabulary, *, pad_id: int = 0
     """What writes with a model that is loaded already, in transformers."""
     tree = {"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": {"batch_size": batch_size}}
     config = load_config(tree)
-    engine = TransformersEngine(Setting(config, config.student, vocabulary, pad_id, "cpu", longest_prompt=64))
+    engine = TransformersEngine(EngineSetting(config, config.student, vocabulary, pad_id, "cpu", longest_prompt=64))
     engine.take(Held(model))
     return engine
 

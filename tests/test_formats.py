@@ -16,7 +16,7 @@ from conftest import write_jsonl
 
 from npd.config import load_config
 from npd.errors import UserError
-from npd.evaluation import Setting
+from npd.evaluation import BenchmarkSetting
 from npd.evaluation.answers import Answers
 from npd.prompts import Chat, accepted_answers, load_prompts, read_data
 
@@ -276,7 +276,7 @@ def test_any_of_a_lists_answers_counts(tmp_path, tokenizer):
     assert accepted_answers(third) == ["[1, 2]"]
     config = load_config({"run_dir": "r", "student": {"model": "m"}, "data": {"train": "t"},
                           "evaluation": {"tasks": [{"name": "answer", "size": 1}]}})  # fmt: skip
-    task = Answers(config.evaluation.tasks[0], Setting(config, Chat(tokenizer), held_out))
+    task = Answers(config.evaluation.tasks[0], BenchmarkSetting(config, Chat(tokenizer), held_out))
     assert [task.score(0, text) for text in ("answer: one", "#1", "#2")] == [1.0, 1.0, 0.0]
 
 

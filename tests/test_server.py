@@ -24,7 +24,7 @@ import npd.scoring.server
 from npd.config import ModelConfig, Sampling, TeacherConfig, load_config
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary, load_model, load_tokenizer
-from npd.scoring import Prefill, Question, ScoreTeacher, Setting
+from npd.scoring import Prefill, Question, ScoreTeacher, TeacherSetting
 from npd.scoring.routed import Routed
 from npd.scoring.served import ServedTeacher, check_server
 from npd.scoring.server import _sglang_logprobs, _vllm_logprobs
@@ -55,7 +55,7 @@ def teacher_config(server: FakeServer, **options: Any) -> TeacherConfig:
 
 def served(server: FakeServer, say: Callable[[str], None] = lambda text: None, **options: Any) -> ServedTeacher:
     """The teacher on a server."""
-    return ServedTeacher(teacher_config(server, **options), Setting(VOCABULARY, 0, "cpu", 64, say))
+    return ServedTeacher(teacher_config(server, **options), TeacherSetting(VOCABULARY, 0, "cpu", 64, say))
 
 
 def pairs(count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:

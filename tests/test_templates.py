@@ -18,7 +18,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 import npd
 from npd.config import ModelConfig, TaskConfig, load_config
 from npd.errors import UserError
-from npd.evaluation import Setting
+from npd.evaluation import BenchmarkSetting
 from npd.evaluation.tasks import ReasoningGym
 from npd.models import load_model, load_tokenizer, save_model, shared_vocabulary, stop_at, stop_ids_of, template_difference
 from npd.preflight import prepare
@@ -235,7 +235,7 @@ def test_a_string_that_begins_with_bos_gets_no_second_one(marking, prompt):
 def test_questions_of_evaluation_do_not_end_with_eos(marking):
     assert Chat(marking).decode(Chat(marking).question("2+2?")) == "<bos>2+2?\n"
     config = load_config({"run_dir": "r", "student": {"model": "m"}, "data": {"train": "d"}})
-    task = ReasoningGym(TaskConfig(name="basic_arithmetic", size=2), Setting(config, Chat(marking)))
+    task = ReasoningGym(TaskConfig(name="basic_arithmetic", size=2), BenchmarkSetting(config, Chat(marking)))
     assert all(marking.eos_token_id not in ids for ids in task.prompts["prompt_ids"].to_pylist())
 
 

@@ -65,7 +65,7 @@ def make_samples(store: Store, count: int = 9, seed: int = 0, poison: int | None
     store.write_part(0, 0, pa.Table.from_pylist(rows))
     samples = Samples(store)
     samples.fetch(0, 0)
-    samples.take(0, 0)
+    samples.add(0, 0)
     return samples
 
 
@@ -79,7 +79,7 @@ def test_parts_with_float32_log_probabilities_are_read_as_they_are(tmp_path):
     pq.write_table(table.set_column(at, "topk_logprobs", pa.array(values, pa.list_(pa.float32()))), path)
     samples = Samples(Store(tmp_path))
     samples.fetch(0, 0)
-    samples.take(0, 0)
+    samples.add(0, 0)
     for i, row in enumerate(values):
         assert samples.topk([i])[1].ravel().tolist() == pytest.approx(row, rel=1e-7)
 

@@ -35,7 +35,7 @@ from npd.models import Vocabulary, add_lora, load_model
 from npd.models import save_model as save_snapshot
 from npd.observe.display import Display
 from npd.observe.events import read_events
-from npd.rollout import Request, Setting, Weights
+from npd.rollout import EngineSetting, Request, Weights
 from npd.rollout.vllm import VllmEngine
 from npd.scoring import Prefill
 from npd.scoring.server import Server
@@ -68,7 +68,7 @@ def engine_for(student: StudentConfig, base: Path | None = None, **vllm: Any) ->
     """An engine for a student's weights, of which it has none yet; decodes eight at once."""
     rollout = {"engine": "vllm", "max_new_tokens": 12, "batch_size": 8, "vllm": vllm}
     config = load_config({"run_dir": "", "student": student.model_dump(), "data": {"train": ""}, "rollout": rollout})
-    return VllmEngine(Setting(config, student, VOCABULARY, 0, "cpu", longest_prompt=20, base=base))
+    return VllmEngine(EngineSetting(config, student, VOCABULARY, 0, "cpu", longest_prompt=20, base=base))
 
 
 @pytest.fixture(scope="module")

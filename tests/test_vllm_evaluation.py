@@ -17,6 +17,7 @@ from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
 from npd.generations.models import Evaluated
 from npd.models import Vocabulary, load_model
+from npd.records import TeacherLine
 from npd.rollout import Engine
 from npd.rollout.transformers import TransformersEngine
 from npd.rollout.vllm import VllmEngine
@@ -208,11 +209,11 @@ def test_the_teacher_and_the_student_write_in_one_process(eval_tree, asked, eval
     npd.distill(tree)
     assert set(asked) == {(BY_VLLM, str(teacher)), (BY_VLLM, tree["student"]["model"])}
     assert_greedy_answers_are_those_of_the_student(evaluated, 5)
-    (ceiling,) = (line for line in Store(tree["run_dir"]).read_metrics() if "teacher" in line)
+    (ceiling,) = (line for line in Store(tree["run_dir"]).read_metrics() if isinstance(line, TeacherLine))
     _, expected = npd.evaluate(in_transformers(tree), str(teacher))
-    theirs = {name.replace("teacher/", "eval/"): value for name, value in accuracy(ceiling, "teacher").items()}
+    theirs = {name.replace("teacher/", "eval/"): value for name, value in accuracy(ceiling.figures, "teacher").items()}
     assert theirs == accuracy(expected)
-    assert 0.3 < ceiling["teacher/answer/accuracy"] < 0.9
+    assert 0.3 < ceiling.figures["teacher/answer/accuracy"] < 0.9
 
 
 def test_beside_workers_the_default_engine_evaluates(eval_tree, asked, evaluated, started):

@@ -54,11 +54,13 @@ class ConfigCommand(click.Command):
 
 def _help(field: Any) -> str:
     default = field.get_default(call_default_factory=True)
-    shown = "required" if default is PydanticUndefined else f"default {yaml.safe_dump(_plain(default)).split(chr(10))[0]}"
+    shown = (
+        "required" if default is PydanticUndefined else f"default {yaml.safe_dump(_as_yaml_types(default)).split(chr(10))[0]}"
+    )
     return f"{' '.join((field.description or '').split())} [{shown}]"
 
 
-def _plain(value: Any) -> Any:
+def _as_yaml_types(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else value
 
 

@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from npd import models
 from npd.config import ModelConfig
 from npd.errors import UserError
-from npd.evaluation import Evaluator
-from npd.evaluation import Setting as BenchmarkSetting
+from npd.evaluation import BenchmarkSetting, Evaluator
 from npd.generations.models import AskedTeacher, Evaluated
 from npd.generations.producer import Workshop
 from npd.preflight import Setup

@@ -11,8 +11,7 @@ from typing import Any
 from npd import models
 from npd.config import Config, load_config
 from npd.errors import UserError
-from npd.evaluation import Benchmark, benchmark_kind
-from npd.evaluation import Setting as BenchmarkSetting
+from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.models import Tokens, load_tokenizers
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement

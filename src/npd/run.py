@@ -14,8 +14,7 @@ from typing import Any
 from npd import models
 from npd.config import Config
 from npd.errors import UserError
-from npd.evaluation import Evaluator
-from npd.evaluation import Setting as BenchmarkSetting
+from npd.evaluation import BenchmarkSetting, Evaluator
 from npd.generations.books import Books
 from npd.generations.generation import Generation
 from npd.generations.models import Evaluated, Models

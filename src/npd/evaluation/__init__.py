@@ -21,7 +21,7 @@ from npd.prompts import Chat, Prompts
 from npd.registry import BENCHMARKS
 from npd.schedule import derive_seed
 
-__all__ = ["Benchmark", "Evaluator", "Gap", "Setting", "Student", "VerifiedTask", "benchmark_kind"]
+__all__ = ["Benchmark", "BenchmarkSetting", "Evaluator", "Gap", "Student", "VerifiedTask", "benchmark_kind"]
 
 Figures = dict[str, float]
 
@@ -52,7 +52,7 @@ class Student(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchmarkSetting:
     """What a benchmark works with."""
 
     config: Config
@@ -79,7 +79,7 @@ class Benchmark(ABC):
     needs: ClassVar[str | None] = None
     """A column that every row of data.eval must have for it."""
 
-    def __init__(self, task: TaskConfig, setting: Setting) -> None:
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         self.task, self.setting, self.name = task, setting, task.name
 
     @property
@@ -99,7 +99,7 @@ class VerifiedTask(Benchmark):
         prompts: one prompt [tokens] a problem.
     """
 
-    def __init__(self, task: TaskConfig, setting: Setting, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting, prompts: Sequence[Sequence[int]]) -> None:
         super().__init__(task, setting)
         self.prompts = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
 
@@ -143,7 +143,7 @@ class DistanceToTeacher:
     its top-k alone leaves a lower bound of the KL, and it is called so.
     """
 
-    def __init__(self, setting: Setting, prompts: pa.Table) -> None:
+    def __init__(self, setting: BenchmarkSetting, prompts: pa.Table) -> None:
         self.setting, self.prompts = setting, prompts
 
     def __call__(self, student: Student) -> Figures:
@@ -158,7 +158,7 @@ class DistanceToTeacher:
 class Evaluator:
     """Every task, and the held-out comparison with the teacher where there is one."""
 
-    def __init__(self, setting: Setting, tasks: list[Benchmark]) -> None:
+    def __init__(self, setting: BenchmarkSetting, tasks: list[Benchmark]) -> None:
         self.tasks = tasks
         self.measures: list[Benchmark | DistanceToTeacher] = [*tasks]
         config, held_out = setting.config, setting.held_out

@@ -6,7 +6,7 @@ from typing import Any
 
 from npd.config import TaskConfig
 from npd.errors import UserError
-from npd.evaluation import Setting, VerifiedTask
+from npd.evaluation import BenchmarkSetting, VerifiedTask
 from npd.evaluation.verify import extract_answer
 
 DEFAULT_SIZE = 128
@@ -15,7 +15,7 @@ DEFAULT_SIZE = 128
 class ReasoningGym(VerifiedTask):
     """A task by reasoning-gym's own name."""
 
-    def __init__(self, task: TaskConfig, setting: Setting) -> None:
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         import reasoning_gym
 
         size = task.size or DEFAULT_SIZE

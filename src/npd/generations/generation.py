@@ -71,9 +71,9 @@ class Generations:
         """The prompts of a part."""
         here = self.parts(generation)[part]
         if generation == REFERENCE:
-            return self.prompts.take(self._reference_prompts[here])
+            return self.prompts.rows_at(self._reference_prompts[here])
         indices = prompts_of_generation(len(self.prompts), generation, self.config.schedule, self.config.seed, here)
-        return self.prompts.take(indices)
+        return self.prompts.rows_at(indices)
 
     @cached_property
     def _reference_prompts(self) -> np.ndarray:

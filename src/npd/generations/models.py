@@ -29,9 +29,8 @@ from npd.observe.display import Display
 from npd.placement import Placement
 from npd.records import EngineCheck
 from npd.registry import ENGINES
-from npd.rollout import Engine, Setting, Weights
-from npd.scoring import Identity, Prefill, Teacher, teacher_kind
-from npd.scoring import Setting as TeacherSetting
+from npd.rollout import Engine, EngineSetting, Weights
+from npd.scoring import Identity, Prefill, Teacher, TeacherSetting, teacher_kind
 from npd.scoring.routed import Routed
 from npd.store import Store
 
@@ -197,7 +196,7 @@ class Models:
     def _start_engine(self, model: ModelConfig) -> Engine:
         base = self.store.policy(0)  # where adapters have changed nothing yet; only a distillation has snapshots
         lora = getattr(model, "lora", None) is not None and base.is_dir()
-        setting = Setting(
+        setting = EngineSetting(
             self.config,
             model,
             self.vocabulary,

@@ -85,7 +85,7 @@ class Workers(Beside):
         self._made: dict[int, set[tuple[int, int]]] = {}
 
     @classmethod
-    def takes(cls, placed: Placement) -> bool:
+    def suits(cls, placed: Placement) -> bool:
         return bool(placed.workers)
 
     @property

@@ -90,7 +90,7 @@ class Prompts:
         if counts[text] <= SHOWN:
             self.places.setdefault(text, []).append(where)
 
-    def take(self, indices: np.ndarray) -> pa.Table:
+    def rows_at(self, indices: np.ndarray) -> pa.Table:
         """The rows at N indices, in their order; reads nothing else (Table.take joins a whole column's chunks first)."""
         batches = self.table.to_batches()
         ends = np.cumsum([len(batch) for batch in batches])

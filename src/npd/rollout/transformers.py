@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import StoppingCriteriaList
 
 from npd.config import Sampling
-from npd.rollout import Engine, Progress, Request, Setting, Weights
+from npd.rollout import Engine, EngineSetting, Progress, Request, Weights
 from npd.store.schema import add_answers
 
 
@@ -22,7 +22,7 @@ class TransformersEngine(Engine):
 
     exact = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: EngineSetting) -> None:
         super().__init__(setting)
         self.model: Any = None
 

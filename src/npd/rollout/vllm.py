@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from npd.config import Config, ModelConfig, Sampling, StudentConfig
 from npd.errors import RunError, UserError
 from npd.models import ADAPTER, load_model_config, resolve_dtype
-from npd.rollout import Engine, Progress, Request, Setting, Weights
+from npd.rollout import Engine, EngineSetting, Progress, Request, Weights
 from npd.schedule import derive_seed
 from npd.store.schema import add_answers
 
@@ -85,7 +85,7 @@ class VllmEngine(Engine):
     holds_weights = True
     _running: ClassVar[VllmEngine | None] = None
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: EngineSetting) -> None:
         super().__init__(setting)
         self.lora = setting.model.lora if isinstance(setting.model, StudentConfig) and setting.base is not None else None
         self.llm: Any = None

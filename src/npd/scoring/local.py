@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from npd import models
 from npd.config import Sampling, TeacherConfig
 from npd.errors import UserError
-from npd.scoring import Advance, Identity, Question, Setting, Teacher
+from npd.scoring import Advance, Identity, Question, Teacher, TeacherSetting
 from npd.scoring.distance import Distance, exact
 from npd.scoring.prefill import Prefill, Reading
 
@@ -22,13 +22,13 @@ class LocalTeacher(Teacher):
 
     exact = True
 
-    def __init__(self, config: TeacherConfig, setting: Setting) -> None:
+    def __init__(self, config: TeacherConfig, setting: TeacherSetting) -> None:
         super().__init__(config, setting)
         self._model: PreTrainedModel | None = models.load_model(config, on=setting.device)
         self._engine: Any = None
 
     @classmethod
-    def takes(cls, config: TeacherConfig) -> bool:
+    def suits(cls, config: TeacherConfig) -> bool:
         return config.server is None
 
     @classmethod
