@@ -7,16 +7,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import huggingface_hub.constants
 import pyarrow as pa
 import pytest
 from conftest import engine_of, save_model, write_jsonl
 
 import npd
+import npd.models
 from npd.config import ModelConfig, Sampling
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
 from npd.generations.models import Evaluated
-from npd.models import Vocabulary, load_model
+from npd.models import Vocabulary, directory_of, load_model
 from npd.records import TeacherLine
 from npd.rollout import Engine
 from npd.rollout.transformers import TransformersEngine
@@ -171,6 +173,30 @@ def test_eval_writes_with_the_rollouts_engine(eval_tree, asked, started, lora):
     assert accuracy(figures) == accuracy(expected)
     assert figures["eval/kl_to_teacher"] > 0.1
     assert not Path(tree["run_dir"]).exists()
+
+
+def test_what_the_hub_has_is_read_from_its_cache(tmp_path, monkeypatch):
+    """An engine reads files; a Hub id names some of those that transformers keeps."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    folder = tmp_path / "models--some--model"
+    for revision, commit in (("main", "abc"), ("old", "def")):
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / revision).write_text(commit)
+        save_model(folder / "snapshots" / commit, seed=2)
+    assert directory_of(ModelConfig(model="some/model")) == folder / "snapshots" / "abc"
+    assert directory_of(ModelConfig(model="some/model", revision="old")) == folder / "snapshots" / "def"
+    assert directory_of(ModelConfig(model="some/other")) is None
+    assert directory_of(ModelConfig(model=str(folder / "snapshots" / "abc"))) == folder / "snapshots" / "abc"
+
+
+def test_a_file_that_the_engine_cannot_read_is_named(eval_tree, monkeypatch):
+    tree = eval_tree()
+    monkeypatch.setattr(npd.models, "directory_of", lambda config: None)  # as of a GGUF file
+    with pytest.raises(npd.UserError, match=r"student is to write, but rollout.engine needs a directory of weights"):
+        npd.evaluate(tree)
+    tree = eval_tree(data={"references": "teacher"}, evaluation={"tasks": [], "kl_prompts": 0})
+    with pytest.raises(npd.UserError, match=r"teacher is to write, but rollout.engine needs a directory of weights"):
+        npd.sft(tree)
 
 
 # -- npd distill

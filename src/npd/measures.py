@@ -100,5 +100,10 @@ class ModelWeights:
     def path(self) -> Path:
         path = models.directory_of(self.config)
         if path is None:
-            raise UserError(f"{self.config.model} is no directory of weights here, which rollout.engine needs.")
+            raise UserError(
+                f"{self.config.model} is to write, but rollout.engine needs a directory of weights for that. Name one, or "
+                "choose another engine."
+            )
+        if path != Path(self.config.model):  # of a Hub id only the configuration is sure to be in the cache
+            self.model()
         return path

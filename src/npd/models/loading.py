@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from npd.config import ModelConfig, StudentConfig
@@ -169,10 +170,15 @@ def check_context(name: str, config: transformers.PreTrainedConfig, prompt: int,
 
 
 def directory_of(config: ModelConfig) -> Path | None:
-    """The directory that holds a model's weights here; None for a GGUF file or a Hub id."""
+    """The directory that holds a model's files here: of a Hub id, what is in the cache; None where there is none, or GGUF."""
     source = _source(config)
-    path = Path(source["pretrained_model_name_or_path"])
-    return path if path.is_dir() and "gguf_file" not in source else None
+    if "gguf_file" in source:
+        return None
+    name = source["pretrained_model_name_or_path"]
+    if Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False) -> int:

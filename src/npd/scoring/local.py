@@ -84,13 +84,13 @@ class LocalTeacher(Teacher):
         """Its weights as files, for an engine.
 
         Raises:
-            UserError: they are no directory here that an engine could load.
+            UserError: they are a GGUF file, which not every engine reads.
         """
         path = models.directory_of(self.config)
         if path is None:
             raise UserError(
-                f"The teacher {self.config.model} is no directory of weights here, which rollout.engine "
-                "needs to write with it. Download it, or choose another engine."
+                f"The teacher {self.config.model} is to write, but rollout.engine needs a directory of weights for that. "
+                "Name one, or choose another engine."
             )
         return path
 
