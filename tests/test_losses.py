@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from npd.losses import TopKMass, near_policy_kl, sparse_soft_cross_entropy
+from npd.models import AfterHead
 
 T, D, V = 9, 6, 11
 MASSES: tuple[TopKMass, ...] = ("raw", "renormalize", "tail")
@@ -399,3 +400,65 @@ def test_near_policy_kl_is_never_negative(a, b):
     assert value >= -1e-12
     if abs(a - b) > 1e-3:
         assert value > 0
+
+
+# -- what a model does after its head
+
+
+def through_head(hidden, weight, bias, after, labels, ids, logprobs, kd_weight, mass):
+    """Plain autograd over the whole vocabulary; `dense` on logits that are already there."""
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    z = z * after.scale
+    if after.soft_cap is not None:
+        z = after.soft_cap * torch.tanh(z / after.soft_cap)
+    return dense(z, torch.eye(z.shape[1], dtype=z.dtype), labels, ids, logprobs, kd_weight, mass)
+
+
+@settings(max_examples=60)
+@given(
+    seed=st.integers(0, 10_000),
+    tokens=st.integers(2, 7),
+    vocabulary=st.integers(2, 13),
+    share=st.floats(0, 1),
+    kd_weight=st.sampled_from([0.0, 0.9, 1.0]),
+    mass=st.sampled_from(MASSES),
+    chunk=st.integers(1, 8),
+    biased=st.booleans(),
+    scale=st.sampled_from([1.0, 0.0625, 3.0]),
+    soft_cap=st.sampled_from([None, 1.5, 30.0]),
+)
+def test_bias_scale_and_soft_cap(seed, tokens, vocabulary, share, kd_weight, mass, chunk, biased, scale, soft_cap):
+    inputs = make(round(1 + share * (vocabulary - 1)), seed, tokens, vocabulary=vocabulary, scale=2.0)
+    after = AfterHead(scale, soft_cap)
+    bias = torch.linspace(-1, 2, vocabulary, dtype=torch.float64) if biased else None
+    ours, theirs = ([x.clone().requires_grad_() for x in (*inputs[:2], bias) if x is not None] for _ in range(2))
+    out = sparse_soft_cross_entropy(
+        *ours[:2],
+        *inputs[2:],
+        kd_weight=kd_weight,
+        top_k_mass=mass,
+        bias=ours[2] if biased else None,
+        after_head=after,
+        chunk_tokens=chunk,
+    )
+    expected = through_head(*theirs[:2], theirs[2] if biased else None, after, *inputs[2:], kd_weight, mass)
+    for name, value in zip(("loss", "ce", "kd", "label_logprobs"), expected, strict=True):
+        assert relative(getattr(out, name), value, 1e-9) <= 1e-9, name
+    (2 * out.loss).backward()
+    (2 * expected[0]).backward()
+    for mine, reference in zip(ours, theirs, strict=True):
+        assert relative(mine.grad, reference.grad, 1e-9) <= 1e-9
+
+
+def test_nothing_after_the_head_changes_no_bit():
+    inputs = [x.float() if x.is_floating_point() else x for x in make(3)]
+    plain, same = (sparse_soft_cross_entropy(*inputs, kd_weight=0.9, after_head=after) for after in (None, AfterHead()))
+    assert torch.equal(plain.loss, same.loss)
+    assert torch.equal(plain.label_logprobs, same.label_logprobs)
+
+
+def test_a_bias_of_another_size_is_refused():
+    with pytest.raises(ValueError, match="shapes do not fit"):
+        sparse_soft_cross_entropy(*make(3), kd_weight=0.9, bias=torch.zeros(V + 1))

@@ -39,18 +39,21 @@ from npd.demo.tokenizer import build_tokenizer
 from npd.errors import UserError
 from npd.models import (
     ADAPTER,
+    AfterHead,
     add_lora,
+    batches_for,
     check_compatible,
-    check_model,
     context_length,
     cut_student,
     evenly_spaced,
     head_weight,
     hidden_states,
+    layout_of,
     load_model,
     load_model_config,
     load_tokenizer,
     parameter_count,
+    prove_layout,
     save_model,
     shared_vocabulary,
     stop_ids_of,
@@ -276,7 +279,7 @@ def test_cutting_a_model_with_options_per_layer(tmp_path, config_class, model_cl
     )
     model = cut_student(model_class(config).eval(), [0, 2, 3])
     assert model.config.layer_types == ["full_attention", "full_attention", "sliding_attention"]
-    check_model(model, "cut")
+    prove_layout(model, "cut")
 
     save_model(model, build_tokenizer(), tmp_path / "cut")
     loaded = load_model(ModelConfig(model=str(tmp_path / "cut")))
@@ -300,7 +303,7 @@ def test_parameter_count_is_the_loaded_models(teacher_dir, tmp_path):
         assert parameter_count(load_model_config(config)) == load_model(config).num_parameters()
 
 
-# -- check_model
+# -- how a model is read
 
 
 def test_plain_models_pass(teacher_dir, student_dir):
@@ -331,39 +334,90 @@ def soft_capped_dir(tmp_path_factory):
     return path
 
 
-def test_soft_capped_logits_are_refused(soft_capped_dir):
-    with pytest.raises(UserError, match=r"gemma2 \(gemma2\) changes its logits after the language-model head"):
+def test_a_soft_cap_is_read_and_taught(soft_capped_dir):
+    model = load_model(ModelConfig(model=str(soft_capped_dir)))
+    assert layout_of(model).after_head == AfterHead(1.0, 2.0)
+    vocabulary = shared_vocabulary(build_tokenizer(), model.config)
+    [reading] = Prefill(model, vocabulary, 0, 64)([some_ids(5)], [some_ids(6)])
+    expected = logits(model, some_ids(5) + some_ids(6))[4:10].log_softmax(-1).gather(1, torch.tensor(some_ids(6))[:, None])
+    assert abs(reading.logprobs - expected[:, 0].numpy()).max() < 1e-4
+
+
+def test_what_comes_after_the_head_must_be_known(soft_capped_dir, monkeypatch):
+    plain = Gemma2ForCausalLM.forward
+
+    def squared(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        out.logits = out.logits**3
+        return out
+
+    monkeypatch.setattr(Gemma2ForCausalLM, "forward", squared)
+    with pytest.raises(UserError, match=r"gemma2 \(gemma2\) changes its logits after the language-model head in a way"):
         load_model(ModelConfig(model=str(soft_capped_dir)))
 
 
-def test_a_model_that_mixes_packed_samples_is_refused(teacher_dir, monkeypatch):
-    plain = LlamaModel.forward
-
-    def leaking(self, *args, position_ids=None, **kwargs):
+def leaking_positions(plain):
+    def forward(self, *args, position_ids=None, **kwargs):
         return plain(self, *args, **kwargs)  # as if the row were one text
 
-    monkeypatch.setattr(LlamaModel, "forward", leaking)
-    with pytest.raises(UserError, match=r"\(llama, attention sdpa\) mixes samples that share a row.*another attention"):
-        load_model(ModelConfig(model=str(teacher_dir)))
+    return forward
 
 
-def test_right_positions_with_leaking_attention_are_refused(teacher_dir, monkeypatch):
+def leaking_mask(plain):
     """The trap of DESIGN.md: a mask of ones, and attention leaks though positions restart."""
-    plain = LlamaModel.forward
 
-    def leaking(self, input_ids, attention_mask=None, **kwargs):
+    def forward(self, input_ids, attention_mask=None, **kwargs):
         return plain(self, input_ids, attention_mask=torch.ones_like(input_ids), **kwargs)
 
+    return forward
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("leak", "mode"), [(leaking_positions, "block mask"), (leaking_mask, "one a row")])
+def test_a_model_that_mixes_packed_samples_is_read_in_another_way(teacher_dir, monkeypatch, leak, mode, dtype):
+    config = ModelConfig(model=str(teacher_dir), dtype=dtype)
+    assert layout_of(load_model(config)).mode == "packed"
+    monkeypatch.setattr(LlamaModel, "forward", leak(LlamaModel.forward))
+    model = load_model(config)
+    assert layout_of(model).mode == mode  # rotary positions are relative, so a mask alone keeps samples apart
+    if mode == "block mask":
+        return
+    batches = list(batches_for(model, [3, 9, 2, 8], 20))
+    assert batches == [([[1], [3]], 9), ([[0], [2]], 3)]
+
+
+def test_a_model_that_mixes_rows_is_refused(teacher_dir, monkeypatch):
+    plain = LlamaModel.forward
+
+    def leaking(self, *args, **kwargs):
+        out = plain(self, *args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + out.last_hidden_state.mean((0, 1))
+        return out
+
     monkeypatch.setattr(LlamaModel, "forward", leaking)
-    with pytest.raises(UserError, match="mixes samples that share a row"):
+    with pytest.raises(UserError, match=r"\(llama\), attention sdpa: read with others, .* Choose another attention"):
         load_model(ModelConfig(model=str(teacher_dir)))
 
 
-def test_a_bias_in_the_head_is_refused(teacher_dir):
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damaged_weights_are_refused(tmp_path, teacher_dir, value):
     model = LlamaForCausalLM.from_pretrained(teacher_dir)
-    model.lm_head.bias = torch.nn.Parameter(torch.ones(20))
-    with pytest.raises(UserError, match="a bias: they differ by 1"):
-        check_model(model, "biased")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+    with pytest.raises(UserError, match="not finite"):
+        prove_layout(model, "hurt")  # which reads it, before anything of it is saved
+    model.save_pretrained(tmp_path / "hurt")
+    with pytest.raises(UserError, match=r"damaged: model\.layers\.1\.mlp\.up_proj\.weight has values that are not finite"):
+        load_model(ModelConfig(model=str(tmp_path / "hurt")))
+
+
+def test_a_bias_in_the_head_is_read(teacher_dir):
+    model = LlamaForCausalLM.from_pretrained(teacher_dir)
+    model.lm_head.bias = torch.nn.Parameter(torch.arange(20.0) / 10)
+    prove_layout(model, "biased")
+    [reading] = Prefill(model, shared_vocabulary(build_tokenizer(), model.config), 0, 64)([some_ids(5)], [some_ids(6)])
+    expected = logits(model, some_ids(5) + some_ids(6))[4:10].log_softmax(-1).gather(1, torch.tensor(some_ids(6))[:, None])
+    assert abs(reading.logprobs - expected[:, 0].numpy()).max() < 1e-4
 
 
 # -- adapters
@@ -578,4 +632,7 @@ def test_auto_dtype_on_cuda(monkeypatch):
     assert models.resolve_dtype(full, trained=True) == torch.float32
     assert models.resolve_dtype(full, trained=False) == torch.bfloat16
     assert models.resolve_dtype(lora, trained=True) == torch.bfloat16
-    assert models.resolve_dtype(StudentConfig(model="a/b", dtype="float16"), trained=True) == torch.float16
+    for name in ("float16", "bfloat16"):
+        named = StudentConfig(model="a/b", dtype=name)  # what is trained has float32 masters
+        assert models.resolve_dtype(named, trained=True) == torch.float32
+        assert models.resolve_dtype(named, trained=False) == getattr(torch, name)

@@ -74,8 +74,8 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def short_rows(lengths: Sequence[int], tokens: int) -> Iterator[tuple[list[list[int]], int]]:
-    """All samples in batches of packed rows, each batch with the length of its rows.
+def short_rows(lengths: Sequence[int], tokens: int, *, alone: bool = False) -> Iterator[tuple[list[list[int]], int]]:
+    """All samples in batches of packed rows, each batch with the length of its rows; with `alone`, one sample a row.
 
     Attention over packed samples costs as many operations a token as the row is long, unless its kernel skips what is
     masked. So a batch begins with the longest sample left, its rows are as long as that one, and samples of like lengths
@@ -85,7 +85,8 @@ def short_rows(lengths: Sequence[int], tokens: int) -> Iterator[tuple[list[list[
     left = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
     while left:
         length = int(lengths[left[0]])
-        rows = pack([lengths[i] for i in left], length)[: max(1, tokens // length)]
+        rows = [[i] for i in range(len(left))] if alone else pack([lengths[i] for i in left], length)
+        rows = rows[: max(1, tokens // length)]
         yield [[left[i] for i in row] for row in rows], length
         taken = {i for row in rows for i in row}
         left = [sample for i, sample in enumerate(left) if i not in taken]

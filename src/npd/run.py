@@ -167,7 +167,7 @@ class Run:
         if self.main:
             with self.events.span(SpanName.SAVE):
                 facts = {"step": at.step, "tokens": at.tokens}
-                self.store.save_model(self.store.student, trainer.save_policy, facts)
+                self.store.save_model(self.store.student, trainer.save_student, facts)
                 self._tidy_finished()
         self.accelerator.wait_for_everyone()
         self.shop.pipeline.models.close()  # before accelerate ends what an engine shares with it

@@ -33,10 +33,12 @@ class ModelConfig(Section):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory. auto: on CPU float32; on CUDA bfloat16 for whatever is not itself trained and
-    float32 for the weights that the optimiser updates."""
+    """Type of the weights in memory. auto: on CPU float32; on CUDA bfloat16 for whatever is not itself trained. Weights that
+    the optimiser updates are float32 whatever is said here: a smaller type would round most updates away. The finished
+    student is saved in the type that is named, auto: in that of the checkpoint that it began as."""
     attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation; auto is sdpa. Each is checked at load: a packed row must equal its samples."""
+    """Attention implementation; auto is sdpa, or eager for models that have none. However it is read, a sample must equal
+    itself alone: that is checked at load."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its authors."""
 
@@ -252,6 +254,9 @@ class TrainingConfig(Section):
     """Gradients are clipped to this norm (paper)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the training forward pass. auto: bfloat16 where the device is fast at it, else float32."""
+    dropout: bool = False
+    """Train with the student's own dropout and router jitter. The near-policy KL is then measured in a pass without them,
+    which takes about a third more time."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

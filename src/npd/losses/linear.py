@@ -6,19 +6,23 @@ The divergence is a function of the student's log-probabilities on a sheet of K+
 f its derivatives there, which autograd gives, its gradient with respect to the logits is
     f_j [j in top-k] + f_rest softmax(z outside the top-k)_j - (Σ f) softmax(z)_j.
 For the forward KL, f = -p_T: with q = (1 - λ) onehot(y) + λ p_T restricted to the top-k, the loss is -Σ_c q_c log p_S(c) +
-const, and its gradient (Σ q) softmax(z) - q. Nothing of size T x V is kept: logits live a chunk at a time, and the gradients
-of hidden states and weight are produced in that same pass.
+const, and its gradient (Σ q) softmax(z) - q. Where a model changes its logits after the head, that times the slope of the
+change is the gradient with respect to the head's output. Nothing of size T x V is kept: logits live a chunk at a time, and
+the gradients of hidden states and weight are produced in that same pass.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from npd.losses.divergences import Divergence
 from npd.registry import DIVERGENCES
+
+if TYPE_CHECKING:
+    from npd.models import AfterHead
 
 TopKMass = Literal["raw", "renormalize", "tail"]
 
@@ -46,6 +50,8 @@ def sparse_soft_cross_entropy(
     kd_weight: float,
     top_k_mass: TopKMass = "raw",
     divergence: str | Divergence = DIVERGENCES.default,
+    bias: Tensor | None = None,
+    after_head: AfterHead | None = None,
     chunk_tokens: int | None = None,
 ) -> LossOutput:
     """(1 - λ) CE(y) + λ divergence(teacher's top-k, student), summed over response tokens.
@@ -60,6 +66,8 @@ def sparse_soft_cross_entropy(
         top_k_mass: raw (the paper's formula), renormalize (top-k scaled to sum to one), or tail (the teacher's left-over
             mass against the student's, as one extra symbol).
         divergence: a name of `npd.registry.DIVERGENCES`, or a divergence itself.
+        bias: [V] of the head.
+        after_head: what makes logits of the head's output (soft-capping, a scale); None: they are the logits.
         chunk_tokens: tokens whose logits exist at once; chosen from V by default.
 
     Returns:
@@ -77,6 +85,7 @@ def sparse_soft_cross_entropy(
         or labels.shape != (T,)
         or topk_ids.shape != topk_logprobs.shape
         or len(topk_ids) != T
+        or (bias is not None and bias.shape != weight.shape[:1])
     ):
         raise ValueError(
             f"shapes do not fit: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, labels "
@@ -95,7 +104,17 @@ def sparse_soft_cross_entropy(
     kind: Divergence = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
     return LossOutput(
         *_SparseSoftCrossEntropy.apply(
-            hidden, weight, labels.long(), topk_ids.long(), topk_logprobs, kd_weight, top_k_mass, kind, chunk_tokens
+            hidden,
+            weight,
+            bias,
+            labels.long(),
+            topk_ids.long(),
+            topk_logprobs,
+            kd_weight,
+            top_k_mass,
+            kind,
+            after_head if after_head is not None and after_head.changes else None,
+            chunk_tokens,
         )
     )
 
@@ -106,12 +125,14 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
         ctx: Any,
         hidden_TD: Tensor,
         weight_VD: Tensor,
+        bias_V: Tensor | None,
         labels_T: Tensor,
         ids_TK: Tensor,
         logprobs_TK: Tensor,
         kd_weight: float,
         top_k_mass: TopKMass,
         divergence: Divergence,
+        after_head: AfterHead | None,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (T, K), V = ids_TK.shape, weight_VD.shape[0]
@@ -122,15 +143,24 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
         ce, kd = hidden_TD.new_zeros((), dtype=exact), hidden_TD.new_zeros((), dtype=exact)
         label_logprobs_T = hidden_TD.new_empty(T, dtype=exact)
         # Under inference mode nothing is differentiated, whatever its inputs say.
-        need_hidden, need_weight = (need and not torch.is_inference_mode_enabled() for need in ctx.needs_input_grad[:2])
+        need_hidden, need_weight, need_bias = (
+            need and not torch.is_inference_mode_enabled() for need in ctx.needs_input_grad[:3]
+        )
         grad_hidden = torch.empty_like(hidden_TD) if need_hidden else None
         grad_weight = torch.zeros_like(weight_VD, dtype=exact) if need_weight else None
-        differentiate = need_hidden or need_weight
+        grad_bias = torch.zeros_like(bias_V, dtype=exact) if need_bias and bias_V is not None else None
+        differentiate = need_hidden or need_weight or need_bias
 
         for start in range(0, T, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h_CD, labels_C, ids_CK = hidden_TD[rows], labels_T[rows, None], ids_TK[rows]
             z_CV = (h_CD @ head_VD.T).to(exact)
+            if bias_V is not None:
+                z_CV += bias_V
+            slope_CV: Tensor | float = 1.0
+            if after_head is not None:
+                z_CV = after_head(z_CV)
+                slope_CV = after_head.slope(z_CV) if differentiate else 1.0
             z_label_C, z_top_CK = z_CV.gather(1, labels_C), z_CV.gather(1, ids_CK)
             # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z.
             u_rest_CV = z_CV.scatter(1, ids_CK, -torch.inf) if rest_counts else None
@@ -168,6 +198,10 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
                 g_CV.sub_(u_rest_CV.mul_(kd_weight * q_rest_C / s_rest_C))
             g_CV.scatter_add_(1, ids_CK, -kd_weight * q_CK)
             g_CV.scatter_add_(1, labels_C, torch.full_like(label_logprob_C, kd_weight - 1))
+            if after_head is not None:
+                g_CV.mul_(slope_CV)
+            if grad_bias is not None:
+                grad_bias += g_CV.sum(0)
             if grad_hidden is not None:
                 grad_hidden[rows] = g_CV.to(hidden_TD.dtype) @ head_VD
             if grad_weight is not None:
@@ -175,17 +209,20 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
                     grad_weight.addmm_(g_CV.T, h_CD)  # [V, D] is what takes memory: no second one of it
                 else:
                     grad_weight += g_CV.to(hidden_TD.dtype).T @ h_CD
-            del z_CV, u_CV, g_CV, u_rest_CV  # or the next chunk's logits would be made while these still stand
+            del z_CV, u_CV, g_CV, u_rest_CV, slope_CV  # or the next chunk's logits would be made while these still stand
 
-        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight_VD.dtype))
+        ctx.save_for_backward(
+            grad_hidden,
+            None if grad_weight is None else grad_weight.to(weight_VD.dtype),
+            None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
+        )
         loss = (1 - kd_weight) * ce + kd_weight * kd
         ctx.mark_non_differentiable(ce, kd, label_logprobs_T)
         return loss, ce, kd, label_logprobs_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        return _scaled(grad_hidden, grads[0]), _scaled(grad_weight, grads[0]), *([None] * 7)
+        return *(_scaled(grad, grads[0]) for grad in ctx.saved_tensors), *([None] * 8)
 
 
 def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bool) -> Tensor:

@@ -1,8 +1,11 @@
 """Load and save models, check that teacher and student fit each other, cut a student out of a teacher."""
 
 from npd.models.devices import device, fast_bfloat16, resolve_dtype, use_device
+from npd.models.head import AfterHead
+from npd.models.layout import MODES, Layout, Mode, expected_mode, layout_of, prove_layout
 from npd.models.loading import (
     check_context,
+    check_weights,
     context_length,
     directory_of,
     load_model,
@@ -10,42 +13,67 @@ from npd.models.loading import (
     load_tokenizer,
     parameter_count,
     quiet_transformers,
+    saved_dtype,
     snapshot_config,
     stop_ids_of,
 )
-from npd.models.reading import backbone, base_model, check_compiler, check_model, head_weight, hidden_states
+from npd.models.reading import (
+    after_head_of,
+    backbone,
+    base_model,
+    batches_for,
+    check_compiler,
+    head_bias,
+    head_weight,
+    hidden_states,
+    prompt_batches,
+)
 from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
-from npd.models.students import add_lora, cut_student, evenly_spaced
+from npd.models.students import add_lora, cut_student, evenly_spaced, freeze_unread, learning_mode
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 
 __all__ = [
     "ADAPTER",
+    "MODES",
     "PROBES",
+    "AfterHead",
+    "Layout",
+    "Mode",
     "State",
     "Vocabulary",
     "add_lora",
+    "after_head_of",
     "backbone",
     "base_model",
+    "batches_for",
     "check_compatible",
     "check_compiler",
     "check_context",
-    "check_model",
+    "check_weights",
     "context_length",
     "copy_state",
     "cut_student",
     "device",
     "directory_of",
     "evenly_spaced",
+    "expected_mode",
     "fast_bfloat16",
+    "freeze_unread",
+    "head_bias",
     "head_weight",
     "hidden_states",
+    "layout_of",
+    "learning_mode",
     "load_model",
     "load_model_config",
     "load_tokenizer",
     "parameter_count",
+    "prompt_batches",
+    "prove_layout",
     "quiet_transformers",
     "resolve_dtype",
     "save_model",
+    "saved_dtype",
     "shared_vocabulary",
     "snapshot_config",
     "stop_at",

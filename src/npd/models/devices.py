@@ -28,8 +28,13 @@ def fast_bfloat16(on: str | None = None) -> bool:
 
 
 def resolve_dtype(config: ModelConfig, *, trained: bool, on: str | None = None) -> torch.dtype:
-    """The type of a model's weights. `auto` takes bfloat16 only where the device is fast at it, so never on a CPU."""
+    """The type of a model's weights. `auto` takes bfloat16 only where the device is fast at it, so never on a CPU.
+
+    What the optimiser updates is float32: steps of 1e-5 vanish in the rounding of bfloat16, and float16 overflows.
+    """
+    frozen_base = isinstance(config, StudentConfig) and config.lora is not None
+    if trained and not frozen_base:
+        return torch.float32
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    frozen_base = isinstance(config, StudentConfig) and config.lora is not None
-    return torch.bfloat16 if fast_bfloat16(on) and (frozen_base or not trained) else torch.float32
+    return torch.bfloat16 if fast_bfloat16(on) else torch.float32

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,28 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError
 from npd.models.devices import device, resolve_dtype
-from npd.models.reading import check_model
+from npd.models.files import (
+    check_files,
+    check_names,
+    check_quantisation,
+    plain_quantisation,
+    quantisation_of,
+    stored_dtype,
+    weight_files,
+)
+from npd.models.layout import prove_layout
 from npd.models.tokens import named_stops
 
 
@@ -109,45 +127,184 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model_config(config: ModelConfig) -> transformers.PreTrainedConfig:
-    """A model's own configuration, without its weights."""
+    """A model's own configuration, without its weights.
+
+    Raises:
+        UserError: it cannot be loaded, or is that of no model which npd reads.
+    """
     source = _source(config)
+    path = Path(source["pretrained_model_name_or_path"])
+    if path.is_dir() and "gguf_file" not in source and not (path / "config.json").is_file():
+        check_names(config.model, [each.name for each in path.iterdir()])
     with _explained(config, "configuration"):
-        return AutoConfig.from_pretrained(**source)
+        loaded = AutoConfig.from_pretrained(**source)
+    if loaded.is_encoder_decoder:
+        raise UserError(
+            f"{config.model} ({loaded.model_type}) is an encoder-decoder: it reads a prompt with one half and writes with "
+            "the other, which npd does not support.",
+            "Choose a decoder-only language model.",
+        )
+    return loaded
+
+
+def check_weights(config: ModelConfig, model_config: transformers.PreTrainedConfig, *, trained: bool = False) -> list[str]:
+    """See from file lists and headers that a model's weights are there, whole, and of a kind that can be loaded.
+
+    Returns:
+        What the user should know.
+
+    Raises:
+        UserError: they are not.
+    """
+    source = _source(config)
+    path = Path(source["pretrained_model_name_or_path"])
+    gguf = path / source["gguf_file"] if "gguf_file" in source else None
+    check_files(path if path.is_dir() else None, gguf, config.model, config.revision)
+    _auto_class(config.model, model_config, trust_remote_code=config.trust_remote_code)
+    return check_quantisation(config.model, model_config, trained=trained)
+
+
+def _auto_class(name: str, model_config: transformers.PreTrainedConfig, *, trust_remote_code: bool) -> Any:
+    """The Auto class that makes of a checkpoint what it was saved as: multimodal ones keep what npd does not read.
+
+    Raises:
+        UserError: transformers has no model of this type that writes text.
+    """
+    if trust_remote_code and "AutoModelForCausalLM" in (getattr(model_config, "auto_map", None) or {}):
+        return AutoModelForCausalLM
+    autos: tuple[Any, ...] = (AutoModelForCausalLM, AutoModelForImageTextToText)
+    kinds = [k for k in autos if type(model_config) in k._model_mapping]
+    if not kinds:
+        raise UserError(
+            f"{name} ({model_config.model_type}) is no language model that writes text, as far as transformers "
+            f"{transformers.__version__} knows; it can't be used."
+        )
+    saved_as = (model_config.architectures or [""])[0]
+    return next((k for k in kinds if k._model_mapping[type(model_config)].__name__ == saved_as), kinds[0])
+
+
+# Names of tensors that only quantised checkpoints have.
+QUANTISED = re.compile(r"(_scale|_scale_inv|_scales|_blocks|_packed|\.qweight|\.qzeros|\.absmax|\.quant_state\..*)$")
 
 
 def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = None) -> PreTrainedModel:
-    """A causal language model on a device (default `device()`), checked to read packed rows sample by sample.
+    """A language model on a device (default `device()`), with the way to read it found and proved (`layout_of`).
+
+    Args:
+        trained: its weights will change: they are plain ones, in the type that training keeps them in.
 
     Raises:
-        UserError: it cannot be loaded, changes its logits after the head, or mixes packed samples.
+        UserError: it cannot be loaded, is damaged, or cannot be read as each sample alone.
     """
     source = _source(config)
-    attention = "sdpa" if config.attention == "auto" else config.attention
+    model_config = load_model_config(config)
+    kind = _auto_class(config.model, model_config, trust_remote_code=config.trust_remote_code)
+    check_quantisation(config.model, model_config, trained=trained)
+    loading: dict[str, Any] = source | {"dtype": resolve_dtype(config, trained=trained, on=on)}
+    if "gguf_file" not in source:
+        loading["use_safetensors"] = True
+    dequantised = trained and "gguf_file" not in source and quantisation_of(model_config) is not None
+    if dequantised:
+        loading["quantization_config"] = plain_quantisation(model_config)
+    # Some families have an attention of their own, and no other.
+    attentions = ("sdpa", "eager") if config.attention == "auto" else (config.attention,)
     with _explained(config, "model"):
-        loading: dict[str, Any] = source | {
-            "dtype": resolve_dtype(config, trained=trained, on=on),
-            "attn_implementation": attention,
-        }
-        if "gguf_file" not in source:
-            loading["use_safetensors"] = True
-        loaded: Any = AutoModelForCausalLM.from_pretrained(**loading, output_loading_info=True)
+        for attention in attentions:
+            try:
+                loaded: Any = kind.from_pretrained(**loading, attn_implementation=attention, output_loading_info=True)
+                break
+            except ValueError as error:
+                if attention == attentions[-1] or "attention implementation" not in str(error):
+                    raise
         model, info = loaded
-    if info["missing_keys"] or info["mismatched_keys"]:
-        names = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-        raise UserError(
-            f"The weights of {config.model} are not whole: {len(names)} tensors are missing or of another shape than "
-            f"config.json says ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). Restore the directory."
-        )
-    if "gguf_file" in source and getattr(model, "hf_quantizer", None) is not None:
-        # transformers has dequantised every weight, but would still refuse to save the model as not serialisable.
-        del model.hf_quantizer
-        for owner in (model, model.config):
-            for mark in ("quantization_config", "quantization_method", "is_quantized"):
-                if mark in vars(owner):
-                    delattr(owner, mark)
+    check_loaded(config.model, model, info)
+    if "gguf_file" in source or dequantised:
+        _unmark(model)
+    mend_generation_config(model)
+    if dequantised:
+        model = model.to(loading["dtype"])
     model = model.to(on or device()).eval()
-    check_model(model, config.model)
+    prove_layout(model, config.model)
     return model
+
+
+def check_loaded(name: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """See that a model took all of its weights, and that they are finite.
+
+    Raises:
+        UserError: they are not.
+    """
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        raise UserError(
+            f"The weights of {name} are not whole: {len(missing)} tensors are missing or of another shape than "
+            f"config.json says ({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}). Restore the directory."
+        )
+    quantised = sorted(key for key in map(str, info["unexpected_keys"]) if QUANTISED.search(key))
+    if quantised:
+        raise UserError(
+            f"The weights of {name} are quantised, but its config.json does not say how: {len(quantised)} tensors are left "
+            f"over ({', '.join(quantised[:3])}{', ...' if len(quantised) > 3 else ''}), without which the others mean "
+            "nothing.",
+            "Restore config.json, or give the checkpoint before its quantisation.",
+        )
+    bad = next(not_finite(model.named_parameters()), None)
+    if bad is not None:
+        raise UserError(f"The weights of {name} are damaged: {bad} has values that are not finite.", "Restore them.")
+
+
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[str]:
+    """Names of the tensors that hold a NaN or an infinity."""
+    for name, tensor in tensors:
+        if tensor.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) and tensor.numel():
+            low, high = tensor.detach().aminmax()
+            if not bool(low.isfinite() & high.isfinite()):
+                yield name
+
+
+def mend_generation_config(model: PreTrainedModel) -> None:
+    """Make a model's generation_config one that transformers saves: it refuses options of sampling beside greedy decoding."""
+    options = getattr(model, "generation_config", None)
+    if options is None or _is_saved(options):
+        return
+    options.do_sample = True  # what those who give a temperature mean
+    if not _is_saved(options):
+        kept = {name: getattr(options, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        model.generation_config = transformers.GenerationConfig(**kept)
+
+
+def _is_saved(options: transformers.GenerationConfig) -> bool:
+    try:
+        with quiet_transformers(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            options.validate(strict=True)
+    except ValueError:
+        return False
+    return True
+
+
+def _unmark(model: PreTrainedModel) -> None:
+    """transformers has dequantised every weight, but would still refuse to save the model as not serialisable."""
+    for owner in (model, model.config):
+        for mark in ("hf_quantizer", "quantization_config", "quantization_method", "is_quantized"):
+            if mark in vars(owner):
+                delattr(owner, mark)
+
+
+def saved_dtype(config: StudentConfig) -> torch.dtype | None:
+    """The type in which a finished student is saved: the one that is named, else that of the checkpoint it began as.
+
+    None where that is not known, or is no type of plain weights: then as it is in memory.
+    """
+    if config.dtype != "auto":
+        return getattr(torch, config.dtype)
+    directory = directory_of(config)
+    if directory is not None:
+        return stored_dtype(weight_files(directory))
+    if config.model.endswith(".gguf"):
+        return None
+    declared = load_model_config(config).dtype
+    return declared if isinstance(declared, torch.dtype) else None
 
 
 def context_length(config: transformers.PreTrainedConfig) -> int | None:
@@ -183,8 +340,9 @@ def directory_of(config: ModelConfig) -> Path | None:
 
 def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
     """Parameters of a model, from its configuration alone."""
+    kind = _auto_class("a model", config, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model = kind.from_config(config, trust_remote_code=trust_remote_code)
     model.tie_weights()
     return sum(parameter.numel() for parameter in model.parameters())
 

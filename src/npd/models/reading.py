@@ -1,8 +1,9 @@
-"""Packed rows through a decoder, and whether it reads them sample by sample."""
+"""Samples through a decoder, in rows that it reads as it would read each sample alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -11,22 +12,66 @@ from transformers import PreTrainedModel
 
 from npd.errors import UserError
 from npd.models.devices import device
-
-# Numerical agreement asked of a packed row at load. Attention that leaks across samples differs by 0.3 and more.
-PACKED_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-6, torch.bfloat16: 0.25, torch.float16: 0.05}
+from npd.models.head import AfterHead
+from npd.models.layout import Layout, decoder_arguments, layout_of
+from npd.models.rope import split_at
+from npd.packing import short_rows
 
 
 def hidden_states(
     model: nn.Module, input_ids: Tensor, position_ids: Tensor, decoder: Callable[..., Any] | None = None
 ) -> Tensor:
-    """Last hidden states [R, L, D] of packed rows [R, L]; `position_ids` restart at 0 with each sample.
+    """What the language-model head is given, [R, L, D], for rows [R, L]; `position_ids` restart at 0 with each sample.
 
-    transformers separates packed samples only with no mask and no cache: with either, attention leaks in silence.
+    Rows are those of `batches_for`: how many samples one may hold follows from the model (see `npd.models.layout`).
     `decoder` is called in place of the model's own, for instance a compiled one.
     """
-    return (decoder or backbone(model))(
-        input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False
-    ).last_hidden_state
+    base = base_model(model)
+    return apply_layout(base, layout_of(base), input_ids, position_ids, decoder)
+
+
+def apply_layout(
+    base: PreTrainedModel,
+    layout: Layout,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    decoder: Callable[..., Any] | None = None,
+) -> Tensor:
+    """`hidden_states` by a given layout."""
+    own = base.get_submodule(layout.parts.decoder)
+    hidden = (decoder or own)(**decoder_arguments(layout, own, input_ids, position_ids)).last_hidden_state
+    if layout.parts.before_head is not None:
+        hidden = base.get_submodule(layout.parts.before_head)(hidden)
+    return hidden
+
+
+def batches_for(
+    models: nn.Module | Sequence[nn.Module], lengths: Sequence[int], tokens: int
+) -> Iterator[tuple[list[list[int]], int]]:
+    """All samples in batches of rows that every one of the models reads rightly, each batch with the length of its rows.
+
+    As `npd.packing.short_rows`, but one sample a row where a model needs it, and never samples in one batch that would
+    change what each other's positions mean.
+    """
+    layouts = [layout_of(base_model(m)) for m in ([models] if isinstance(models, nn.Module) else models)]
+    alone = any(layout.mode == "one a row" for layout in layouts)
+    for group in split_at(lengths, {layout.switch for layout in layouts if layout.switch is not None}):
+        for rows, length in short_rows([lengths[i] for i in group], tokens, alone=alone):
+            yield [[group[i] for i in row] for row in rows], length
+
+
+def prompt_batches(model: nn.Module, lengths: Sequence[int], new_tokens: int, size: int) -> Iterator[list[int]]:
+    """Prompts in batches of at most `size` that may be answered together with up to `new_tokens` each, the longest first."""
+    layout = layout_of(base_model(model))
+
+    def alike(i: int) -> int:
+        """Prompts that share a batch have the same of this."""
+        crosses = layout.switch is not None and lengths[i] + new_tokens > layout.switch
+        return lengths[i] if crosses or not layout.left_padding else 0
+
+    for _, group in groupby(sorted(range(len(lengths)), key=lambda i: -lengths[i]), alike):
+        together = list(group)
+        yield from (together[start : start + size] for start in range(0, len(together), size))
 
 
 def check_compiler() -> None:
@@ -47,8 +92,8 @@ def check_compiler() -> None:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder without its head."""
-    inner = base_model(model)
-    return getattr(inner, inner.base_model_prefix)
+    base = base_model(model)
+    return base.get_submodule(layout_of(base).parts.decoder)
 
 
 def base_model(model: nn.Module) -> Any:
@@ -62,30 +107,11 @@ def head_weight(model: nn.Module) -> Tensor:
     return model.get_output_embeddings().weight  # type: ignore[operator]
 
 
-@torch.no_grad()
-def check_model(model: PreTrainedModel, name: str) -> None:
-    """Refuse a model whose logits are not hidden @ head.T, or whose packed rows differ from their samples alone."""
-    ids = torch.arange(24, device=model.device) * 7 % min(model.config.get_text_config().vocab_size, 997)
-    first, second = ids[:9], ids[9:]
-    positions = torch.cat([torch.arange(9), torch.arange(15)]).to(ids)
-    try:
-        # Two rows: some attention implementations keep samples apart in a single row only.
-        rows = hidden_states(model, torch.stack([ids.flip(0), ids]), torch.stack([positions, positions]))
-        packed = rows[1] @ head_weight(model).T
-    except (AttributeError, TypeError) as error:
-        raise UserError(f"{name} is not a decoder with a plain language-model head ({error}); it can't be used.") from error
-    alone = [model(input_ids=part[None], use_cache=False).logits[0] for part in (first, second)]
-    tolerance = PACKED_TOLERANCE.get(model.dtype, 0.25) * max(1.0, float(alone[0].float().std()))
-    differences = [
-        float((mine.float() - theirs.float()).abs().max()) for mine, theirs in zip(packed.split([9, 15]), alone, strict=True)
-    ]
-    if differences[0] > tolerance:
-        raise UserError(
-            f"{name} ({model.config.model_type}) changes its logits after the language-model head (soft-capping, scaling "
-            f"or a bias: they differ by {differences[0]:.2g}), which npd's loss does not support."
-        )
-    if differences[1] > tolerance:
-        raise UserError(
-            f"{name} ({model.config.model_type}, attention {model.config._attn_implementation}) mixes samples that share a "
-            f"row: logits differ by {differences[1]:.2g} from the sample read alone. Choose another attention implementation."
-        )
+def head_bias(model: nn.Module) -> Tensor | None:
+    """The language-model head's bias [V], if it has one."""
+    return getattr(model.get_output_embeddings(), "bias", None)  # type: ignore[operator]
+
+
+def after_head_of(model: nn.Module) -> AfterHead:
+    """What makes logits of the head's output."""
+    return layout_of(base_model(model)).after_head

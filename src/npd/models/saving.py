@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from npd.models.loading import quiet_transformers
+from npd.errors import RunError
+from npd.models.loading import not_finite, quiet_transformers
 from npd.models.reading import base_model
 from npd.models.tokens import named_stops, stops_of
 
@@ -25,19 +28,42 @@ class State(NamedTuple):
     adapter: dict[str, Tensor] | None = None
 
 
-def save_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, path: Path, state: State | None = None) -> None:
+def save_model(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path,
+    state: State | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Write a model and its tokenizer in Hugging Face format, with the weights of `state` if given (see `copy_state`).
 
     Adapters are merged into the weights, and written by themselves to adapter/ as well, as peft has them.
+
+    Args:
+        dtype: of the weights in the files; None: as they are.
+
+    Raises:
+        RunError: a weight is not finite; nothing is written.
     """
     base = base_model(model)
     stop_at(base, stops_of(tokenizer, ()))
-    if state is None and base is not model:
-        state = State(_merged_state(model), _adapter_state(model))
+    if state is None:
+        state = State(base.state_dict()) if base is model else State(_merged_state(model), _adapter_state(model))
+    weights = state.weights if dtype is None else _as_type(base, state.weights, dtype)
+    bad = next(not_finite(weights.items()), None)
+    if bad is not None:
+        other = ", or choose student.dtype bfloat16" if dtype == torch.float16 else ""
+        raise RunError(
+            f"The student's weights are not finite ({bad}), so {path.name} was not written.",
+            f"Lower training.learning_rate{other}; the last checkpoint is whole.",
+        )
     with quiet_transformers():
-        base.save_pretrained(path, **({} if state is None else {"state_dict": state.weights}))
+        base.save_pretrained(path, state_dict=weights)
         tokenizer.save_pretrained(path)
-    if state is not None and state.adapter is not None:
+    if dtype is not None:
+        _declare_type(path / "config.json", dtype)
+    if state.adapter is not None:
         options: Any = model.peft_config
         options["default"].save_pretrained(path / ADAPTER)
         save_file(state.adapter, path / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -51,6 +77,27 @@ def stop_at(model: nn.Module, stop_ids: Sequence[int]) -> None:
         size = base.config.get_text_config().vocab_size
         stops = sorted(token for token in {*named_stops(config, base.config), *stop_ids} if token < size)
         config.eos_token_id = stops[0] if len(stops) == 1 else stops
+
+
+def _as_type(base: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Weights in another type, but for those that transformers keeps in float32; tied ones stay one."""
+    kept = {*(base._keep_in_fp32_modules or ()), *(base._keep_in_fp32_modules_strict or ())}
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    for name, tensor in weights.items():
+        key = tensor.data_ptr(), tensor.shape
+        if key not in made:
+            stays = not tensor.is_floating_point() or any(part in name for part in kept)
+            made[key] = tensor if stays else tensor.to(dtype)
+    return {name: made[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
+
+
+def _declare_type(path: Path, dtype: torch.dtype) -> None:
+    """transformers writes the type of the model in memory, not that of the weights it is given."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for section in (config, *(value for value in config.values() if isinstance(value, dict))):
+        if "dtype" in section:
+            section["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_state(model: nn.Module) -> State:
@@ -75,18 +122,28 @@ def _adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.contiguous() for name, tensor in peft.get_peft_model_state_dict(model).items()}
 
 
+def adapted(model: nn.Module) -> Iterator[tuple[Any, nn.Parameter]]:
+    """A peft model's adapters, each with the parameter of the base that it is added to."""
+    for module in model.modules():
+        if hasattr(module, "get_delta_weight"):
+            layer: Any = module
+            yield layer, layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
+
+
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """A peft model's weights with its adapters added, under the base model's names.
 
     Merging in place and undoing it would need no second copy, but would round the base weights a little each time.
     """
-    modules: dict[str, Any] = dict(model.named_modules())
-    deltas = {name: m.get_delta_weight("default") for name, m in modules.items() if hasattr(m, "get_delta_weight")}
+    layers = {id(parameter): layer for layer, parameter in adapted(model)}
+    merged: dict[int, Tensor] = {}
     state = {}
-    for key, value in model.state_dict().items():
-        if "lora_" not in key:
-            name = key.removesuffix(".base_layer.weight")
-            if name != key and name in deltas:
-                value = (value.float() + deltas[name].float()).to(value.dtype)
-            state[key.removeprefix("base_model.model.").replace(".base_layer.", ".")] = value
+    for key, value in model.state_dict(keep_vars=True).items():
+        if "lora_" in key:
+            continue
+        layer = layers.get(id(value))
+        if layer is not None and id(value) not in merged:
+            merged[id(value)] = (value.detach().float() + layer.get_delta_weight("default").detach().float()).to(value.dtype)
+        name = key.removeprefix("base_model.model.").replace(".base_layer", "")
+        state[name] = merged.get(id(value), value.detach())
     return state

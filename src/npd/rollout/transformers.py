@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import StoppingCriteriaList
 
 from npd.config import Sampling
+from npd.models import prompt_batches
 from npd.rollout import Engine, EngineSetting, Progress, Request, Weights
 from npd.store.schema import add_answers
 
@@ -39,20 +40,20 @@ class TransformersEngine(Engine):
     def _answer(self, number: int, table: pa.Table, sampling: Sampling, seed: int, progress: Progress | None) -> pa.Table:
         rows = [i for i in range(len(table)) for _ in range(sampling.samples_per_prompt)]
         prompts: list[list[int]] = table["prompt_ids"].to_pylist()
-        order = sorted(range(len(rows)), key=lambda j: -len(prompts[rows[j]]))
+        lengths = [len(prompts[i]) for i in rows]
         responses: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        batch_size = self.setting.config.rollout.batch_size
+        batch_size, done = self.setting.config.rollout.batch_size, 0
         with torch.random.fork_rng(devices=devices), self._as_policy(sampling):
             torch.manual_seed(seed)
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
+            for batch in prompt_batches(self.model, lengths, sampling.max_new_tokens, batch_size):
                 answered = self._generate([prompts[rows[j]] for j in batch])
                 for j, (ids, values) in zip(batch, answered, strict=True):
                     responses[j], logprobs[j] = ids, values
+                done += len(batch)
                 if progress:
-                    progress(number, start + len(batch))
+                    progress(number, done)
         return add_answers(table, responses, self.setting.vocabulary.stop_ids, logprobs)
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:

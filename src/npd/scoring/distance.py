@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from npd.losses import sparse_soft_cross_entropy
-from npd.models import head_weight
+from npd.models import after_head_of, head_bias, head_weight
 from npd.scoring.prefill import Prefill, Reading
 
 Lists = Sequence[Sequence[int]]
@@ -30,7 +30,7 @@ def exact(student: Prefill, teacher: Prefill, contexts: Lists, responses: Lists)
     """The KL itself, chunk by chunk."""
     # Chunks follow from the vocabulary, which the two may pad differently; here they must agree.
     size, chunk = student.vocabulary.size, min(student.chunk_tokens, teacher.chunk_tokens)
-    for packed in student.batches(contexts, responses):
+    for packed in student.batches(contexts, responses, beside=[teacher.model]):
         ours, theirs = (prefill.logits(prefill.hidden(packed), chunk) for prefill in (student, teacher))
         for (_, a_CV), (_, b_CV) in zip(ours, theirs, strict=True):
             log_s, log_t = a_CV[:, :size].log_softmax(-1), b_CV[:, :size].log_softmax(-1)
@@ -55,6 +55,8 @@ def at_least(student: Prefill, readings: list[Reading], contexts: Lists, respons
             logprobs,
             kd_weight=1.0,
             top_k_mass="tail",
+            bias=head_bias(student.model),
+            after_head=after_head_of(student.model),
         )
         first = torch.cat([z_CV[:, : student.vocabulary.size].argmax(-1) for _, z_CV in student.logits(hidden_TD)])
         yield Distance(float(loss.kd), int((first == ids[:, 0]).sum()), len(ids))

@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from npd.losses import CHUNK_ELEMENTS
-from npd.models import Vocabulary, head_weight, hidden_states
-from npd.packing import Packed, pack_tokens, short_rows
+from npd.models import Vocabulary, after_head_of, batches_for, head_bias, head_weight, hidden_states
+from npd.packing import Packed, pack_tokens
 
 
 class Reading(NamedTuple):
@@ -31,7 +31,7 @@ class Reading(NamedTuple):
 
 
 class Prefill:
-    """Reads responses behind their contexts in packed rows; the head runs on response positions alone, in chunks."""
+    """Reads responses behind their contexts, in rows as the model takes them; the head runs on response positions alone."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, pad_id: int, batch_tokens: int) -> None:
         self.model = model
@@ -39,10 +39,15 @@ class Prefill:
         self.pad_id = pad_id
         self.batch_tokens = batch_tokens
 
-    def batches(self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> Iterator[Packed]:
-        """All samples, longest first, in packed batches of at most `batch_tokens` tokens, or of one sample."""
+    def batches(
+        self, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], beside: Sequence[PreTrainedModel] = ()
+    ) -> Iterator[Packed]:
+        """All samples, longest first, in batches of at most `batch_tokens` tokens, or of one sample.
+
+        `beside`: other models that read the same batches.
+        """
         sizes = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
-        for rows, length in short_rows(sizes, self.batch_tokens):
+        for rows, length in batches_for([self.model, *beside], sizes, self.batch_tokens):
             yield pack_tokens(contexts, responses, rows, length, self.pad_id)
 
     @property
@@ -60,11 +65,12 @@ class Prefill:
     @torch.no_grad()
     def logits(self, hidden_TD: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Float32 logits [C, V] of a chunk of positions at a time."""
-        weight_VD = head_weight(self.model)
+        weight_VD, bias_V, after_head = head_weight(self.model), head_bias(self.model), after_head_of(self.model)
         chunk = chunk or self.chunk_tokens
         for start in range(0, len(hidden_TD), chunk):
             rows = slice(start, min(start + chunk, len(hidden_TD)))
-            yield rows, (hidden_TD[rows] @ weight_VD.T).float()
+            x_CV = (hidden_TD[rows] @ weight_VD.T).float()
+            yield rows, after_head(x_CV if bias_V is None else x_CV.add_(bias_V))
 
     @torch.no_grad()
     def __call__(

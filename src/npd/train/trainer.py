@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -28,7 +28,7 @@ from npd.errors import RunError, UserError
 from npd.losses import LossOutput, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events, SpanName
-from npd.packing import pack_tokens, short_rows
+from npd.packing import pack_tokens
 from npd.schedule import derive_seed, learning_rate
 from npd.store import Store
 from npd.train.samples import Samples
@@ -67,6 +67,8 @@ class LossModel(nn.Module):
             kd_weight=self.loss.kd_weight,
             top_k_mass=self.loss.top_k_mass,
             divergence=self.loss.divergence,
+            bias=models.head_bias(self.model),
+            after_head=models.after_head_of(self.model),
         )
 
 
@@ -109,6 +111,8 @@ class Trainer:
         events: Events,
     ) -> None:
         self.config, self.store, self.tokenizer, self.events = config, store, tokenizer, events
+        self.noisy = config.training.dropout or (config.student.lora is not None and config.student.lora.dropout > 0)
+        models.freeze_unread(model)
         torch.manual_seed(derive_seed(config.seed, "adapters"))
         self.student: nn.Module = add_lora(model, config.student) if config.student.lora else model
         if config.training.gradient_checkpointing:
@@ -132,6 +136,10 @@ class Trainer:
     def base(self) -> PreTrainedModel:
         """The student as transformers knows it, adapters inside."""
         return base_model(self.student)
+
+    def save_student(self, path: Path) -> None:
+        """Write the finished student, in the type of the checkpoint that it began as, or that student.dtype names."""
+        save_model(self.student, self.tokenizer, path, dtype=models.saved_dtype(self.config.student))
 
     def save_policy(self, path: Path, state: State | None = None) -> None:
         """Write the student, or the weights that `copy_policy` gave."""
@@ -215,14 +223,14 @@ class Trainer:
         world = self.accelerator.num_processes
         ids = [i for row in rows for i in row]
         budget = self.config.training.micro_batch_rows * self.config.packing.length
-        batches = short_rows(samples.lengths[ids].tolist(), budget)
+        batches = models.batches_for(self.student, samples.lengths[ids].tolist(), budget)
         chunks = [([[ids[i] for i in row] for row in batch], length) for batch, length in batches]
         # A rank with fewer micro-batches than others repeats one with no weight: all must join in every backward pass.
         turns = -(-len(chunks) // world)
         mine = [(chunks[i], 1.0) if i < len(chunks) else (chunks[0], 0.0) for i in self._turns(turns)]
 
         torch.manual_seed(derive_seed(self.config.seed, "step", step - 1, self.accelerator.process_index))  # for dropout
-        self.loss_model.train()
+        models.learning_mode(self.student, dropout=self.config.training.dropout)
         sums = torch.zeros(4, dtype=torch.float64)  # loss, ce, kd, near-policy KL
         counted = 0
         for turn, (chunk, weight) in enumerate(mine):
@@ -273,20 +281,24 @@ class Trainer:
         packed = pack_tokens(samples.prompts, samples.responses, rows, length, self.tokenizer.pad_token_id)  # type: ignore
         topk_ids, topk_logprobs = samples.topk(packed.samples)
         to = self.accelerator.device
-        out = self.loss_model(
-            packed.input_ids.to(to),
-            packed.position_ids.to(to),
-            packed.predictors.to(to),
-            packed.labels.to(to),
-            topk_ids.to(to),
-            topk_logprobs.to(to),
-        )
+        given = (*packed[:4], topk_ids, topk_logprobs)
+        out = self.loss_model(*(tensor.to(to) for tensor in given))
         # Reference responses have no behaviour policy: no snapshot of the student wrote them.
         written = [len(samples.behavior[i]) > 0 for i in packed.samples]
         behavior = samples.behavior.gather(packed.samples, np.float32)
         by_student = torch.from_numpy(np.repeat(written, samples.response_lengths[packed.samples]))
         logprobs = out.label_logprobs.detach().cpu()[by_student]
+        if self.noisy and len(behavior):
+            logprobs = self._without_noise(given).cpu()[by_student]
         return out, near_policy_kl(logprobs, torch.from_numpy(behavior)).sum().item(), len(behavior)
+
+    @torch.no_grad()
+    def _without_noise(self, given: Sequence[Tensor]) -> Tensor:
+        """The labels' log-probabilities [T] without dropout: with it, a student differs from itself."""
+        self.student.eval()
+        out: LossOutput = self.accelerator.unwrap_model(self.loss_model)(*(t.to(self.accelerator.device) for t in given))
+        models.learning_mode(self.student, dropout=self.config.training.dropout)
+        return out.label_logprobs
 
 
 def make_accelerator(config: Config, store: Store) -> Accelerator:
