@@ -23,29 +23,8 @@ def began(path: Path) -> datetime | None:
     return datetime.fromtimestamp(path.stat().st_mtime)  # made by an older version, when the run began
 
 
-def read(path: Path) -> Prompts:
-    """Map a file.
-
-    Raises:
-        UserError: it is damaged, or not there.
-    """
-    try:
-        return Prompts.open(path)
-    except Exception as error:  # whatever a damaged file makes of it
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        remedy = "Delete it, and run `npd distill` again on this directory: it will be made again."
-        raise UserError(f"{path} is damaged ({why}).", remedy) from error
-
-
 def keep(path: Path, prompts: Prompts) -> Prompts:
-    """Write prompts to a file, unless it holds what they were made from; returns them, mapped.
-
-    Those that are there already stay while raw data, tokenizer and options are the same, whatever the template would make
-    of them today; a damaged file is made again.
-
-    Raises:
-        UserError: it holds other prompts, and there are parts that answer them.
-    """
+    """See `Store.keep_prompts`."""
     why = _changed(path, prompts) if path.exists() else None
     if why == "":
         return Prompts.open(path)

@@ -371,11 +371,21 @@ class Store:
         return kept.began(self.path / "prompts.arrow")
 
     def prompts(self) -> Prompts:
-        """The prompts of this run, mapped; raises UserError where they are damaged or missing."""
-        return kept.read(self.path / "prompts.arrow")
+        """The prompts of this run, mapped.
+
+        Raises:
+            UserError: they are damaged, or not there.
+        """
+        path = self.path / "prompts.arrow"
+        remedy = "Delete it, and run `npd distill` again on this directory: it will be made again."
+        prompts: Prompts = self._read(path, lambda: Prompts.open(path), remedy)
+        return prompts
 
     def keep_prompts(self, prompts: Prompts) -> Prompts:
         """Keep tokenised prompts for whoever makes generations; returns them, mapped from the run directory.
+
+        Those that are there already stay while raw data, tokenizer and options are the same, whatever the template would
+        make of them today; a damaged file is made again.
 
         Raises:
             UserError: the run began with other prompts.
