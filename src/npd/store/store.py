@@ -27,7 +27,6 @@ from npd.config import Config, SelectionConfig, config_tree, differing_keys
 from npd.errors import UserError
 from npd.prompts import Prompts
 from npd.store import files
-from npd.store import prompts as kept
 from npd.store.files import (
     HOST,
     abandoned,
@@ -368,7 +367,12 @@ class Store:
     @property
     def began(self) -> datetime | None:
         """The moment that prompts of this run were rendered at, for templates that ask for the date; None: not yet."""
-        return kept.began(self.path / "prompts.arrow")
+        path = self.path / "prompts.arrow"
+        if not path.exists():
+            return None
+        with suppress(Exception):  # damaged: whoever opens it says so
+            return datetime.fromisoformat(Prompts.facts(path)["date"])
+        return datetime.fromtimestamp(path.stat().st_mtime)  # made by an older version, when the run began
 
     def prompts(self) -> Prompts:
         """The prompts of this run, mapped.
@@ -390,7 +394,37 @@ class Store:
         Raises:
             UserError: the run began with other prompts.
         """
-        return kept.keep(self.path / "prompts.arrow", prompts)
+        path = self.path / "prompts.arrow"
+        why = None
+        if path.exists():
+            try:
+                theirs = Prompts.open(path)
+            except Exception:  # whatever a damaged file makes of it
+                if not self._answers(prompts):
+                    why = f"{path} is damaged, and the prompts of today are not those that it held"
+            else:
+                if (theirs.made_from and theirs.made_from == prompts.made_from) or theirs.table.equals(prompts.table):
+                    return theirs
+                before, now = theirs.made_from, prompts.made_from
+                changed = [f"the {name}" for name in before if before[name] != now.get(name)] or ["the data or the tokenizer"]
+                why = (
+                    f"The prompts are not those that {self.path} began with ({len(theirs):,} then, {len(prompts):,} now): "
+                    f"{' and '.join(changed)} {'have' if len(changed) > 1 or changed[0].endswith('s') else 'has'} changed"
+                )
+        if why is not None and any(self.path.glob("generations/*/part-*")):
+            raise UserError(f"{why}. Restore them, or choose another run_dir.")
+        with writing(path) as aside:
+            prompts.save(aside)
+        return Prompts.open(path)
+
+    def _answers(self, prompts: Prompts) -> bool:
+        """Do the parts that are there answer these prompts?"""
+        known = set(prompts.table["prompt_id"].to_pylist())
+        for part in self.path.glob("generations/*/part-*.parquet"):
+            with suppress(OSError, pa.ArrowException):  # a damaged part is made again
+                if not known.issuperset(pq.read_table(part, columns=["prompt_id"])["prompt_id"].to_pylist()):
+                    return False
+        return True
 
     # -- trainer state
 
