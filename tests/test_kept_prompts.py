@@ -48,7 +48,7 @@ def test_what_is_saved_is_opened(tmp_path, file):
     assert opened.date == "2026-03-01T00:00:00"
 
 
-@settings(max_examples=60)
+@settings(max_examples=100)
 @given(st.floats(0, 1, exclude_max=True), st.integers(1, 255))
 def test_any_other_byte_is_noticed(tmp_path_factory, at, change):
     path = tmp_path_factory.mktemp("p") / "p.arrow"
@@ -59,7 +59,7 @@ def test_any_other_byte_is_noticed(tmp_path_factory, at, change):
     content = bytearray(path.read_bytes())
     content[int(at * len(content))] ^= change
     path.write_bytes(content)
-    with pytest.raises((ValueError, OSError, KeyError)):
+    with pytest.raises((ValueError, OSError)):
         Prompts.open(path)
 
 

@@ -133,13 +133,16 @@ class Prompts:
         Raises:
             ValueError, OSError: the file is damaged.
         """
-        reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        table, facts = reader.read_all(), json.loads(reader.schema.metadata[b"npd"])
-        if count := reader.num_record_batches:
-            metadata = reader.get_batch_with_custom_metadata(count - 1).custom_metadata
-            if "made_from" in facts and (metadata is None or not _is_whole(path, metadata[b"sha256"])):
-                raise ValueError("its checksum is another one")
-        return cls(table.replace_schema_metadata(), **facts)
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            table, facts = reader.read_all(), json.loads(reader.schema.metadata[b"npd"])
+            if "made_from" in facts:
+                last = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1)
+                if last.custom_metadata is None or not _is_whole(path, last.custom_metadata[b"sha256"]):
+                    raise ValueError("its checksum is another one")
+            return cls(table.replace_schema_metadata(), **facts)
+        except (KeyError, TypeError, pa.ArrowException) as error:  # what other bytes may look like
+            raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
 def _is_whole(path: Path, said: bytes) -> bool:
