@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -48,17 +48,23 @@ class StudentMeasures:
     def __call__(self, step: int) -> dict[str, float]:
         kept = self.shop.pipeline.models
         weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
-        # An engine with weights of its own needs the trainer's room on a device that is shared.
-        around = self.shop.room if kept.engine_kind.holds_weights else nullcontext
         try:
             with teachers_at_hand(self.shop):
-                return self.evaluator(Evaluated(kept, weights, around))
+                return self.evaluator(Evaluated(kept, weights, self._apart))
         finally:
             shutil.rmtree(weights.folder, ignore_errors=True)
 
     def of_teacher(self) -> dict[str, float]:
-        with teachers_at_hand(self.shop):
-            return self.evaluator.of_teacher(AskedTeacher(self.shop.pipeline.models))
+        kept = self.shop.pipeline.models
+        with self._apart(), teachers_at_hand(self.shop):
+            figures = self.evaluator.of_teacher(AskedTeacher(kept))
+            kept.release()  # what it wrote with
+        return figures
+
+    def _apart(self) -> AbstractContextManager[None]:
+        """Around an engine's writing: one with weights of its own needs the trainer's room on a device that is shared."""
+        apart = self.shop.placement.shared_gpu and self.shop.pipeline.models.engine_kind.holds_weights
+        return self.trainer.parked() if apart else nullcontext()
 
 
 @contextmanager

@@ -131,7 +131,7 @@ class Models:
                 self.placement.teacher,
                 self.config.scoring.batch_tokens,
                 self.display.say,
-                self._start_engine,
+                self._start_engine,  # which rests by being closed
             )
             self._teachers[key] = teacher_kind(config)(config, setting)
         return self._teachers[key]
@@ -189,11 +189,11 @@ class Models:
                 # What shares the engine's device is loaded first: the engine takes a share of what is left.
                 for key in self.config.all_teachers:
                     self.teacher(key)
-            self._engine = self._start_engine(self.config.student)
+            self._engine = self._start_engine(self.config.student, shares_device=self.placement.shared_gpu)
         self._engine.take(weights)
         return self._engine
 
-    def _start_engine(self, model: ModelConfig) -> Engine:
+    def _start_engine(self, model: ModelConfig, *, shares_device: bool = False) -> Engine:
         base = self.store.policy(0)  # where adapters have changed nothing yet; only a distillation has snapshots
         lora = getattr(model, "lora", None) is not None and base.is_dir()
         setting = EngineSetting(
@@ -203,7 +203,7 @@ class Models:
             self.pad_id,
             self.placement.rollout,
             self.longest_prompt,
-            shares_device=self.placement.shared_gpu,
+            shares_device=shares_device,
             base=base if lora else None,
         )
         return self.engine_kind(setting)
