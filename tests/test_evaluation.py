@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import Held, save_model, write_jsonl
 
 import npd
@@ -258,3 +262,30 @@ def test_evaluate_takes_a_named_model(make_tree, teacher_dir, data_file, tmp_pat
     assert start["eval/kl_to_teacher"] > 0.1
     assert not Path(tree["run_dir"]).exists()
     json.dumps(start)  # plain numbers
+
+
+def test_where_several_processes_train_the_default_engine_writes(make_tree, data_file, tmp_path):
+    """Each process would need an engine of its own: vLLM, which may not even be installed, is asked for nothing."""
+    script = tmp_path / "tune.py"
+    script.write_text(
+        "import sys, npd, npd.rollout.vllm as vllm\n"
+        "def refuse(*args): raise AssertionError('vLLM was asked')\n"
+        "vllm.VllmEngine.__init__ = vllm.VllmEngine.check = refuse\n"
+        "npd.sft(sys.argv[1])\n"
+    )
+    rollout = {"engine": "vllm", "temperature": 0.0}
+    data, evaluation = {"eval": str(data_file), "references": "teacher"}, {"tasks": ["answer"], "kl_prompts": 0}
+    tree = make_tree(rollout=rollout, data=data, evaluation=evaluation)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(config)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    alone = npd.sft(make_tree("alone", rollout={"temperature": 0.0}, data=data, evaluation=evaluation))
+    together, other = Store(tree["run_dir"]), Store(alone.run_dir)
+    for part in range(3):
+        assert together.read_part(0, part)["response_ids"] == other.read_part(0, part)["response_ids"]
+    evaluated = [line for line in together.read_metrics() if "eval" in line]
+    assert evaluated[0]["eval/answer/accuracy"] == alone.before["eval/answer/accuracy"]
+    assert len(evaluated) == 3
