@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +33,7 @@ from npd.records import (
     as_span,
     for_people,
 )
+from npd.records.workers import MOST_SAID
 
 MANIFEST = """{
  "generation": 1, "rows": 3,
@@ -179,7 +181,9 @@ def test_a_failure_says_what_its_error_does():
     assert Failure.from_json(failure.to_json()) == failure
 
 
-@pytest.mark.parametrize("error", [UserError("What. Ünlucky\n\n", "How."), RunError("x" * 300_000)])
+@pytest.mark.parametrize(
+    "error", [UserError("What. Ünlucky\n\n", "How."), RunError("\U0001f4a5" * MOST_SAID, "x" * MOST_SAID)]
+)
 def test_the_end_of_a_worker_comes_through_a_pipe(tmp_path, error):
     with (tmp_path / "end").open("wb") as file:
         WorkerEnd.of(error).tell(file.fileno())
@@ -189,11 +193,32 @@ def test_the_end_of_a_worker_comes_through_a_pipe(tmp_path, error):
     told = end.error("refresh-1")
     assert type(told) is type(error)
     assert (str(told), told.what, told.remedy, told.role) == (str(error), error.what, error.remedy, "refresh-1")
+    assert (tmp_path / "end").stat().st_size < 1 << 16  # or it would wait in a pipe for somebody who waits for its end
     read, write = os.pipe()
-    WorkerEnd.of(UserError("short")).tell(write)
+    WorkerEnd.of(UserError("short\udcff")).tell(write)  # of a file's name that is no text
     os.close(write)
-    assert WorkerEnd.hear(read) == WorkerEnd("user", "short")
+    assert WorkerEnd.hear(read) == WorkerEnd("user", "short?")
     os.close(read)
+
+
+def test_a_worker_is_brief():
+    end = WorkerEnd.of(RunError("x" * 300_000, "y" * 300_000))
+    assert (end.what, end.remedy) == ("x" * MOST_SAID, "y" * MOST_SAID)
+
+
+def test_nobody_waits_for_who_outlives_a_worker():
+    """A process that a worker forked has its end of the pipe too, and may live on."""
+    read, write = os.pipe()
+    WorkerEnd.of(RunError("gone")).tell(write)
+    late = threading.Timer(20, os.close, [write])
+    late.start()
+    try:
+        assert WorkerEnd.hear(read) == WorkerEnd("run", "gone")
+        assert WorkerEnd.hear(read) is None
+        assert late.is_alive(), "the other end had to be closed first"
+    finally:
+        late.cancel()
+        os.close(read)
 
 
 @pytest.mark.parametrize("said", ["", '{"kind": "user", "wh', "null", '{"kind": 3, "what": "x"}', "\udcff"])

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,11 +33,13 @@ import npd.generations.workers
 import npd.placement
 import npd.run
 import npd.store
+from npd.config import PlacementConfig, ScheduleConfig
 from npd.generations.books import Books
 from npd.generations.generation import Generations
 from npd.generations.workers import Workers
 from npd.observe.display import Display
 from npd.observe.events import read_events
+from npd.records import WorkerEnd
 from npd.report.facts import gather
 from npd.store import Store
 from npd.train.trainer import Trainer
@@ -531,6 +534,21 @@ def test_a_job_that_raises_for_ever_ends_the_run(make, tmp_path):
     assert_blamed(tree["run_dir"])
     assert no_jobs_left()
     assert not (Path(tree["run_dir"]) / "student").exists()
+
+
+def test_a_log_that_cannot_be_written_hides_no_failure(tmp_path):
+    """It lies on the disk that is full."""
+    placed = npd.placement.assign_devices(PlacementConfig(), ScheduleConfig(), gpus=0, cpus=2)
+    told, tells = os.pipe()
+    with open("/dev/full", "wb") as log:
+        arguments = [str(tmp_path), json.dumps(asdict(placed)), "0", "1", "0", str(tells)]
+        job = Forked([sys.executable, "-m", "npd.generations.workers", *arguments], stdout=log, pass_fds=(tells,))
+    os.close(tells)
+    assert job.wait() == 2
+    end = WorkerEnd.hear(told)
+    os.close(told)
+    assert end is not None
+    assert end.what == f"{tmp_path} holds no run of `npd distill`; start one there first."
 
 
 def test_deaths_are_counted_afresh_after_a_part(make, states, tmp_path):

@@ -216,11 +216,13 @@ def main() -> None:
     try:
         follow(Path(run_dir), Placement(**tree), int(rank), int(world), display, POLL, began=float(began))
     except NpdError as error:
-        print(f"npd: {error}", file=sys.stderr, flush=True)
         with suppress(OSError):
             WorkerEnd.of(error).tell(int(says))
+        with suppress(OSError):  # the log may lie on the disk that is full
+            print(f"npd: {error}", file=sys.stderr, flush=True)
         status = error.exit_status
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     if status:
         os._exit(status)
 

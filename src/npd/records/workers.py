@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from npd.errors import NpdError, RunError, UserError
@@ -49,16 +50,18 @@ class WorkerEnd(Record):
 
     def tell(self, descriptor: int) -> None:
         """Write it to a pipe or file; the reader has it once this end is closed."""
-        data = (json.dumps(self.to_json()) + "\n").encode()
+        data = (json.dumps(self.to_json(), ensure_ascii=False) + "\n").encode("utf-8", "replace")
         while data:
             data = data[os.write(descriptor, data) :]
 
     @classmethod
     def hear(cls, descriptor: int) -> WorkerEnd | None:
-        """Read to the end of a pipe or file; None if no worker has told anything whole."""
+        """What a worker that has ended left in a pipe or file; None if it told nothing whole."""
+        os.set_blocking(descriptor, False)  # processes of its own may have outlived it, and hold the pipe open
         data = b""
-        while piece := os.read(descriptor, 1 << 16):
-            data += piece
+        with suppress(BlockingIOError):
+            while piece := os.read(descriptor, 1 << 16):
+                data += piece
         try:
             return cls.from_json(json.loads(data))
         except ValueError:
