@@ -42,7 +42,7 @@ from npd.store.files import (
 from npd.store.kept_prompts import PROMPTS, began, keep_prompts
 from npd.store.lock import run_lock
 from npd.store.provenance import versions
-from npd.store.schema import REFERENCE, write_columns
+from npd.store.schema import REFERENCE, SCHEMA, write_columns
 
 
 class Store:
@@ -271,11 +271,15 @@ class Store:
         """
         path = self.part(generation, part)
         try:
-            return pq.read_table(path, columns=columns, page_checksum_verification=True)
+            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+            lacking = {*(columns or SCHEMA.names)}.difference(table.column_names)  # names have no checksum
         except FileNotFoundError:
             raise
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._damaged_part(path, " ".join(str(error).split())[:200]) from error
+        if lacking:
+            raise self._damaged_part(path, f"it has no column {min(lacking)}")
+        return table
 
     def _damaged_part(self, path: Path, why: str) -> UserError:
         remedy = "Delete it and run the same command again: it will be made again, identical."
