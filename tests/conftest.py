@@ -7,7 +7,9 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -120,6 +122,38 @@ def save_model(path: Path, *, seed: int, hidden: int = 32, layers: int = 2, voca
     LlamaForCausalLM(config).save_pretrained(path)
     build_tokenizer().save_pretrained(path)
     return path
+
+
+UP_TO = """import sys, time, npd.cli, npd.train.trainer
+real = npd.train.trainer.Trainer.step
+def step(self, *args):
+    while args[3] == int(sys.argv[1]):
+        time.sleep(1)
+    return real(self, *args)
+npd.train.trainer.Trainer.step = step
+del sys.argv[1]
+npd.cli.entry()
+"""
+
+
+def killed_from_outside(*arguments: str, once: Path, before_step: int) -> tuple[int, str]:
+    """Run `npd ARGUMENTS` in a process of its own, and kill it as soon as a file is there.
+
+    However late this process is, that one has not begun the step `before_step`.
+
+    Returns:
+        its number, and what it said
+    """
+    command = [sys.executable, "-c", UP_TO, str(before_step), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    deadline = time.monotonic() + HANG
+    while not once.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    said = process.communicate()[0]
+    assert once.exists(), said
+    assert process.returncode == -signal.SIGKILL, said
+    return process.pid, said
 
 
 @pytest.fixture(scope="session")
