@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HANG
 from fake_run import HOSTILE, make_run
 
 from npd.records import EvaluationLine
@@ -74,7 +75,7 @@ class Page:
     def wait(self, condition: str) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, 300).until(lambda d: d.execute_script(f"return {condition}"), condition)
+        WebDriverWait(self.driver, HANG).until(lambda d: d.execute_script(f"return {condition}"), condition)
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -119,7 +120,9 @@ def page(tmp_path_factory) -> Iterator[Page]:
     for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.timeouts = {"script": int(1000 * HANG), "pageLoad": int(1000 * HANG)}
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.command_executor.client_config.timeout = 2 * HANG
     start = driver.current_window_handle
     driver.switch_to.new_window("tab")  # an empty one
     empty = driver.current_window_handle
@@ -152,12 +155,14 @@ def test_what_a_page_asks_for_is_known_from_what_the_browser_does(page, tmp_path
     wanted = {f"http://127.0.0.1:9/{name}" for name in ("img", "link", "srcdoc", "fetch", "beacon")}
     wanted |= {(tmp_path / name).as_uri() for name in ("page.html", "inner.html")}
     seen: set[str] = set()
-    deadline = time.monotonic() + 300
-    while not seen >= wanted and time.monotonic() < deadline:
+    complaints: list[str] = []
+    deadline = time.monotonic() + HANG
+    while not (seen >= wanted and complaints) and time.monotonic() < deadline:
         seen |= page.asked()
+        complaints += page.complaints()
         time.sleep(0.05)
     assert seen == wanted
-    assert page.complaints()
+    assert complaints
     start = {"url": "chrome://new-tab-page-third-party/", "type": "parser"}
     icon = {"request": {"url": "chrome://favicon2/?size=24"}, "documentURL": start["url"], "initiator": start}
     assert not is_of(icon, page.url)

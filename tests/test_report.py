@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
+from conftest import HANG
 from fake_run import HOSTILE, make_run
 
 import npd
@@ -308,7 +309,7 @@ def test_a_run_that_failed_has_a_report_too(make_tree, monkeypatch, error, says,
 
 
 def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
-    tree = make_tree(tracking={"report": True})
+    tree = make_tree()  # without a report: one that is begun before the kill would be written after it
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
     script = (
@@ -316,7 +317,7 @@ def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
         "real = npd.train.trainer.Trainer.step\n"
         "def slow(self, *a):\n"
         "    if a[3] == 4:\n"
-        "        print('here', flush=True); time.sleep(600)\n"
+        "        print('here', flush=True); time.sleep(10**6)\n"
         "    return real(self, *a)\n"
         "npd.train.trainer.Trainer.step = slow\n"
         "npd.distill(sys.argv[1])\n"
@@ -340,7 +341,7 @@ def test_a_run_that_was_asked_to_stop_has_it_on_record(make_tree, tmp_path):
     script = (
         "import sys, time, npd.cli, npd.train.trainer\n"
         "def slow(self, *a):\n"
-        "    print('here', flush=True); time.sleep(600)\n"
+        "    print('here', flush=True); time.sleep(10**6)\n"
         "npd.train.trainer.Trainer.step = slow\n"
         "npd.cli.entry()\n"
     )
@@ -423,7 +424,7 @@ def test_a_report_is_written_while_the_run_goes_on(tmp_path, monkeypatch):
     path = make_run(tmp_path / "run", finished=False)
     monkeypatch.setattr(keeper, "FIRST", 0.05)
     pages = keeper.Pages(path)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + HANG
     while not (path / "report.html").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     pages.stop()
@@ -439,7 +440,7 @@ def test_a_writer_that_starts_while_pages_stop_is_given_up(tmp_path, monkeypatch
     def popen(*_: Any, **__: Any) -> Any:
         begun.set()
         late.wait()
-        process = real(["sleep", "1000"])
+        process = real(["sleep", str(2 * HANG)])
         (tmp_path / f".report.html.host.{process.pid}.tmp").write_text("half")
         return process
 
@@ -450,7 +451,7 @@ def test_a_writer_that_starts_while_pages_stop_is_given_up(tmp_path, monkeypatch
     threading.Timer(0.3, late.set).start()
     began = time.monotonic()
     pages.stop()
-    assert time.monotonic() - began < 300
+    assert time.monotonic() - began < HANG
     assert list(tmp_path.iterdir()) == []
 
 

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import save_model, write_jsonl
+from conftest import HANG, killed_from_outside, save_model, write_jsonl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -424,7 +423,7 @@ def small_tree(tmp_path_factory, teacher_dir, student_dir):
     }
 
 
-def in_child(action, report: Path, seconds: float = 60.0) -> int:
+def in_child(action, report: Path, seconds: float = HANG) -> int:
     """Run `action` in a forked process; its exit status, or minus the signal that ended it. A kill there is a real one:
     no handler and no `finally` runs."""
     pid = os.fork()
@@ -637,29 +636,13 @@ def test_a_torn_line_of_metrics_is_no_obstacle(small_tree, uninterrupted, tmp_pa
     assert_same(whole_state(run_dir), uninterrupted, "torn metrics")
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "npd.cli", *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-@pytest.mark.parametrize("wanted", ["generations/g000/part-00000.parquet", "policy/v000001"])
-def test_a_real_kill_from_outside(small_tree, uninterrupted, tmp_path, wanted):
+@pytest.mark.parametrize(("wanted", "generation"), [("generations/g000/part-00000.parquet", 0), ("policy/v000001", 1)])
+def test_a_real_kill_from_outside(small_tree, uninterrupted, tmp_path, wanted, generation):
     """The command in a process of its own, killed by another one as soon as a file appears, and started again."""
     run_dir = tmp_path / "run"
     config = write_yaml(tmp_path / "config.yaml", small_tree | {"run_dir": str(run_dir)})
-    process = start("distill", str(config))
-    deadline = time.monotonic() + 120
-    while not (run_dir / wanted).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.kill()
-    output = process.communicate()[0].decode()
-    assert (run_dir / wanted).exists(), output
-    assert process.returncode == -signal.SIGKILL, f"it was not killed in time: {output}"
+    first = min(line["step"] for line in uninterrupted["metrics"] if line.get("generation") == generation)
+    killed_from_outside("distill", str(config), once=run_dir / wanted, before_step=first)
     assert not (run_dir / "student").exists()
     npd.distill(config)
     assert_same(whole_state(run_dir), uninterrupted, f"killed when {wanted} appeared")

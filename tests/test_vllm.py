@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import pyarrow as pa
 import pytest
 import torch
 import urllib3
-from conftest import engine_of, save_model
+from conftest import HANG, engine_of, own_port, save_model
 from rich.console import Console
 from transformers import PreTrainedModel
 
@@ -405,33 +406,48 @@ def test_wrong_weights_raise_the_alarm(vllm_tree, monkeypatch):
     assert console.export_text().count("Warning: the engine's log-probabilities differ") == 1
 
 
+def is_up(url: str) -> bool:
+    try:
+        return urllib3.request("GET", f"{url}/health", timeout=10.0, retries=False).status == 200
+    except urllib3.exceptions.HTTPError:
+        return False
+
+
+@contextmanager
+def vllm_server(path: Path, log: Path) -> Iterator[str | None]:
+    """The address of a vLLM server that serves a model as `big`; None where another program took its port before it."""
+    with own_port() as port:
+        url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--served-model-name", "big"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-logprobs", "8"]
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + HANG
+        while process.poll() is None and not is_up(url):
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url if process.poll() is None else None
+    finally:
+        process.terminate()
+        process.wait(HANG)
+
+
 @pytest.fixture(scope="module")
 def teacher_server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     """The teacher's directory, and the address of a real vLLM server that serves it as `big`."""
     folder = tmp_path_factory.mktemp("served")
     path = save_model(folder / "teacher", seed=1, layers=3, hidden=64)
-    port = 20000 + os.getpid() % 20000
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--served-model-name", "big"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-logprobs", "8"]
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
-            try:
-                if urllib3.request("GET", f"{url}/health", timeout=2.0, retries=False).status == 200:
-                    break
-            except urllib3.exceptions.HTTPError:
-                time.sleep(0.5)
-        yield path, url
-    finally:
-        process.terminate()
-        process.wait(60)
+    for _ in range(5):
+        with vllm_server(path, folder / "log") as url:
+            if url is not None:
+                yield path, url
+                return
+        if "address already in use" not in (folder / "log").read_text().lower():
+            break
+    pytest.fail((folder / "log").read_text()[-3000:])
 
 
 def test_a_run_with_a_served_teacher_is_stopped_and_resumed(vllm_tree, teacher_server, monkeypatch):
