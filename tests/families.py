@@ -183,6 +183,7 @@ def model_of(family: str, *, seed: int = 0) -> PreTrainedModel:
     multimodal = config.get_text_config() is not config
     kind: Any = AutoModelForImageTextToText if multimodal else AutoModelForCausalLM
     model = kind.from_config(config).float()
+    model.tie_weights()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim >= 2 and "conv" not in name:

@@ -265,9 +265,14 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
             raise UserError(f"--layers is {layers}, but the teacher has only {total} layers.")
         kept = models.evenly_spaced(layers or max(1, total // 2), total)
     student = models.cut_student(model, kept)
-    models.prove_layout(student, "the student")
     tokenizer = models.load_tokenizer(config.teacher)
-    Store(target.parent).save_model(target, lambda path: models.save_model(student, tokenizer, path), {"layers": kept})
+    dtype = models.saved_dtype(config.teacher)
+
+    def save(path: Path) -> None:
+        models.save_model(student, tokenizer, path, dtype=dtype)
+        models.check_saved(student, path)
+
+    Store(target.parent).save_model(target, save, {"layers": kept})
     click.echo(f"Kept layers {kept} of {total}: {student.num_parameters():,} of {before:,} parameters, in {target}.")
 
 

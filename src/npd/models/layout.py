@@ -225,19 +225,27 @@ def _apart(mine: Tensor, theirs: Tensor) -> float:
     return float(((mine - theirs).norm(dim=-1) / theirs.norm(dim=-1).clamp(min=1e-6)).mean())
 
 
+def probe_ids(model: PreTrainedModel, length: int, start: int = 0) -> Tensor:
+    """Token ids [L] to try a model with, always the same; none is special."""
+    config = model.config
+    # Those that stand for images mean more to a whole multimodal model than to its decoder.
+    marks: set[int | None] = {
+        v for name, v in config.to_dict().items() if name.endswith(("token_id", "token_index")) and isinstance(v, int)
+    }
+    marks.add(getattr(config.get_text_config(), "pad_token_id", None))
+    usable = torch.tensor([i for i in range(min(config.get_text_config().vocab_size, 997)) if i not in marks])
+    return usable[torch.arange(start, start + length) * 7 % len(usable)].to(model.device)
+
+
 def _samples(model: PreTrainedModel) -> list[Tensor]:
     """Token ids of samples whose lengths differ; one passes a short window or chunk."""
     text = model.config.get_text_config()
     spans = [getattr(text, name, None) for name in ("sliding_window", "attention_chunk_size")]
     longest = max([19, *(int(span) + 9 for span in spans if isinstance(span, int) and span <= 512)])
     most = rope_switch(text) or getattr(text, "max_position_embeddings", None) or longest
-    # Those that stand for images mean more to a whole multimodal model than to its decoder.
-    marks = {value for name, value in model.config.to_dict().items() if name.endswith(("token_id", "token_index"))
-             and isinstance(value, int)}  # fmt: skip
-    usable = torch.tensor([i for i in range(min(text.vocab_size, 997)) if i not in marks], device=model.device)
     samples, last = [], 0
     for length in (9, 15, min(longest, most), 4):
-        samples.append(usable[torch.arange(last, last + length, device=model.device) * 7 % len(usable)])
+        samples.append(probe_ids(model, length, last))
         last += length
     return samples
 

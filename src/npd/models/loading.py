@@ -291,8 +291,8 @@ def _unmark(model: PreTrainedModel) -> None:
                 delattr(owner, mark)
 
 
-def saved_dtype(config: StudentConfig) -> torch.dtype | None:
-    """The type in which a finished student is saved: the one that is named, else that of the checkpoint it began as.
+def saved_dtype(config: ModelConfig) -> torch.dtype | None:
+    """The type in which a model that began as a checkpoint is saved: the one that is named, else the checkpoint's own.
 
     None where that is not known, or is no type of plain weights: then as it is in memory.
     """

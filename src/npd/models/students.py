@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from npd.config import StudentConfig
+from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError
-from npd.models.layout import layout_of
+from npd.models.files import stored_dtype, weight_files
+from npd.models.layout import layout_of, probe_ids, prove_layout
+from npd.models.loading import load_model
 from npd.models.reading import backbone, base_model, hidden_states
 from npd.models.saving import adapted
 
@@ -23,35 +27,111 @@ def evenly_spaced(layers: int, total: int) -> list[int]:
     return [round(i * (total - 1) / (layers - 1)) for i in range(layers)]
 
 
+# Options that name layers by their indices, and those that say how many of the first are of another kind.
+INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "no_rope_layer_ids")
+FIRST = ("first_k_dense_replace", "num_dense_layers")
+# Lists that may by chance be as long as there are layers.
+OTHER = ("time_step_limit", "mlp_multipliers", "ssm_multipliers")
+
+
 def cut_student(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
     """Keep the given decoder layers, in order; everything else stays. Changes `model` and returns it.
 
     Raises:
-        UserError: a layer that does not exist or comes twice, or a model without a plain list of layers.
+        UserError: a layer that does not exist or comes twice, or a model whose configuration cannot say which layers are
+            left; `model` is of no use then.
     """
-    config = model.config.get_text_config()
+    config: Any = model.config.get_text_config()
     total = config.num_hidden_layers
     if not keep or any(not 0 <= i < total for i in keep) or list(keep) != sorted(set(keep)):
         raise UserError(f"Layers to keep must be different, ascending and within 0..{total - 1}, but they are {list(keep)}.")
+    decoder = backbone(model)
     found = [
         (owner, name)
-        for owner in model.modules()
+        for owner in decoder.modules()
         for name, child in owner.named_children()
         if isinstance(child, nn.ModuleList) and len(child) == total
     ]
-    if len(found) != 1:
+    own = [(owner, name) for owner, name in found if owner is decoder]
+    if len(own or found) != 1:
         raise UserError(f"A {config.model_type} model has no single list of {total} decoder layers to cut from.")
-    owner, name = found[0]
+    owner, name = (own or found)[0]
     setattr(owner, name, nn.ModuleList([getattr(owner, name)[i] for i in keep]))
     for index, layer in enumerate(getattr(owner, name)):
         for module in layer.modules():
             if hasattr(module, "layer_idx"):
                 module.layer_idx = index
-    for key, value in config.to_dict().items():  # per-layer options, such as layer_types
-        if isinstance(value, list) and len(value) == total and hasattr(config, key) and not key.endswith("token_id"):
+    try:
+        _keep_options(config, keep, total)
+        differing = _rebuilt_otherwise(model)
+    except Exception as error:  # the configuration's own checks, or the model's
+        differing = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    if differing is not None:
+        raise _uncut(model, f"its configuration cannot say which layers are left, and would make another model ({differing})")
+    try:
+        prove_layout(model, "the student")
+    except UserError as error:
+        raise _uncut(model, error.what) from error
+    return model
+
+
+def _uncut(model: PreTrainedModel, why: str) -> UserError:
+    return UserError(
+        f"This {model.config.model_type} model cannot be cut like this: {why}.",
+        "Keep other layers, such as the first ones, or choose another teacher to cut from.",
+    )
+
+
+def _keep_options(config: Any, keep: Sequence[int], total: int) -> None:
+    """Make a configuration's options per layer those of the layers that are kept."""
+    step = getattr(config, "decoder_sparse_step", None)
+    if step is not None and step > 1:  # every step-th layer is a mixture of experts: as a list, it can be kept
+        dense = {i for i in range(total) if (i + 1) % step} | set(config.mlp_only_layers or ())
+        config.decoder_sparse_step, config.mlp_only_layers = 1, sorted(dense)
+    for key, value in config.to_dict().items():
+        if not hasattr(config, key) or key in OTHER or key.endswith("token_id"):
+            continue
+        if key in INDICES and isinstance(value, list):
+            setattr(config, key, [keep.index(i) for i in value if i in keep])
+        elif key in FIRST and isinstance(value, int):
+            setattr(config, key, sum(i < value for i in keep))
+        elif isinstance(value, list) and len(value) == total:  # such as layer_types
             setattr(config, key, [value[i] for i in keep])
     config.num_hidden_layers = len(keep)
-    return model
+
+
+def _rebuilt_otherwise(model: PreTrainedModel) -> str | None:
+    """A tensor that a model's configuration makes differently, or not at all; None where there is none."""
+    with torch.device("meta"):
+        rebuilt = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    made = {name: value.shape for name, value in rebuilt.state_dict().items()}
+    differing = sorted(name for name, value in model.state_dict().items() if made.pop(name, None) != value.shape)
+    return next(iter([*differing, *sorted(made)]), None)
+
+
+@torch.no_grad()
+def check_saved(model: PreTrainedModel, path: Path) -> None:
+    """See that what was written computes what the model does.
+
+    Raises:
+        UserError: it cannot be loaded, or computes something else.
+    """
+    ids = probe_ids(model, 24)[None]
+    positions = torch.arange(24, device=model.device)[None]
+    mine = hidden_states(model, ids, positions).float()
+    try:
+        again = load_model(ModelConfig(model=str(path), dtype="float32"), on=str(model.device))
+    except UserError as error:
+        raise _uncut(model, f"what was written cannot be loaded ({error.what})") from error
+    theirs = hidden_states(again, ids, positions).float()
+    rounded = stored_dtype(weight_files(path)) != torch.float32
+    difference = float((mine - theirs).norm() / mine.norm())
+    if not difference <= (0.05 if rounded else 1e-4):
+        raise _uncut(
+            model,
+            f"loaded again, the student computes something else (hidden states differ by {difference:.0%}): what its layers "
+            "do hangs on their number",
+        )
 
 
 def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
@@ -102,8 +182,8 @@ def _prove_merge(model: nn.Module, name: str) -> None:
     """
     learned = [p for p in model.parameters() if p.requires_grad]
     started = [p.clone() for p in learned]
-    at = torch.arange(12, device=learned[0].device)
-    ids, positions = (at * 7 % 13)[None], at[None]
+    ids = probe_ids(base_model(model), 12)[None]
+    positions = torch.arange(12, device=ids.device)[None]
     training = model.training
     model.eval()
     changed: list[tuple[nn.Parameter, Tensor]] = []
