@@ -22,7 +22,7 @@ from npd.config import load_config
 from npd.models import Vocabulary
 from npd.placement import cores
 from npd.registry import ENGINES
-from npd.rollout import Engine, Setting
+from npd.rollout import Engine, EngineSetting
 from npd.store import write_json
 
 RESULTS = Path("benchmarks/results")
@@ -94,7 +94,7 @@ def start_engine(
     rollout = {"engine": name, "batch_size": batch_size, "max_new_tokens": new_tokens}
     config = load_config({"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": rollout})
     device = str(weights.model().device)
-    engine: Engine = ENGINES[name](Setting(config, config.student, vocabulary, pad_id, device, longest_prompt))
+    engine: Engine = ENGINES[name](EngineSetting(config, config.student, vocabulary, pad_id, device, longest_prompt))
     engine.take(weights)
     return engine
 

@@ -29,7 +29,7 @@ from npd import models
 from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.observe.display import Display
 from npd.prompts import load_prompts
-from npd.scoring import Prefill, ScoreTeacher, Setting
+from npd.scoring import Prefill, ScoreTeacher, TeacherSetting
 from npd.scoring.served import ServedTeacher
 from npd.store import write_json
 
@@ -63,7 +63,7 @@ def main() -> None:
         answered = vllm.answer(table, sampling, 1)
         score = ScoreTeacher(Prefill(model, vocabulary, pad_id, 2048), 10)
         with serving(snapshot) as url:
-            setting = Setting(vocabulary, pad_id, "cpu", 2048)
+            setting = TeacherSetting(vocabulary, pad_id, "cpu", 2048)
             served = ScoreTeacher(ServedTeacher(TeacherConfig(model="big", server=url), setting), 10)
             runs: dict[str, Callable[[int], pa.Table]] = {
                 "rollout: transformers": lambda turn: generate.answer(table, sampling, turn),

@@ -40,7 +40,7 @@ def long_rows(lengths: list[int], tokens: int) -> Iterator[tuple[list[list[int]]
 
 
 class LongRows(Prefill):
-    def batches(self, contexts: Any, responses: Any) -> Iterator[Packed]:
+    def batches(self, contexts: Any, responses: Any, beside: Any = ()) -> Iterator[Packed]:
         sizes = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
         for rows, length in long_rows(sizes, self.batch_tokens):
             yield pack_tokens(contexts, responses, rows, length, self.pad_id)

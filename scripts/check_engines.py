@@ -41,7 +41,7 @@ from npd.models import (
     stop_ids_of,
 )
 from npd.observe.display import Display
-from npd.rollout import Setting
+from npd.rollout import EngineSetting
 from npd.rollout.transformers import TransformersEngine
 from npd.rollout.vllm import VllmEngine
 from npd.run import ModelWeights
@@ -152,7 +152,7 @@ def both_engines(bench: Bench) -> str:
     config, student = load_config(bench.tree("engines")), StudentConfig(model=bench.student)
     weights, greedy = ModelWeights(student), Sampling(NEW_TOKENS, temperature=0.0)
     model, dtype, pad_id = weights.model(), resolve_dtype(student, trained=False), bench.tokenizer.pad_token_id
-    setting = Setting(config, student, bench.vocabulary, pad_id, str(model.device), PROMPT_TOKENS, shares_device=True)
+    setting = EngineSetting(config, student, bench.vocabulary, pad_id, str(model.device), PROMPT_TOKENS, shares_device=True)
     engine, reference = VllmEngine(setting), TransformersEngine(setting)
     try:
         engine.take(weights)

@@ -25,6 +25,7 @@ from npd.generations.models import Evaluated, Models, load_tokenizers
 from npd.observe.display import Display
 from npd.placement import resolve_placement
 from npd.prompts import Chat, load_prompts
+from npd.records import EvaluationLine
 from npd.rollout.transformers import TransformersEngine
 from npd.scoring.local import LocalTeacher
 from npd.store import Store
@@ -286,6 +287,6 @@ def test_where_several_processes_train_the_default_engine_writes(make_tree, data
     together, other = Store(tree["run_dir"]), Store(alone.run_dir)
     for part in range(3):
         assert together.read_part(0, part)["response_ids"] == other.read_part(0, part)["response_ids"]
-    evaluated = [line for line in together.read_metrics() if "eval" in line]
+    evaluated = [line.figures for line in together.read_metrics() if isinstance(line, EvaluationLine)]
     assert evaluated[0]["eval/answer/accuracy"] == alone.before["eval/answer/accuracy"]
     assert len(evaluated) == 3
