@@ -15,7 +15,7 @@ from npd.models.loading import (
 )
 from npd.models.reading import backbone, base_model, check_compiler, check_model, head_weight, hidden_states
 from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
-from npd.models.students import add_lora, cut_student, evenly_spaced
+from npd.models.students import adapter_bytes, add_lora, cut_student, evenly_spaced
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "PROBES",
     "State",
     "Vocabulary",
+    "adapter_bytes",
     "add_lora",
     "backbone",
     "base_model",

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from npd.config import StudentConfig
 from npd.errors import UserError
+from npd.models.devices import resolve_dtype
 
 
 def evenly_spaced(layers: int, total: int) -> list[int]:
@@ -71,3 +73,17 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
             "student.lora.target_modules names the language-model head, which npd reads as one plain matrix; leave it out."
         )
     return wrapped
+
+
+def adapter_bytes(known: PreTrainedConfig, config: StudentConfig) -> int:
+    """Bytes of a student's adapters, from the model's configuration alone.
+
+    Raises:
+        UserError: as `add_lora`.
+    """
+    dtype = resolve_dtype(config, trained=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(known, trust_remote_code=config.trust_remote_code, dtype=dtype)
+        model.tie_weights()
+        wrapped = add_lora(model, config)
+    return sum(p.numel() * p.element_size() for p in wrapped.parameters() if p.requires_grad)
