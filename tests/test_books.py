@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -187,7 +186,7 @@ def test_the_manifest_counts_what_is_there(tmp_path, rule):
     assert manifest.prompts == {"read": 30, "used": 30, "left_out": []}
     assert manifest.engine is None  # transformers is what others are compared with
     assert manifest.teachers == {}
-    judged: dict[str | None, Any] = {None: (manifest.selection, rows)}
+    judged = {"": (manifest.selection, rows)}
     for source in "ab":
         judged[source] = manifest.selection.sources[source], [row for row in rows if row["source"] == source]
     for summary, mine in judged.values():

@@ -29,7 +29,7 @@ from npd.models.reading import (
     prompt_batches,
 )
 from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
-from npd.models.students import add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
+from npd.models.students import adapter_bytes, add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "Mode",
     "State",
     "Vocabulary",
+    "adapter_bytes",
     "add_lora",
     "after_head_of",
     "backbone",

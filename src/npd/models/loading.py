@@ -340,11 +340,18 @@ def directory_of(config: ModelConfig) -> Path | None:
 
 def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
     """Parameters of a model, from its configuration alone."""
+    return sum(parameter.numel() for parameter in shape_of(config, trust_remote_code=trust_remote_code).parameters())
+
+
+def shape_of(
+    config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model without weights, on the meta device."""
     kind = _auto_class("a model", config, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = kind.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
     model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return model
 
 
 def stop_ids_of(config: ModelConfig) -> list[int]:
