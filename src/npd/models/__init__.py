@@ -2,7 +2,7 @@
 
 from npd.models.devices import device, fast_bfloat16, resolve_dtype, use_device
 from npd.models.head import AfterHead
-from npd.models.layout import MODES, Layout, Mode, expected_mode, layout_of, prove_layout
+from npd.models.layout import MODES, Layout, Mode, expected_mode, layout_of
 from npd.models.loading import (
     check_context,
     check_weights,
@@ -17,6 +17,7 @@ from npd.models.loading import (
     snapshot_config,
     stop_ids_of,
 )
+from npd.models.proof import prove_layout
 from npd.models.reading import (
     after_head_of,
     backbone,
@@ -26,11 +27,11 @@ from npd.models.reading import (
     head_bias,
     head_weight,
     hidden_states,
-    prompt_batches,
 )
 from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
 from npd.models.students import adapter_bytes, add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
+from npd.models.writing import Writing, prompt_batches, ways_to_write
 
 __all__ = [
     "ADAPTER",
@@ -41,6 +42,7 @@ __all__ = [
     "Mode",
     "State",
     "Vocabulary",
+    "Writing",
     "adapter_bytes",
     "add_lora",
     "after_head_of",
@@ -82,4 +84,5 @@ __all__ = [
     "stop_ids_of",
     "template_difference",
     "use_device",
+    "ways_to_write",
 ]

@@ -36,7 +36,7 @@ from npd.models.files import (
     stored_dtype,
     weight_files,
 )
-from npd.models.layout import prove_layout
+from npd.models.proof import prove_layout
 from npd.models.tokens import named_stops
 
 

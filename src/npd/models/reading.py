@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -58,20 +57,6 @@ def batches_for(
     for group in split_at(lengths, {layout.switch for layout in layouts if layout.switch is not None}):
         for rows, length in short_rows([lengths[i] for i in group], tokens, alone=alone):
             yield [[group[i] for i in row] for row in rows], length
-
-
-def prompt_batches(model: nn.Module, lengths: Sequence[int], new_tokens: int, size: int) -> Iterator[list[int]]:
-    """Prompts in batches of at most `size` that may be answered together with up to `new_tokens` each, the longest first."""
-    layout = layout_of(base_model(model))
-
-    def alike(i: int) -> int:
-        """Prompts that share a batch have the same of this."""
-        crosses = layout.switch is not None and lengths[i] + new_tokens > layout.switch
-        return lengths[i] if crosses or not layout.left_padding else 0
-
-    for _, group in groupby(sorted(range(len(lengths)), key=lambda i: -lengths[i]), alike):
-        together = list(group)
-        yield from (together[start : start + size] for start in range(0, len(together), size))
 
 
 def check_compiler() -> None:

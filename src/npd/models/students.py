@@ -15,8 +15,9 @@ from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError
 from npd.models.devices import resolve_dtype
 from npd.models.files import stored_dtype, weight_files
-from npd.models.layout import layout_of, probe_ids, prove_layout
+from npd.models.layout import layout_of, probe_ids
 from npd.models.loading import load_model, shape_of
+from npd.models.proof import prove_layout
 from npd.models.reading import backbone, base_model, hidden_states
 from npd.models.saving import adapted
 
@@ -142,7 +143,7 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
         UserError: the model has no such modules, they include the language-model head or what is tied to it, or what the
             adapters do would not be in the merged weights.
     """
-    wrapped = _with_adapters(model, config, unread_modules(model))
+    wrapped = _with_adapters(model, config, [*unread_modules(model), *_routers(model)])
     _prove_merge(wrapped, config.model)
     return wrapped
 
@@ -188,6 +189,16 @@ def adapter_bytes(known: PreTrainedConfig, config: StudentConfig) -> int:
     dtype = resolve_dtype(config, trained=True)
     wrapped = _with_adapters(shape_of(known, trust_remote_code=config.trust_remote_code, dtype=dtype), config, ())
     return sum(p.numel() * p.element_size() for p in wrapped.parameters() if p.requires_grad)
+
+
+def _routers(model: PreTrainedModel) -> list[str]:
+    """Names of linear layers that a family gives a meaning of its own, such as routers: an adapter would not know it."""
+    own = type(model).__module__
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and type(module).__module__ == own and type(module).forward is not nn.Linear.forward
+    ]
 
 
 @torch.no_grad()

@@ -47,8 +47,8 @@ class TransformersEngine(Engine):
         batch_size, done = self.setting.config.rollout.batch_size, 0
         with torch.random.fork_rng(devices=devices), self._as_policy(sampling):
             torch.manual_seed(seed)
-            for batch in prompt_batches(self.model, lengths, sampling.max_new_tokens, batch_size):
-                answered = self._generate([prompts[rows[j]] for j in batch])
+            for batch, cache in prompt_batches(self.model, lengths, sampling.max_new_tokens, batch_size):
+                answered = self._generate([prompts[rows[j]] for j in batch], cache)
                 for j, (ids, values) in zip(batch, answered, strict=True):
                     responses[j], logprobs[j] = ids, values
                 done += len(batch)
@@ -87,7 +87,7 @@ class TransformersEngine(Engine):
             model.train(training)
 
     @torch.no_grad()
-    def _generate(self, prompts: list[list[int]]) -> list[tuple[list[int], list[float]]]:
+    def _generate(self, prompts: list[list[int]], cache: bool) -> list[tuple[list[int], list[float]]]:
         width = max(map(len, prompts))
         ids = torch.tensor([[self.setting.pad_id] * (width - len(p)) + p for p in prompts], device=self.model.device)
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=self.model.device)
@@ -95,6 +95,7 @@ class TransformersEngine(Engine):
         out: Any = self.model.generate(
             input_ids=ids,
             attention_mask=mask,
+            **({} if cache else {"use_cache": False}),
             logits_processor=LogitsProcessorList([recorder]),
             stopping_criteria=StoppingCriteriaList([recorder.criterion]),
         )
