@@ -131,6 +131,7 @@ class Workers(Beside):
                 again = "What was finished is kept: mend what the log names and run the same command again."
                 raise self._failed(rank, RunError(story, again))
             shop.display.say(f"{story}\nIt is started again from the first missing part ({self._deaths[rank]} of {most}).")
+            worker.end()
             with shop.events.span(SpanName.RESTART, rank=rank, code=code):
                 self.workers[rank] = self._start(rank)
 
