@@ -640,12 +640,20 @@ def await_job(run: RunWork) -> None:
 
 @pytest.mark.parametrize(("generation", "part"), [(0, 0), (1, 1), (2, 2)])
 def test_a_part_damaged_before_it_is_taken_is_made_again(make, states, tmp_path, generation, part):
+    """By the trainer's word: the job, which would notice too, reads it only after that."""
+
+    def later(real: Any, books: Books, finished: int) -> Any:
+        if finished == generation:
+            until(lambda: "It is made again." in (tmp_path / "said").read_text(), "word of the damage")
+        return real(books, finished)
+
+    def hook() -> None:
+        patch(Books, "finish", later)
+        when_asked_for(generation, part, lambda run: damage(run.store.part(generation, part)))
+
     tree = make()
-    said = distilled(
-        tree, tmp_path, lambda: when_asked_for(generation, part, lambda run: damage(run.store.part(generation, part)))
-    )
+    said = distilled(tree, tmp_path, hook)
     assert f"g{generation:03d}/part-{part:05d}.parquet is damaged" in said
-    assert "It is made again." in said
     assert_same(state_of(tree["run_dir"]), states())
 
 
