@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ import yaml
 from conftest import HANG, killed_from_outside, save_model, write_jsonl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -33,6 +35,7 @@ import npd.store
 import npd.train.trainer
 import npd.train.work
 from npd.config import load_config
+from npd.observe.display import Display
 from npd.store import SCHEMA, Store
 
 WEIGHTS = Path("student/model.safetensors")
@@ -332,7 +335,10 @@ def test_refresh_makes_the_next_generation_and_distill_goes_on(make_tree):
     assert not (run_dir / "generations/g001").exists()
     assert not (run_dir / "metrics.jsonl").exists()
     made = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
-    npd.distill(tree)
+    said = io.StringIO()
+    npd.distill(tree, display=Display(Console(file=said, width=200)))
+    assert said.getvalue().count("Generation 0:") == 0  # `npd refresh` showed it
+    assert said.getvalue().count("Generation 1:") == 1
     assert {path: path.stat().st_mtime_ns for path in first.path.iterdir()} == made  # not made twice
     assert (run_dir / WEIGHTS).read_bytes() == (Path(straight["run_dir"]) / WEIGHTS).read_bytes()
     with pytest.raises(npd.UserError, match="has all 2 generations; there is nothing to refresh"):

@@ -405,6 +405,18 @@ def test_options_that_do_not_go_together(options):
         TeacherConfig(model="m", **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "served"}, "of kind served, but it has no server"),
+        ({"kind": "local", "server": "http://x"}, "of kind local, loaded here, but it has the server http://x"),
+    ],
+)
+def test_a_kind_that_its_server_contradicts(make_tree, options, words):
+    with pytest.raises(UserError, match=words):
+        npd.distill(make_tree(teacher=options))
+
+
 # -- whole runs
 
 

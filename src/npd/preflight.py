@@ -14,6 +14,7 @@ from npd.errors import UserError
 from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.models import Tokens, load_tokenizers
+from npd.losses import check_divergence
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
 from npd.prompts import Chat, Prompts, count_sources, read_data
 from npd.registry import ENGINES
@@ -81,6 +82,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     )
     if generates:
         check_engine(config, placed, processes, trains=not take_turns)
+        if config.loss.kd_weight:
+            check_divergence(config.loss.divergence, config.loss.top_k_mass)
     elif config.evaluation.tasks or config.data.eval is not None or needs_teacher:
         beside = engine_beside_training(config, placed, processes, trains=command != EVAL)
         ENGINES[beside].check(config)

@@ -25,7 +25,7 @@ class ReasoningGym(VerifiedTask):
         except Exception as error:  # unknown names and options raise whatever the task's own checks do
             raise UserError(
                 f"evaluation.tasks: {task.name!r} with options {task.options} is no task: {error}. Give a reasoning-gym task "
-                "or `answer`."
+                "or `answer`; `plugins` brings others."
             ) from error
         super().__init__(task, setting, [setting.chat.question(entry["question"]) for entry in self.entries])
 

@@ -134,7 +134,8 @@ def follow(
     file = run_dir / "config.yaml"
     if not file.exists() or not (run_dir / "prompts.arrow").exists():
         raise UserError(f"{run_dir} holds no run of `npd distill`; start one there first.")
-    theirs = load_config(file, {"run_dir": str(run_dir)})
+    here = {} if config is None else {"plugins": config.plugins}  # another machine has them elsewhere
+    theirs = load_config(file, {"run_dir": str(run_dir)} | here)
     if (theirs.provenance or {}).get("command") != "distill":
         raise UserError(f"{run_dir} holds no run of `npd distill`, and only those have generations to make.")
     config = config or theirs

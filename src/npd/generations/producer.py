@@ -71,6 +71,7 @@ class Workshop:
         if self.main and self.store.manifest(generation) is None:
             self.finish(generation)
         self.wait()
+        self.shown.add(generation)  # whoever made it showed it, and that may have been an earlier process
         self.books.check_some_kept(generation)
 
     def make_parts(self, generation: int, parts: Iterable[int], version: int | None = None) -> None:

@@ -33,6 +33,11 @@ class LocalTeacher(Teacher):
 
     @classmethod
     def identify(cls, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: str) -> Identity:
+        if config.server is not None:
+            raise UserError(
+                f"The teacher {config.model} is of kind {config.kind}, loaded here, but it has the server {config.server}; "
+                "leave one of the two out."
+            )
         theirs = models.load_tokenizer(config)
         models.check_compatible(tokenizer, theirs, (student, config.model))
         return Identity(models.load_model_config(config), tuple(models.stop_ids_of(config)), theirs)

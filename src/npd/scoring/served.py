@@ -35,6 +35,8 @@ class ServedTeacher(Teacher):
 
     @classmethod
     def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
+        if config.server is None:
+            raise UserError(f"The teacher {config.model} is of kind {config.kind}, but it has no server; set one.")
         return check_server(config, question)
 
     @classmethod
