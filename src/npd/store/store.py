@@ -25,14 +25,13 @@ import yaml
 from npd.config import Config, SelectionConfig, config_tree, differing_keys
 from npd.errors import UserError
 from npd.prompts import Prompts
-from npd.records import GenerationEnd, Line, Manifest, PartEntry, as_line
-from npd.store import files
+from npd.records import Line, Manifest, PartEntry
+from npd.store import files, metrics
 from npd.store.files import (
     HOST,
     abandoned,
     end_last_line,
     explained_full_disk,
-    json_lines,
     remove_directory,
     sha256,
     write_json,
@@ -416,18 +415,13 @@ class Store:
     # -- lines
 
     def append_metrics(self, line: Line) -> None:
-        with explained_full_disk(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line.to_json()) + "\n")
+        """Add a line to metrics.jsonl."""
+        metrics.append(self.metrics, line)
 
     def read_metrics(self) -> list[Line]:
         """Every whole line of metrics.jsonl that has a step; what a crash cut short is left out."""
-        return [line for raw in json_lines(self.metrics) if (line := as_line(raw)) is not None]
+        return metrics.read(self.metrics)
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what was logged after a checkpoint: those steps will be trained again, and that generation ended."""
-        kept = []
-        for raw in json_lines(self.metrics):
-            line = as_line(raw)
-            if line is not None and (line.step < step or (line.step == step and not isinstance(line, GenerationEnd))):
-                kept.append(json.dumps(raw) + "\n")  # as it was, whatever else it has
-        write_text(self.metrics, "".join(kept))
+        metrics.rewind(self.metrics, step)
