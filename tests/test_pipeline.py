@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from bench import VOCABULARY, Bench, prompts_of
+from bench import VOCABULARY, Bench, Tasks, prompts_of
 
 from npd.config import Config, Sampling
 from npd.errors import RunError
@@ -144,27 +144,6 @@ class Scripted:
             ids = np.argsort(rng.random((len(response), VOCABULARY)))[:, :top_k].astype(np.int32)
             readings.append(Reading(logprobs[:, 0], ids, logprobs[:, 1:]))
         return readings
-
-
-class Tasks:
-    """A display without a clock: tasks, and how far each came."""
-
-    def __init__(self) -> None:
-        self.tasks: list[list[Any]] = []
-
-    def say(self, text: str) -> None: ...
-
-    def table(self, *args: Any) -> None: ...
-
-    @contextmanager
-    def task(self, name: str, total: int, unit: str, *, short: str = "") -> Iterator[Callable[..., None]]:
-        task: list[Any] = [name, total, unit, 0]
-        self.tasks.append(task)
-
-        def advance(steps: float = 1, note: str = "") -> None:
-            task[3] += steps
-
-        yield advance
 
 
 class Made(Bench):
