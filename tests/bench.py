@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,3 +127,24 @@ class Bench:
             self.display,
             **options,
         )
+
+
+class Tasks:
+    """A display without a clock: tasks, and how far each came."""
+
+    def __init__(self) -> None:
+        self.tasks: list[list[Any]] = []
+
+    def say(self, text: str) -> None: ...
+
+    def table(self, *args: Any) -> None: ...
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str, *, short: str = "") -> Iterator[Callable[..., None]]:
+        task: list[Any] = [name, total, unit, 0]
+        self.tasks.append(task)
+
+        def advance(steps: float = 1, note: str = "") -> None:
+            task[3] += steps
+
+        yield advance

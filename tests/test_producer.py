@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from bench import Bench, damage
@@ -234,21 +234,21 @@ def test_complete_leaves_it_to_others_if_they_finish_meanwhile(bench):
 
 def test_beside_begins_with_what_can_be_made(bench):
     beside = Asked(bench)
-    with pytest.raises(UserError, match="Generation 0 of .* lacks 3 parts, and the snapshot that writes them is not there"):
+    with pytest.raises(UserError, match=r"Generation 0 of .* lacks 3 parts, and the snapshot that writes them is not there"):
         beside.begin(0)
     bench.store.publish(0, lambda path: path.mkdir(parents=True), 0)
     beside.begin(0)
     bench.write(1, 0, version=0)  # begun by another snapshot, which is there
     beside.begin(1)
     bench.write(2, 0, version=2)
-    with pytest.raises(UserError, match="Generation 2 .* lacks 2 parts"):
+    with pytest.raises(UserError, match=r"Generation 2 .* lacks 2 parts"):
         beside.begin(2)
     for part in (1, 2):
         bench.write(2, part, version=2)
     beside.begin(2)  # nothing is missing
     bench.books.finish(2)
     damage(bench.store.part(2, 1))
-    with pytest.raises(UserError, match="Generation 2 .* lacks 1 parts"):
+    with pytest.raises(UserError, match=r"Generation 2 .* lacks 1 parts"):
         beside.begin(2)
     assert not bench.store.part(2, 1).exists()
     Asked(bench).open()
@@ -264,11 +264,12 @@ def test_beside_begins_with_what_can_be_made(bench):
 class Process:
     """A process that ends when and as the test says."""
 
-    started: list[Process] = []
+    started: ClassVar[list[Process]] = []
 
     def __init__(self, command: list[str], **options: Any) -> None:
         self.command, self.options = command, options
-        self.stdin, self.code, self.pid = io.BytesIO(), None, 4000 + len(self.started)  # type: ignore[var-annotated]
+        self.stdin, self.pid = io.BytesIO(), 4000 + len(self.started)
+        self.code: int | None = None
         self.says = os.dup(options["pass_fds"][0])
         self.log = Path(options["stdout"].name)
         self.killed = False
@@ -455,7 +456,7 @@ def test_workers_see_their_gpus(monkeypatch):
 
 def test_a_worker_that_does_not_end_is_killed(tmp_path):
     class Deaf(Process):
-        started = []
+        started: ClassVar[list[Process]] = []
 
         def wait(self, timeout: float | None = None) -> int:
             if timeout is not None and not self.killed:
