@@ -16,8 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from npd.config import load_config
+from npd.models import Vocabulary
 from npd.placement import cores
+from npd.registry import ENGINES
+from npd.rollout import Engine, EngineSetting
 from npd.store import write_json
 
 RESULTS = Path("benchmarks/results")
@@ -56,6 +61,42 @@ def record(name: str, options: dict[str, Any], runs: Any) -> Path:
     file = RESULTS / f"{name}.json"
     write_json(file, {"date": time.strftime("%Y-%m-%d"), "machine": machine(), "options": options, "runs": runs})
     return file
+
+
+class Loaded:
+    """A model that is loaded here, as weights for an engine.
+
+    Args:
+        folder: the same weights as files, for an engine that reads those.
+    """
+
+    def __init__(self, model: PreTrainedModel, folder: Path = Path()) -> None:
+        self._model, self.folder = model, folder
+
+    def model(self) -> PreTrainedModel:
+        return self._model
+
+    def path(self) -> Path:
+        return self.folder
+
+
+def start_engine(
+    name: str,
+    weights: Loaded,
+    vocabulary: Vocabulary,
+    pad_id: int,
+    *,
+    batch_size: int,
+    new_tokens: int = 1024,
+    longest_prompt: int = 1024,
+) -> Engine:
+    """An engine by its name, with these weights; it answers at most `new_tokens` to at most `longest_prompt` tokens."""
+    rollout = {"engine": name, "batch_size": batch_size, "max_new_tokens": new_tokens}
+    config = load_config({"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": rollout})
+    device = str(weights.model().device)
+    engine: Engine = ENGINES[name](EngineSetting(config, config.student, vocabulary, pad_id, device, longest_prompt))
+    engine.take(weights)
+    return engine
 
 
 def interleaved(contenders: Sequence[str], repeat: int) -> Iterator[tuple[int, str]]:

@@ -24,15 +24,13 @@ import pyarrow as pa
 import torch
 import urllib3
 
-from benchmarks.common import machine
+from benchmarks.common import Loaded, machine, start_engine
 from npd import models
-from npd.config import ModelConfig, TeacherConfig
+from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.observe.display import Display
 from npd.prompts import load_prompts
-from npd.rollout import TransformersRollout
-from npd.rollout.vllm import VllmRollout
-from npd.scoring import Prefill, ScoreTeacher, ServedPrefill
-from npd.scoring.server import Server
+from npd.scoring import Prefill, ScoreTeacher, TeacherSetting
+from npd.scoring.served import ServedTeacher
 from npd.store import write_json
 
 
@@ -56,34 +54,20 @@ def main() -> None:
         prompts = load_prompts(str(prompts_file), tokenizer, max_prompt_tokens=256)
         table = prompts.table.slice(0, options.count)
         vocabulary = models.shared_vocabulary(tokenizer, model.config, stop_ids=models.stop_ids_of(config))
+        pad_id, weights, sampling = tokenizer.pad_token_id, Loaded(model, snapshot), Sampling(options.new_tokens)
+        sizes = {"batch_size": options.batch_size, "new_tokens": options.new_tokens, "longest_prompt": prompts.longest}
         started = time.perf_counter()
-        vllm = VllmRollout(
-            snapshot,
-            model.config,
-            vocabulary,
-            max_new_tokens=options.new_tokens,
-            temperature=1.0,
-            context=prompts.longest + options.new_tokens,
-            batch_size=options.batch_size,
-            dtype=model.dtype,
-        )
+        vllm = start_engine("vllm", weights, vocabulary, pad_id, **sizes)
         start_seconds = time.perf_counter() - started
-        generate = TransformersRollout(
-            model,
-            vocabulary,
-            tokenizer.pad_token_id,
-            max_new_tokens=options.new_tokens,
-            temperature=1.0,
-            batch_size=options.batch_size,
-        )
-        answered = vllm(table, 1)
-        score = ScoreTeacher(Prefill(model, vocabulary, tokenizer.pad_token_id, 2048), 10)
+        generate = start_engine("transformers", weights, vocabulary, pad_id, **sizes)
+        answered = vllm.answer(table, sampling, 1)
+        score = ScoreTeacher(Prefill(model, vocabulary, pad_id, 2048), 10)
         with serving(snapshot) as url:
-            server = Server(TeacherConfig(model="big", server=url))
-            served = ScoreTeacher(ServedPrefill(server, vocabulary), 10)
+            setting = TeacherSetting(vocabulary, pad_id, "cpu", 2048)
+            served = ScoreTeacher(ServedTeacher(TeacherConfig(model="big", server=url), setting), 10)
             runs: dict[str, Callable[[int], pa.Table]] = {
-                "rollout: transformers": lambda turn: generate(table, turn),
-                "rollout: vllm": lambda turn: vllm(table, turn),
+                "rollout: transformers": lambda turn: generate.answer(table, sampling, turn),
+                "rollout: vllm": lambda turn: vllm.answer(table, sampling, turn),
                 "scoring: teacher here": lambda turn: score(answered),
                 "scoring: teacher behind vLLM's server": lambda turn: served(answered),
             }

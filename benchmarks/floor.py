@@ -20,10 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import interleaved, matmul_rate, record, timed
 from benchmarks.scoring import SMOLLM2, Case
+from npd.config import LossConfig, Sampling
 from npd.demo.demo import TEACHER
 from npd.models import head_weight
 from npd.packing import pack_tokens, short_rows
-from npd.rollout import TransformersRollout
 from npd.scoring import Prefill
 from npd.train.trainer import LossModel
 
@@ -57,17 +57,10 @@ def stages(
     )
     start: list[list[int]] = [[student.vocabulary.start_id]] * len(student.responses)
     read_s, read_t = (Prefill(c.model, c.vocabulary, c.pad, options.batch_tokens) for c in (student, teacher))
-    generate = TransformersRollout(
-        student.model,
-        student.vocabulary,
-        student.pad,
-        max_new_tokens=options.new_tokens,
-        temperature=1.0,
-        batch_size=options.batch_size,
-    )
+    generate, sampling = student.engine(options.batch_size), Sampling(options.new_tokens)
     lengths = [len(c) + len(r) for c, r in zip(student.contexts, student.responses, strict=True)]
     readings = read_t(student.contexts, student.responses, options.top_k)
-    loss = LossModel(student.model, 0.9, "raw")
+    loss = LossModel(student.model, LossConfig())
     optimizer = torch.optim.AdamW(loss.parameters(), lr=0.0)
 
     def train() -> None:
@@ -90,7 +83,10 @@ def stages(
         ),
         "teacher, free": (lambda: read_t(start, student.responses), forward(teacher, start)),
         "student, free": (lambda: read_s(start, student.responses), forward(student, start)),
-        "decoding": (lambda: generate(student.table.select(["prompt_ids"]), 0), forward(student, student.contexts)),
+        "decoding": (
+            lambda: generate.answer(student.table.select(["prompt_ids"]), sampling),
+            forward(student, student.contexts),
+        ),
     }
 
 

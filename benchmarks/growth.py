@@ -112,12 +112,12 @@ def samples(folder: Path, count: int, rows: int = 1000, tokens: int = 128, top_k
     del columns
     taken = Samples(store)
     taken.fetch(0, 0)
-    taken.take(0, 0)  # warms up
+    taken.add(0, 0)  # warms up
     with watched() as figures:
         for part in range(1, 1 + count // rows):  # besides the one that warmed up
             os.link(store.part(0, 0), store.part(0, part))
             taken.fetch(0, part)
-            taken.take(0, part)
+            taken.add(0, part)
     began = time.perf_counter()
     steps = sum(1 for _ in PassPlan(4096, 131_072, 0).steps(np.arange(len(taken)), taken.lengths, True))
     return {**figures, "pack_seconds": time.perf_counter() - began, "steps": steps}

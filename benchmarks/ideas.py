@@ -17,14 +17,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from benchmarks.common import interleaved, record, timed
+from benchmarks.common import Loaded, interleaved, record, timed
 from benchmarks.floor import stages
 from benchmarks.scoring import Case
+from npd.config import Sampling
 from npd.demo.demo import TEACHER
 from npd.models import backbone
 from npd.packing import Packed, pack, pack_tokens
-from npd.rollout import TransformersRollout
+from npd.rollout.transformers import TransformersEngine
 from npd.scoring import Prefill
 
 ROW = 256
@@ -38,18 +40,28 @@ def long_rows(lengths: list[int], tokens: int) -> Iterator[tuple[list[list[int]]
 
 
 class LongRows(Prefill):
-    def batches(self, contexts: Any, responses: Any) -> Iterator[Packed]:
+    def batches(self, contexts: Any, responses: Any, beside: Any = ()) -> Iterator[Packed]:
         sizes = [len(c) + len(r) for c, r in zip(contexts, responses, strict=True)]
         for rows, length in long_rows(sizes, self.batch_tokens):
             yield pack_tokens(contexts, responses, rows, length, self.pad_id)
 
 
+class WithCache(TransformersEngine):
+    """Decodes with another cache than transformers' default."""
+
+    cache: str | None = None
+
+    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+        config = super()._generation_config(sampling)
+        config.cache_implementation = self.cache
+        return config
+
+
 def rollout(case: Case, new_tokens: int, batch_size: int, cache: str | None) -> Callable[[], Any]:
-    generate = TransformersRollout(
-        case.model, case.vocabulary, case.pad, max_new_tokens=new_tokens, temperature=1.0, batch_size=batch_size
-    )
-    generate.generation_config.cache_implementation = cache
-    return lambda: generate(case.table.select(["prompt_ids"]), 0)
+    engine = WithCache(case.engine(batch_size).setting)
+    engine.cache = cache
+    engine.take(Loaded(case.model))
+    return lambda: engine.answer(case.table.select(["prompt_ids"]), Sampling(new_tokens))
 
 
 def main() -> None:

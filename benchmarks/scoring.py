@@ -22,13 +22,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.common import interleaved, matmul_rate, record, timed
+from benchmarks.common import Loaded, interleaved, matmul_rate, record, start_engine, timed
 from npd import models
-from npd.config import ModelConfig, SelectionConfig
+from npd.config import ModelConfig, Sampling, SelectionConfig
 from npd.demo.demo import TEACHER
 from npd.demo.task import make_problems
 from npd.models import backbone, head_weight
-from npd.rollout import TransformersRollout
+from npd.rollout import Engine
 from npd.scoring import Prefill, ScoreStudent, ScoreTeacher
 from npd.selection import Select
 from npd.store import Store
@@ -50,13 +50,14 @@ class Case:
         texts = texts or [p.prompt for p in make_problems(count, seed=0)]
         prompts = [self.tokenizer(text)["input_ids"] for text in texts[:count]]
         table = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
-        rollout = TransformersRollout(
-            self.model, self.vocabulary, self.pad, max_new_tokens=new_tokens, temperature=1.0, batch_size=64
-        )
-        self.table = rollout(table, seed=0)
+        self.table = self.engine(64).answer(table, Sampling(new_tokens), seed=0)
         self.contexts, self.responses = (self.table[c].to_pylist() for c in ("prompt_ids", "response_ids"))
         self.tokens = sum(map(len, self.contexts)) + sum(map(len, self.responses))
         self.response_tokens = sum(map(len, self.responses))
+
+    def engine(self, batch_size: int) -> Engine:
+        """What writes with the model, in transformers."""
+        return start_engine("transformers", Loaded(self.model), self.vocabulary, self.pad, batch_size=batch_size)
 
     def matrices(self) -> int:
         """Parameters that take part in a product with every token, the head's apart."""

@@ -8,6 +8,7 @@ Without models it makes random ones. It starts vLLM in this process and a vLLM s
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import subprocess
@@ -26,7 +27,7 @@ import urllib3
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import npd
-from npd.config import ModelConfig
+from npd.config import ModelConfig, Sampling, StudentConfig, load_config
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
 from npd.generations.models import engine_difference
@@ -40,13 +41,16 @@ from npd.models import (
     stop_ids_of,
 )
 from npd.observe.display import Display
-from npd.rollout import TransformersRollout
-from npd.rollout.vllm import VllmRollout
+from npd.rollout import EngineSetting
+from npd.rollout.transformers import TransformersEngine
+from npd.rollout.vllm import VllmEngine
+from npd.run import ModelWeights
 from npd.scoring import Prefill
 from npd.store import Store, write_json, write_text
 
 GPUS = torch.cuda.device_count()
 BOUND = 0.05  # nats per token between engine and transformers, as rollout.check_bound
+KL_BOUND = 0.25  # of the distance to the teacher, between samples of two engines
 NEW_TOKENS, PROMPT_TOKENS = 64, 256
 
 Check = Callable[["Bench"], str]
@@ -64,16 +68,17 @@ class Bench:
         self.student = student or random_model(folder / "student", 1, layers=4)
         self.teacher = teacher or random_model(folder / "teacher", 2, layers=8)
         rows = [
-            f'{{"prompt": "{problem.prompt}", "source": "{"ab"[i % 2]}"}}\n' for i, problem in enumerate(make_problems(64, 3))
+            {"prompt": problem.prompt, "answer": problem.answer, "source": "ab"[i % 2]}
+            for i, problem in enumerate(make_problems(64, 3))
         ]
-        write_text(folder / "prompts.jsonl", "".join(rows))
+        write_text(folder / "prompts.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         self.tokenizer = load_tokenizer(ModelConfig(model=self.student))
         configs = [load_model_config(ModelConfig(model=m)) for m in (self.student, self.teacher)]
         stops = [*stop_ids_of(ModelConfig(model=self.student)), *stop_ids_of(ModelConfig(model=self.teacher))]
         self.vocabulary: Vocabulary = shared_vocabulary(self.tokenizer, *configs, stop_ids=stops)
 
-    def distill(self, name: str, **sections: Any) -> Path:
-        """Run two generations; every generation's engine must agree with its snapshot."""
+    def tree(self, name: str, **sections: Any) -> dict[str, Any]:
+        """Options of a run of two generations."""
         tree: dict[str, Any] = {
             "run_dir": str(self.folder / name),
             "student": {"model": self.student},
@@ -84,12 +89,15 @@ class Bench:
             "selection": {"rule": "none"},
             "packing": {"length": 512},
             "training": {"batch_tokens": 512, "learning_rate": 1e-3},
-            "tracking": {"trackers": []},
+            "tracking": {"trackers": [], "report": False},
         }
         for key, options in sections.items():
             tree[key] = {**tree.get(key, {}), **options} if isinstance(tree.get(key, {}), dict) else options
-        npd.distill(tree)
-        return Path(tree["run_dir"])
+        return tree
+
+    def distill(self, name: str, **sections: Any) -> Path:
+        """Run two generations; every generation's engine must agree with its snapshot."""
+        return npd.distill(self.tree(name, **sections)).run_dir
 
 
 def random_model(path: Path, seed: int, layers: int) -> str:
@@ -141,22 +149,14 @@ def both_engines(bench: Bench) -> str:
 
     prompts = [bench.tokenizer(problem.prompt)["input_ids"] for problem in make_problems(32, 5)]
     table = pa.table({"prompt_ids": prompts})
-    config = ModelConfig(model=bench.student)
-    model = load_model(config)
-    dtype = resolve_dtype(config, trained=False)
-    engine = VllmRollout(
-        Path(bench.student),
-        model.config,
-        bench.vocabulary,
-        max_new_tokens=NEW_TOKENS,
-        temperature=0.0,
-        context=PROMPT_TOKENS + NEW_TOKENS,
-        batch_size=32,
-        dtype=dtype,
-        sleeps=True,
-    )
+    config, student = load_config(bench.tree("engines")), StudentConfig(model=bench.student)
+    weights, greedy = ModelWeights(student), Sampling(NEW_TOKENS, temperature=0.0)
+    model, dtype, pad_id = weights.model(), resolve_dtype(student, trained=False), bench.tokenizer.pad_token_id
+    setting = EngineSetting(config, student, bench.vocabulary, pad_id, str(model.device), PROMPT_TOKENS, shares_device=True)
+    engine, reference = VllmEngine(setting), TransformersEngine(setting)
     try:
-        ours = engine(table)
+        engine.take(weights)
+        ours = engine.answer(table, greedy)
         memory = ""
         if GPUS:
             before = torch.cuda.mem_get_info()[0]
@@ -165,17 +165,16 @@ def both_engines(bench: Bench) -> str:
             assert freed > 0.5, f"sleep freed only {freed:.2f} GiB"
             memory = f"; asleep it frees {freed:.1f} GiB"
         engine.path = None  # so that the weights are read anew
-        engine.take(Path(bench.student))
-        again = engine(table)
+        engine.take(weights)
+        again = engine.answer(table, greedy)
     finally:
         engine.close()
-    theirs = TransformersRollout(
-        model, bench.vocabulary, bench.tokenizer.pad_token_id, max_new_tokens=NEW_TOKENS, temperature=0.0, batch_size=32
-    )(table)
+    reference.take(weights)
+    theirs = reference.answer(table, greedy)
     same = np.mean(
         [a == b for a, b in zip(ours["response_ids"].to_pylist(), theirs["response_ids"].to_pylist(), strict=True)]
     )
-    prefill = Prefill(model, bench.vocabulary, bench.tokenizer.pad_token_id, 8192)
+    prefill = Prefill(model, bench.vocabulary, pad_id, 8192)
     gap = max(engine_difference(answers, prefill).mean_abs_difference for answers in (ours, again))
     assert gap <= BOUND, f"log-probabilities differ by {gap:.3g} nats per token"
     assert same == 1.0 or dtype != torch.float32, f"only {same:.0%} of the greedy responses are alike"
@@ -190,6 +189,20 @@ def in_turns(bench: Bench) -> str:
 def with_adapters(bench: Bench) -> str:
     """A LoRA student, whose adapters alone are taken."""
     return agreement(bench.distill("adapters", student={"lora": {"r": 8}}))
+
+
+def with_evaluation(bench: Bench) -> str:
+    """The student is evaluated, and the teacher answers tasks and writes references, by the engine."""
+    data = {"eval": str(bench.folder / "prompts.jsonl"), "references": "teacher"}
+    evaluation = {"tasks": ["answer"], "teacher": True, "kl_prompts": 64}
+    tree = bench.tree("evaluated", data=data, schedule={"references": 0.2}, evaluation=evaluation)
+    result = npd.distill(tree)
+    _, expected = npd.evaluate({**tree, "rollout": {**tree["rollout"], "engine": "transformers"}})
+    ours, theirs = result.after["eval/kl_to_teacher"], expected["eval/kl_to_teacher"]
+    assert abs(ours - theirs) <= KL_BOUND * theirs, (
+        f"the KL to the teacher is {ours:.3g} nats, with transformers {theirs:.3g}"
+    )
+    return f"KL to the teacher {ours:.3g} nats, with transformers {theirs:.3g}; {agreement(result.run_dir)}"
 
 
 def with_a_server(bench: Bench) -> str:
@@ -221,7 +234,10 @@ def tensor_parallel(bench: Bench) -> str:
     return agreement(bench.distill("parallel", schedule={"lead": 1.0}, rollout={"vllm": {"tensor_parallel_size": 2}}))
 
 
-CHECKS: list[Check] = [both_engines, in_turns, with_adapters, with_a_server, beside_the_trainer, tensor_parallel]
+CHECKS: list[Check] = [
+    *(both_engines, in_turns, with_adapters, with_evaluation, with_a_server),
+    *(beside_the_trainer, tensor_parallel),
+]
 
 
 @contextmanager

@@ -6,11 +6,12 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
+from conftest import HANG, own_port
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Answer = dict[str, Any]
@@ -42,7 +43,8 @@ class FakeServer:
         self.delay = 0.0
         self.lock = threading.Lock()
         self._http: ThreadingHTTPServer | None = None
-        self.port = 0
+        self._place = ExitStack()
+        self.port = self._place.enter_context(own_port())
         self.start()
 
     @property
@@ -68,13 +70,12 @@ class FakeServer:
         class Http(ThreadingHTTPServer):
             daemon_threads = True
             request_queue_size = 64
-            allow_reuse_address = True
+            allow_reuse_port = True
 
             def handle_error(self, *_: Any) -> None:  # clients that went away
                 pass
 
         self._http = Http(("127.0.0.1", self.port), Handler)
-        self.port = self._http.server_address[1]
         threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True).start()
 
     def stop(self) -> None:
@@ -82,6 +83,11 @@ class FakeServer:
             self._http.shutdown()
             self._http.server_close()
             self._http = None
+
+    def close(self) -> None:
+        """Stop for good."""
+        self.stop()
+        self._place.close()
 
     # -- answers
 
@@ -218,12 +224,16 @@ def malformed(handler: Any, answer: Answer) -> None:
     reply(handler, b"<html>502 Bad Gateway</html>")
 
 
-def slow(seconds: float) -> Callable[[Any, Answer], None]:
-    def fault(handler: Any, answer: Answer) -> None:
-        time.sleep(seconds)
-        reply(handler, answer)
+class Hanging:
+    """Answers only once it is let go. `asked` is set when it is asked first."""
 
-    return fault
+    def __init__(self) -> None:
+        self.asked, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, handler: Any, answer: Answer) -> None:
+        self.asked.set()
+        self.go.wait(HANG)
+        reply(handler, answer)
 
 
 def changed(change: Callable[[Answer], Any]) -> Callable[[Any, Answer], None]:
@@ -242,4 +252,4 @@ def serving(path: Any, **options: Any) -> Iterator[FakeServer]:
     try:
         yield server
     finally:
-        server.stop()
+        server.close()

@@ -21,19 +21,20 @@ FLOORS = (
     ("registry",),
     ("config",),
     ("intervals", "packing", "schedule", "prompts", "records", "result"),
-    ("models", "losses", "store"),
+    ("models", "store"),
+    ("losses",),
     ("observe",),
     ("rollout", "scoring", "selection", "evaluation"),
     ("placement", "report"),
     ("generations", "train"),
     ("preflight",),
-    ("plan", "measures"),
+    ("plan", "measures", "dataview"),
     ("run",),
     ("demo",),
     ("cli",),
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
-LONGEST = 420  # lines of a module
+LONGEST = 430  # lines of a module
 
 
 @cache
@@ -102,10 +103,11 @@ KINDS = [(registry, name) for registry in (ENGINES, TEACHERS, PRODUCERS, RULES, 
 # Words that mean something else there: (kind, module).
 OTHER_MEANINGS = {
     ("transformers", "npd.models.loading"),  # a logger
-    ("transformers", "npd.store.store"),  # a package whose version is kept
+    ("transformers", "npd.store.provenance"),  # a package whose version is kept
     ("vllm", "npd.config.sections"),  # what a teacher's server runs
     ("vllm", "npd.scoring.server"),
     ("none", "npd.selection"),  # no quantiles
+    ("none", "npd.dataview"),  # no teacher
 }
 COLUMNS = {*store_schema.SCHEMA.names, *prompts.SCHEMA.names}
 

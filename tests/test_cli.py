@@ -178,7 +178,7 @@ def test_the_installed_command(config_file):
         [sys.executable, "-m", "npd.cli", "distill", str(config_file(training={"top_k": 3}))],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 2

@@ -4,41 +4,52 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import save_model, write_jsonl
+import yaml
+from conftest import Held, save_model, write_jsonl
 
 import npd
 import npd.scoring.prefill
 from npd import models
 from npd.config import load_config
-from npd.evaluation import Evaluator, load_task
+from npd.evaluation import BenchmarkSetting, Evaluator, VerifiedTask, benchmark_kind
+from npd.generations.models import Evaluated, Models, load_tokenizers
 from npd.observe.display import Display
-from npd.prompts import load_prompts
-from npd.rollout import TransformersRollout
-from npd.scoring import Prefill
+from npd.placement import resolve_placement
+from npd.prompts import Chat, load_prompts
+from npd.records import EvaluationLine
+from npd.rollout.transformers import TransformersEngine
+from npd.scoring.local import LocalTeacher
+from npd.store import Store
 
 QUIET = Display(quiet=True)
 
 
-def make_evaluator(tree: dict) -> tuple[Evaluator, Any]:
-    """An evaluator on the tree's options, and its student."""
+def make_evaluator(tree: dict) -> tuple[Evaluator, Evaluated]:
+    """An evaluator on the tree's options, and its student as it starts."""
     config = load_config(tree)
-    assert config.teacher is not None
-    teacher_config = config.teacher
-    tokenizer = models.load_tokenizer(config.student)
-    configs = [models.load_model_config(config.student), models.load_model_config(teacher_config)]
-    vocabulary = models.shared_vocabulary(tokenizer, *configs)
-    held_out = load_prompts(config.data.eval, tokenizer, max_prompt_tokens=64) if config.data.eval else None
-    teacher = models.load_model(teacher_config)
-    tasks = [load_task(task, tokenizer, held_out) for task in config.evaluation.tasks]
-    evaluator = Evaluator(
-        config, tokenizer, vocabulary, held_out, tasks, lambda key: Prefill(teacher, vocabulary, 0, 128), QUIET
-    )
-    return evaluator, models.load_model(config.student)
+    tokens = load_tokenizers(config)
+    held_out = load_prompts(config.data.eval, tokens.tokenizer, max_prompt_tokens=64) if config.data.eval else None
+    setting = BenchmarkSetting(config, Chat(tokens.tokenizer), held_out)
+    tasks = [benchmark_kind(task)(task, setting) for task in config.evaluation.tasks]
+    placed, pad_id = resolve_placement(config, take_turns=True), tokens.tokenizer.pad_token_id
+    kept = Models(config, Store(config.run_dir), tokens.vocabulary, pad_id, 64, QUIET, placed)
+    return Evaluator(setting, tasks), Evaluated(kept, Held(models.load_model(config.student)), nullcontext)
+
+
+def verified(evaluator: Evaluator) -> VerifiedTask:
+    """The first of its tasks."""
+    task = evaluator.tasks[0]
+    assert isinstance(task, VerifiedTask)
+    return task
 
 
 def greedy(model, prompt: list[int], tokens: int) -> list[int]:
@@ -75,7 +86,7 @@ def test_accuracy_of_the_answer_task_equals_counting(make_tree, tmp_path, studen
     assert evaluator(student) == figures
 
 
-def test_pass_at_k_counts_problems_that_some_sample_solves(make_tree, tmp_path):
+def test_pass_at_k_counts_problems_that_some_sample_solves(make_tree, tmp_path, monkeypatch):
     """A verifier that says yes to chosen samples makes every figure computable by hand."""
     data = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": f"{n}=", "answer": "1"} for n in range(4)])
     tree = make_tree(data={"eval": str(data)}, evaluation={"tasks": ["answer"], "samples": 4, "temperature": 1.0})
@@ -87,8 +98,7 @@ def test_pass_at_k_counts_problems_that_some_sample_solves(make_tree, tmp_path):
         asked[problem] = asked.get(problem, 0) + 1
         return float(asked[problem] <= right[problem])
 
-    task = evaluator.tasks[0]
-    evaluator.tasks = [type(task)(task.name, task.prompts, score)]
+    monkeypatch.setattr(verified(evaluator), "score", score)
     figures = evaluator(student)
     assert asked == dict.fromkeys(range(4), 4)
     assert figures["eval/answer/accuracy"] == pytest.approx(7 / 16)
@@ -106,7 +116,7 @@ def test_a_reasoning_gym_task_by_name(make_tree):
     for name in ("chain_sum", "basic_arithmetic"):
         low, accuracy, high = (figures[f"eval/{name}/accuracy{end}"] for end in ("_low", "", "_high"))
         assert 0 <= low <= accuracy <= high <= 1
-    assert len(evaluator.tasks[0].prompts) == 6
+    assert len(verified(evaluator).prompts) == 6
     assert not any("kl" in name for name in figures)  # no data.eval
 
 
@@ -115,7 +125,7 @@ def test_reasoning_gyms_verifier_tells_right_from_wrong(make_tree):
 
     evaluator, _ = make_evaluator(make_tree(evaluation={"tasks": [{"name": "chain_sum", "size": 5, "seed": 3}]}))
     dataset = reasoning_gym.create_dataset("chain_sum", size=5, seed=3)
-    score = evaluator.tasks[0].score
+    score = verified(evaluator).score
     assert score(0, "no number at all [[1,2],[3]]") == 0.0
     for i in range(5):
         answer = dataset[i]["answer"]
@@ -128,13 +138,13 @@ def test_the_answer_task_asks_every_row_unless_told_otherwise(make_tree, tmp_pat
     held_out = write_jsonl(tmp_path / "held-out.jsonl", ({"prompt": f"{i}+1=", "answer": str(i + 1)} for i in range(150)))
     for task, expected in (("answer", 150), ({"name": "answer", "size": 7}, 7)):
         evaluator, _ = make_evaluator(make_tree(data={"eval": str(held_out)}, evaluation={"tasks": [task]}))
-        assert len(evaluator.tasks[0].prompts) == expected
-        assert evaluator.tasks[0].score(6, "7") == 1.0
+        assert len(verified(evaluator).prompts) == expected
+        assert verified(evaluator).score(6, "7") == 1.0
 
 
 def test_a_verifier_that_fails_on_what_a_model_wrote_counts_it_as_wrong(make_tree):
     evaluator, _ = make_evaluator(make_tree(evaluation={"tasks": [{"name": "prime_factorization", "size": 2}]}))
-    assert evaluator.tasks[0].score(0, "abc") == 0.0
+    assert verified(evaluator).score(0, "abc") == 0.0
 
 
 def test_an_answer_of_several_lines_is_compared_whole(make_tree):
@@ -143,8 +153,8 @@ def test_an_answer_of_several_lines_is_compared_whole(make_tree):
     evaluator, _ = make_evaluator(make_tree(evaluation={"tasks": [{"name": "rotate_matrix", "size": 2}]}))
     answer = reasoning_gym.create_dataset("rotate_matrix", size=2, seed=0)[0]["answer"]
     assert "\n" in answer
-    assert evaluator.tasks[0].score(0, answer) == 1.0
-    assert evaluator.tasks[0].score(0, answer.splitlines()[-1]) == 0.0
+    assert verified(evaluator).score(0, answer) == 1.0
+    assert verified(evaluator).score(0, answer.splitlines()[-1]) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -194,17 +204,16 @@ def test_distance_equals_a_dense_computation_per_sample(make_tree, tmp_path, dat
         sections["student"] = {"model": str(save_model(tmp_path / "padded", seed=8, vocabulary=24))}
     evaluator, student = make_evaluator(make_tree(**sections))
     written = []
-    real = TransformersRollout.__call__
+    real = TransformersEngine.answer
 
     def record(self, *args, **kwargs):
         written.append(real(self, *args, **kwargs))
         return written[-1]
 
-    monkeypatch.setattr(TransformersRollout, "__call__", record)
+    monkeypatch.setattr(TransformersEngine, "answer", record)
     figures = evaluator(student)
-    reader = evaluator.reader(None)
-    assert isinstance(reader, Prefill)
-    teacher = reader.model
+    teacher = student.models.teacher(None)
+    assert isinstance(teacher, LocalTeacher)
     kl, agreed, tokens = 0.0, 0, 0
     assert len(written) == 1
     assert len(written[0]) == 7
@@ -213,7 +222,7 @@ def test_distance_equals_a_dense_computation_per_sample(make_tree, tmp_path, dat
         with torch.no_grad():
             log_s, log_t = (
                 m(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1, :20].double().log_softmax(-1)
-                for m in (student, teacher)
+                for m in (student.weights.model(), teacher.model())
             )
         kl += float((log_t.exp() * (log_t - log_s)).sum())
         agreed += int((log_s.argmax(-1) == log_t.argmax(-1)).sum())
@@ -227,13 +236,13 @@ def test_distance_equals_a_dense_computation_per_sample(make_tree, tmp_path, dat
 
 def test_evaluation_leaves_the_model_and_the_generator_as_they_were(make_tree, data_file):
     evaluator, student = make_evaluator(make_tree(data={"eval": str(data_file)}, evaluation={"kl_prompts": 3}))
-    student.train()
+    student.weights.model().train()
     torch.manual_seed(4)
     expected = torch.rand(2)
     torch.manual_seed(4)
     evaluator(student)
     assert torch.equal(torch.rand(2), expected)
-    assert student.training
+    assert student.weights.model().training
 
 
 def test_evaluating_does_not_change_the_training(make_tree, data_file):
@@ -254,3 +263,30 @@ def test_evaluate_takes_a_named_model(make_tree, teacher_dir, data_file, tmp_pat
     assert start["eval/kl_to_teacher"] > 0.1
     assert not Path(tree["run_dir"]).exists()
     json.dumps(start)  # plain numbers
+
+
+def test_where_several_processes_train_the_default_engine_writes(make_tree, data_file, tmp_path):
+    """Each process would need an engine of its own: vLLM, which may not even be installed, is asked for nothing."""
+    script = tmp_path / "tune.py"
+    script.write_text(
+        "import sys, npd, npd.rollout.vllm as vllm\n"
+        "def refuse(*args): raise AssertionError('vLLM was asked')\n"
+        "vllm.VllmEngine.__init__ = vllm.VllmEngine.check = refuse\n"
+        "npd.sft(sys.argv[1])\n"
+    )
+    rollout = {"engine": "vllm", "temperature": 0.0}
+    data, evaluation = {"eval": str(data_file), "references": "teacher"}, {"tasks": ["answer"], "kl_prompts": 0}
+    tree = make_tree(rollout=rollout, data=data, evaluation=evaluation)
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree))
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), str(config)]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.run([sys.executable, *launch], env=environment, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0, process.stderr[-3000:]
+    alone = npd.sft(make_tree("alone", rollout={"temperature": 0.0}, data=data, evaluation=evaluation))
+    together, other = Store(tree["run_dir"]), Store(alone.run_dir)
+    for part in range(3):
+        assert together.read_part(0, part)["response_ids"] == other.read_part(0, part)["response_ids"]
+    evaluated = [line.figures for line in together.read_metrics() if isinstance(line, EvaluationLine)]
+    assert evaluated[0]["eval/answer/accuracy"] == alone.before["eval/answer/accuracy"]
+    assert len(evaluated) == 3

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+import json
+import math
 import re
 import sys
 import threading
@@ -50,7 +52,10 @@ def test_the_view_says_what_the_files_say(tmp_path):
     path = make_run(tmp_path / "run", finished=False)
     logs = path / "logs"
     logs.mkdir()
-    (logs / "refresh-0.log").write_text("loaded\ngeneration 1, part 2/2: generate: 7/20 responses\n")
+    (logs / "refresh-0.log").write_text("loaded\ngeneration 1, part 2/2: generate: 6/20 responses\n")
+    doing = Progress("generation 1, part 2/2: generate", "generate", 20, "responses", done=7.0)
+    (logs / "refresh-0.progress.json").write_text(json.dumps(doing.to_json()))
+    (logs / "refresh-1.log").write_text("")
     at = Position(generation=1, passes=2, step=30, tokens=3000, kl=0.5, kl_tokens=20)
     view = view_of(path, at, 0.6, schedule={"kl_budget": 0.05})
     said = shown(view)
@@ -67,13 +72,21 @@ def test_the_view_says_what_the_files_say(tmp_path):
     tokens = sum(len(r) for r in Store(path).read_part(1, 0)["response_ids"].to_pylist())
     assert f"scored g1 part 1/2; {tokens / 20:,.0f} tokens/s generated" in said  # its span lasted 20 s
     assert "refresh-0" in said
+    assert re.search(r"refresh-1 +is starting", said)
+    assert "now generate: 7/20 responses" in shown(view, 200)
+    (logs / "refresh-1.progress.json").write_text(json.dumps(doing.to_json()))
+    (logs / "refresh-0.progress.json").write_text('{"name": "generation 1", "sho')
+    said = shown(view_of(path, at, 0.6), 200)
+    assert "generation 1, part 2/2: generate: 7/20 responses" in said  # it has done nothing yet that would name the part
+    assert "now generate" not in said
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_no_line_is_wider_than_the_terminal(tmp_path, width):
     path = make_run(tmp_path / "run", finished=False)
     (path / "logs").mkdir()
-    (path / "logs/refresh-0.log").write_text(f"generation 1, part 2/2: generate: 7/20 {'x' * 300} responses\n")
+    doing = Progress("generate", "x" * 300, 20, "responses")
+    (path / "logs/refresh-0.progress.json").write_text(json.dumps(doing.to_json()))
     lines = shown(
         view_of(path, Position(step=30, kl=1.0, kl_tokens=9), 0.3, schedule={"kl_budget": 0.05}), width
     ).splitlines()
@@ -175,6 +188,36 @@ def test_tasks_of_several_threads_at_once(tmp_path, live):
     assert not display.busy
 
 
+def test_progress_is_kept_in_a_file_for_others(tmp_path, monkeypatch):
+    """Of the task that is shown, whole at any time, at most once a second; and nothing of a process that was killed."""
+    file = tmp_path / "refresh-0.progress.json"
+    file.write_text("{")
+    display = Display(Console(file=io.StringIO()), progress=file)
+    assert not file.exists()
+    now = [100.0]
+    monkeypatch.setattr("npd.observe.display.time.monotonic", lambda: now[0])
+
+    def kept() -> Progress:
+        return Progress.from_json(json.loads(file.read_text()))
+
+    with display.task("generation 0, part 1/2: generate", 20, "responses", short="generate") as advance:
+        assert kept().done == 0
+        advance(3)
+        assert kept().done == 0
+        with display.task("inside", 5, "tokens") as nothing:
+            nothing(5)
+        now[0] += 1.0
+        advance(4, note="so far")
+        assert (kept().name, kept().short) == ("generation 0, part 1/2: generate", "generate")
+        assert (kept().total, kept().unit, kept().done, kept().note) == (20, "responses", 7, "so far")
+    assert list(tmp_path.iterdir()) == []
+    with display.task("score", 1, "tokens") as advance:
+        file.unlink()
+        file.mkdir()  # a file that cannot be written must not end the work
+        now[0] += 1.0
+        advance()
+
+
 @pytest.mark.parametrize("kind", ["pipe", "dumb"])
 def test_where_lines_cannot_be_drawn_anew_there_are_plain_ones(tmp_path, monkeypatch, kind):
     monkeypatch.setenv("FORCE_COLOR", "1")
@@ -213,8 +256,9 @@ def test_a_line_that_is_redrawn_is_not_kept_whole(line):
     assert plain(console).splitlines() == ["999%"]
 
 
-def test_a_run_in_a_terminal_says_all_that_it_says_elsewhere(make_tree):
+def test_a_run_in_a_terminal_says_all_that_it_says_elsewhere(make_tree, monkeypatch):
     """Every message that plain output has is there, whole, beside the frames of the live view."""
+    monkeypatch.setattr("npd.observe.display.PLAIN_SECONDS", math.inf)  # on a slow machine a task would get lines of its own
     tree = make_tree(schedule={"lead": 1.0}, rollout={"part_size": 6})
     console = terminal()
     npd.distill(tree, display=Display(console))

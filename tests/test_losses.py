@@ -443,7 +443,10 @@ def test_bias_scale_and_soft_cap(seed, tokens, vocabulary, share, kd_weight, mas
         after_head=after,
         chunk_tokens=chunk,
     )
-    expected = through_head(*theirs[:2], theirs[2] if biased else None, after, *inputs[2:], kd_weight, mass)
+    labels, ids, logprobs = inputs[2:]
+    expected = through_head(
+        theirs[0], theirs[1], theirs[2] if biased else None, after, labels, ids, logprobs, kd_weight=kd_weight, mass=mass
+    )
     for name, value in zip(("loss", "ce", "kd", "label_logprobs"), expected, strict=True):
         assert relative(getattr(out, name), value, 1e-9) <= 1e-9, name
     (2 * out.loss).backward()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pyarrow as pa
 import pytest
 import torch
+from conftest import engine_of
 from transformers import AutoModelForCausalLM
 
+from npd.config import Sampling
 from npd.losses import near_policy_kl
 from npd.models import Vocabulary
-from npd.rollout import TransformersRollout
 
 
 @pytest.mark.parametrize("change", [0.02, 0.1])
@@ -22,9 +23,9 @@ def test_the_estimate_is_the_kl_of_the_states_that_were_visited(student_dir, tok
         for parameter in current.parameters():
             parameter.add_(change * parameter.std() * torch.randn_like(parameter))
     vocabulary = Vocabulary(20, (tokenizer.eos_token_id,), tokenizer.bos_token_id)
-    rollout = TransformersRollout(snapshot, vocabulary, 0, max_new_tokens=10, temperature=1.0, batch_size=500)
     prompts = [tokenizer(f"{n}+{n % 9}=")["input_ids"] for n in range(10, 99)]
-    table = rollout(pa.table({"prompt_ids": prompts * 20}), seed=1)
+    engine = engine_of(snapshot, vocabulary, batch_size=500)
+    table = engine.answer(pa.table({"prompt_ids": prompts * 20}), Sampling(10), seed=1)
 
     estimates, exact = [], []
     by_length: dict[int, list[tuple[list[int], list[int], list[float]]]] = {}

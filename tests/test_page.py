@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import HANG
 from fake_run import HOSTILE, make_run
+from test_report import island_of
 
 from npd.records import EvaluationLine
 from npd.report.page import write_comparison, write_report
@@ -29,6 +31,7 @@ OPTIONS = (
     "--headless=new",
     "--no-sandbox",
     "--disable-gpu",
+    "--disable-dev-shm-usage",
     "--disable-quic",
     "--no-first-run",
     "--disable-background-networking",
@@ -73,7 +76,7 @@ class Page:
     def wait(self, condition: str) -> None:
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, 60).until(lambda d: d.execute_script(f"return {condition}"), condition)
+        WebDriverWait(self.driver, HANG).until(lambda d: d.execute_script(f"return {condition}"), condition)
 
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
@@ -118,7 +121,9 @@ def page(tmp_path_factory) -> Iterator[Page]:
     for option in (*OPTIONS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(option)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.timeouts = {"script": int(1000 * HANG), "pageLoad": int(1000 * HANG)}
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    driver.command_executor.client_config.timeout = 2 * HANG  # type: ignore[union-attr]
     start = driver.current_window_handle
     driver.switch_to.new_window("tab")  # an empty one
     empty = driver.current_window_handle
@@ -151,12 +156,14 @@ def test_what_a_page_asks_for_is_known_from_what_the_browser_does(page, tmp_path
     wanted = {f"http://127.0.0.1:9/{name}" for name in ("img", "link", "srcdoc", "fetch", "beacon")}
     wanted |= {(tmp_path / name).as_uri() for name in ("page.html", "inner.html")}
     seen: set[str] = set()
-    deadline = time.monotonic() + 60
-    while not seen >= wanted and time.monotonic() < deadline:
+    complaints: list[str] = []
+    deadline = time.monotonic() + HANG
+    while not (seen >= wanted and complaints) and time.monotonic() < deadline:
         seen |= page.asked()
+        complaints += page.complaints()
         time.sleep(0.05)
     assert seen == wanted
-    assert page.complaints()
+    assert complaints
     start = {"url": "chrome://new-tab-page-third-party/", "type": "parser"}
     icon = {"request": {"url": "chrome://favicon2/?size=24"}, "documentURL": start["url"], "initiator": start}
     assert not is_of(icon, page.url)
@@ -167,6 +174,10 @@ def test_what_a_page_asks_for_is_known_from_what_the_browser_does(page, tmp_path
 def test_every_page_is_in_order(page, run_dir, tmp_path, width, dark):
     page.open(run_dir / "report.html", width, dark)
     page.assert_in_order()
+    fills = page.run(
+        "return [...document.querySelectorAll('.strip')].map(s => [...s.children].map(e => getComputedStyle(e).background))"
+    )
+    assert [len(set(strip)) for strip in fills] == [2, 3, 3, 3]  # train, wait; generate, score, other; verdicts, twice
     background = page.run("return getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, background[4:-1].split(","))) < 200) == dark
 
@@ -263,16 +274,17 @@ def test_nothing_of_a_hostile_run_is_executed(page, tmp_path, width):
 
 
 def test_a_sample_of_unseen_characters_is_shown(page, tmp_path):
-    path = make_run(tmp_path / "run", words=["\u202e" * 150_000, "\x00\x01" * 100_000, "a\u200b" * 150_000, *"bcd"])
-    page.open(write_report(path))
+    unseen = {"U+202E × 150,000": "\u202e" * 150_000, "U+0000 U+0001": "\x00\x01" * 100_000, "U+200B": "a\u200b" * 150_000}
+    path = make_run(tmp_path / "run", words=[*unseen.values(), *"bcdefghijklmnop"])
+    report = write_report(path)
+    page.open(report)
     page.assert_in_order()
-    for row in page.all("#browser tbody tr"):
-        page.run("arguments[0].click()", row)
-        if "U+202E × 150,000" in page.run("return document.querySelectorAll('.sample .text')[1].textContent"):
-            break
-    else:
-        pytest.fail("no sample shows the characters that are not seen")
-    assert page.run("return Math.max(...[...document.querySelectorAll('.t')].map(t => t.childNodes.length))") >= 1
+    texts = ["".join(sample["pieces"]) for sample in island_of(report.read_text())["samples"]]
+    for named, characters in unseen.items():
+        row = min((i for i, text in enumerate(texts) if characters in text), key=lambda i: len(texts[i]))
+        page.run("arguments[0].click()", page.all("#browser tbody tr")[row])
+        assert named in page.run("return document.querySelectorAll('.sample .text')[1].textContent")
+    assert page.run("return Math.max(...[...document.querySelectorAll('.t')].map(t => t.childNodes.length))") > 150_000
 
 
 def test_plots_are_drawn_where_samples_cannot_be(page, run_dir, tmp_path):

@@ -55,6 +55,11 @@ def test_every_other_gpu_generates(gpus):
     assert p.rollout_threads == p.teacher_threads == 32 // (gpus - 1)
 
 
+def test_a_producer_of_this_machine_is_not_named():
+    with pytest.raises(UserError, match=r"names the producer 'workers', .* Name devices, or leave it auto"):
+        placed(gpus=0, rollout="workers")
+
+
 def test_data_parallel_training_on_some_gpus_leaves_the_others():
     p = placed(gpus=4, processes=2)
     assert (p.train, p.turns) == (cuda(0, 1), False)

@@ -9,6 +9,7 @@ import re
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from npd.demo.tokenizer import build_tokenizer
 from npd.errors import UserError
@@ -200,7 +201,7 @@ def test_a_template_that_refuses(tmp_path, chat_tokenizer):
         ({"prompt": "1=", "completion": 3}, "`completion` must be a string or a list of messages.*but it is 3"),
         ({"prompt": "1=", "completion": [user("1")]}, "`completion` must be one assistant message, or a string"),
         ({"prompt": "1=", "completion": [assistant("1"), assistant("2")]}, "`completion` must be one assistant message"),
-        ({"question": "1=", "text": "x"}, "has neither `prompt` nor `messages`; it has question, text"),
+        ({"title": "1=", "text": "x"}, "has neither `prompt` nor `messages`; it has text, title. .*data.columns"),
         ({}, "has neither `prompt` nor `messages`; it has nothing"),
     ],
 )
@@ -318,12 +319,12 @@ def test_a_dataset_from_the_hub(tokenizer, monkeypatch):
         ("d.jsonl", '{"prompt": "1="}\n[1, 2]\n', r"d\.jsonl, line 2 must hold an object.*holds '\[1, 2\]'"),
         ("d.jsonl", '"text"\n', r"d\.jsonl, line 1 must hold an object"),
         ("d.json", '[{"prompt": "1="},\n{"prompt" "2="}]', r"d\.json, line 2 is not valid JSON"),
-        ("d.json", '{"prompt": "1="}', r"d\.json must hold a list of objects; .*\.jsonl"),
+        ("d.json", '{\n "prompt": "1="\n}', r"d\.json must hold a list of objects; .*\.jsonl"),
         ("d.json", '[{"prompt": "1="}, 3]', r"d\.json, item 2 must be an object"),
         ("d.csv", "prompt,answer\n1=,1\n2=,3,4\n", r"d\.csv, line 3 has not as many fields as the header"),
         ("d.csv", "prompt,answer\n1=,1\n2=\n", r"d\.csv, line 3 has not as many fields as the header"),
         ("d.csv", 'prompt,answer\n"1=,1\n', r"data file .*d\.csv cannot be read"),
-        ("d.csv", "question,answer\n1=,1\n", r"d\.csv, line 2 has neither `prompt` nor `messages`; it has answer, question"),
+        ("d.csv", "title,answer\n1=,1\n", r"d\.csv, line 2 has neither `prompt` nor `messages`; it has answer, title"),
         ("d.parquet", "PAR? no", r"data file .*d\.parquet cannot be read"),
         ("d.txt", "1=", r"d\.txt is of an unknown kind; give one of \.jsonl, \.json, \.parquet, \.csv"),
     ],
@@ -365,17 +366,12 @@ def test_a_needed_column(tmp_path, tokenizer, need, message):
     assert len(load(write(tmp_path / "whole.jsonl", [ROWS[0], row]), tokenizer, need=need)) == 2
 
 
-def test_a_tokenizer_that_ends_every_text(tmp_path, tokenizer):
+def test_a_tokenizer_that_ends_every_text(tmp_path):
     """The response goes on from the prompt, so a stop token between them is taken away."""
 
-    class Ending:
-        eos_token_id = tokenizer.eos_token_id
-        chat_template = None
-
-        def __call__(self, text, add_special_tokens=True):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            return {"input_ids": [*ids, self.eos_token_id] if add_special_tokens else ids}
-
-    table = load(write(tmp_path / "d.jsonl", ROWS[:1]), Ending()).table
+    tokenizer = build_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 2)])
+    assert tokenizer("1")["input_ids"][-1] == tokenizer.eos_token_id
+    table = load(write(tmp_path / "d.jsonl", ROWS[:1]), tokenizer).table
     assert table["prompt_ids"].to_pylist() == [ids_of(tokenizer, "1+2=")]
     assert table["completion_ids"].to_pylist() == [[*ids_of(tokenizer, "1+2=3;#3"), tokenizer.eos_token_id]]

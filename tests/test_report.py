@@ -13,16 +13,19 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from click.testing import CliRunner
+from conftest import HANG
 from fake_run import HOSTILE, make_run
 
 import npd
@@ -306,7 +309,7 @@ def test_a_run_that_failed_has_a_report_too(make_tree, monkeypatch, error, says,
 
 
 def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
-    tree = make_tree(tracking={"report": True})
+    tree = make_tree()  # without a report: one that is begun before the kill would be written after it
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(tree))
     script = (
@@ -314,7 +317,7 @@ def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
         "real = npd.train.trainer.Trainer.step\n"
         "def slow(self, *a):\n"
         "    if a[3] == 4:\n"
-        "        print('here', flush=True); time.sleep(600)\n"
+        "        print('here', flush=True); time.sleep(10**6)\n"
         "    return real(self, *a)\n"
         "npd.train.trainer.Trainer.step = slow\n"
         "npd.distill(sys.argv[1])\n"
@@ -338,7 +341,7 @@ def test_a_run_that_was_asked_to_stop_has_it_on_record(make_tree, tmp_path):
     script = (
         "import sys, time, npd.cli, npd.train.trainer\n"
         "def slow(self, *a):\n"
-        "    print('here', flush=True); time.sleep(600)\n"
+        "    print('here', flush=True); time.sleep(10**6)\n"
         "npd.train.trainer.Trainer.step = slow\n"
         "npd.cli.entry()\n"
     )
@@ -421,7 +424,7 @@ def test_a_report_is_written_while_the_run_goes_on(tmp_path, monkeypatch):
     path = make_run(tmp_path / "run", finished=False)
     monkeypatch.setattr(keeper, "FIRST", 0.05)
     pages = keeper.Pages(path)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + HANG
     while not (path / "report.html").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     pages.stop()
@@ -437,7 +440,7 @@ def test_a_writer_that_starts_while_pages_stop_is_given_up(tmp_path, monkeypatch
     def popen(*_: Any, **__: Any) -> Any:
         begun.set()
         late.wait()
-        process = real(["sleep", "100"])
+        process = real(["sleep", str(2 * HANG)])
         (tmp_path / f".report.html.host.{process.pid}.tmp").write_text("half")
         return process
 
@@ -448,7 +451,7 @@ def test_a_writer_that_starts_while_pages_stop_is_given_up(tmp_path, monkeypatch
     threading.Timer(0.3, late.set).start()
     began = time.monotonic()
     pages.stop()
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < HANG
     assert list(tmp_path.iterdir()) == []
 
 
@@ -623,6 +626,40 @@ def test_a_band_without_borders_is_drawn_too(tmp_path, lower, upper, drawn):
     assert text.said.count("lies beyond what is drawn") == 2 - len(drawn)
     assert "no budget set" in text.said
     read(write_comparison([path, path], tmp_path / "compare.html"))
+
+
+def lines_drawn(run_dir: Path) -> list[float]:
+    shapes = read(write_report(run_dir))[1]["figures"]["delta"]["layout"]["shapes"]
+    return [shape["x0"] for shape in shapes if shape["type"] == "line"]
+
+
+def test_the_band_is_the_one_that_manifests_have(tmp_path):
+    """The widest of them; of a rule that gives none, there is none, whatever limits are configured."""
+    path = make_run(tmp_path / "run", selection={"rule": "none"})
+    assert lines_drawn(path) == []
+    store = Store(path)
+    for generation, bounds in ((0, (-0.25, 0.5)), (1, (-0.125, 0.75))):
+        manifest = store.manifest(generation)
+        assert manifest is not None
+        store.finish_generation(replace(manifest, selection=replace(manifest.selection, bounds=bounds)))
+    assert lines_drawn(path) == [-0.25, 0.75]
+    assert "Kept from -0.25 to 0.75" in json.dumps(write_report(path).read_text())
+
+
+def test_a_verdict_that_somebody_elses_rule_gives_is_shown(tmp_path):
+    path = make_run(tmp_path / "run")
+    store, name = Store(path), "too <short>"
+    for generation in (0, 1):
+        (store.generation(generation) / "manifest.json").unlink()
+    table = store.read_part(1, 0)
+    verdicts = [name] * 7 + table["verdict"].to_pylist()[7:]
+    store.write_part(1, 0, table.set_column(table.column_names.index("verdict"), "verdict", pa.array(verdicts)))
+    text, data = read(write_report(path))
+    assert f"{name} 7 ({7 / 80:.1%})" in text.said
+    assert f"disconnect {name} Δ at 5 / 50 / 95%" in text.said
+    shown = {trace["name"]: sum(trace["y"]) for trace in data["figures"]["delta"]["traces"]}
+    assert shown["too &lt;short&gt;"] == 7
+    assert sum(len(trace["x"]) for trace in data["figures"]["scatter"]["traces"]) == 80
 
 
 def test_lengths_show_the_longest_and_an_overlay_says_what_it_leaves_out(tmp_path):

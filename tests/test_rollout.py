@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import save_model
+from conftest import Held, engine_of, save_model
 from transformers import GenerationConfig
 
-from npd.config import ModelConfig
+from npd.config import ModelConfig, Sampling
 from npd.models import Vocabulary, load_model
-from npd.rollout import TransformersRollout
+from npd.rollout import Request
 
 SHARED = 20
 VOCABULARY = Vocabulary(size=SHARED, stop_ids=(2,), start_id=1)
@@ -28,9 +28,9 @@ def table_of(prompts: list[list[int]]) -> pa.Table:
     return pa.table({"prompt_id": ids, "prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
 
 
-def write(model, prompts=PROMPTS, seed=0, vocabulary=VOCABULARY, **options) -> list[dict]:
-    options = {"max_new_tokens": 12, "temperature": 1.0, "batch_size": 4} | options
-    return TransformersRollout(model, vocabulary, 0, **options)(table_of(prompts), seed).to_pylist()
+def write(model, prompts=PROMPTS, seed=0, vocabulary=VOCABULARY, batch_size=4, **options) -> list[dict]:
+    sampling = Sampling(**{"max_new_tokens": 12} | options)
+    return engine_of(model, vocabulary, batch_size=batch_size).answer(table_of(prompts), sampling, seed).to_pylist()
 
 
 def recomputed(model, row: dict) -> np.ndarray:
@@ -132,8 +132,8 @@ def test_every_stop_token_stops(model):
 
 def test_a_stop_token_may_pad(model):
     """Where the padding token is the end-of-text token, as in many models."""
-    rollout = TransformersRollout(model, VOCABULARY, 2, max_new_tokens=12, temperature=0.0, batch_size=6)
-    rows = rollout(table_of(PROMPTS)).to_pylist()
+    engine = engine_of(model, VOCABULARY, pad_id=2, batch_size=6)
+    rows = engine.answer(table_of(PROMPTS), Sampling(12, temperature=0.0)).to_pylist()
     assert [row["response_ids"] for row in rows] == [greedy(model, prompt, 12) for prompt in PROMPTS]
 
 
@@ -148,7 +148,7 @@ def test_the_models_generation_config_has_no_say_and_is_restored(model):
         assert model.generation_config is theirs
         bad = table_of([[]])  # an empty prompt cannot be answered
         with pytest.raises(Exception):  # noqa: B017, PT011
-            TransformersRollout(model, VOCABULARY, 0, max_new_tokens=3, temperature=1.0, batch_size=1)(bad)
+            engine_of(model, VOCABULARY, batch_size=1).answer(bad, Sampling(3))
         assert model.generation_config is theirs
     finally:
         model.generation_config = before
@@ -176,6 +176,32 @@ def test_ids_beyond_the_shared_vocabulary_are_never_written(padded, temperature)
 
 def test_progress_counts_responses(model):
     told: list[int] = []
-    rollout = TransformersRollout(model, VOCABULARY, 0, max_new_tokens=3, temperature=1.0, batch_size=4, samples_per_prompt=2)
-    rollout(table_of(PROMPTS), 0, told.append)
+    engine_of(model, VOCABULARY).answer(table_of(PROMPTS), Sampling(3, samples_per_prompt=2), 0, told.append)
     assert told == [4, 4, 4]
+
+
+def test_a_stream_answers_each_request_by_its_number(model):
+    """Each as if it were alone; progress says how many responses of which request are finished."""
+    requests = [Request(7, table_of(PROMPTS), 1), Request(3, table_of(PROMPTS[:2]), 2)]
+    told: list[tuple[int, int]] = []
+    sampling = Sampling(12, samples_per_prompt=2)
+    stream = engine_of(model, VOCABULARY).stream(iter(requests), sampling, lambda *said: told.append(said))
+    answered = [(number, table.to_pylist()) for number, table in stream]
+    alone = [
+        (number, write(model, table["prompt_ids"].to_pylist(), seed, samples_per_prompt=2))
+        for number, table, seed in requests
+    ]
+    assert answered == alone
+    assert told == [(7, 4), (7, 8), (7, 12), (3, 4)]
+
+
+def test_other_weights_can_be_taken(model, padded):
+    engine = engine_of(model, VOCABULARY)
+    answers = []
+    for weights in (model, padded, model):
+        engine.take(Held(weights))
+        answers.append(engine.answer(table_of(PROMPTS), Sampling(12, temperature=0.0)).to_pylist())
+        engine.rest()
+        assert engine.model is None  # whoever shares the device has the memory
+    assert answers[0] == answers[2] == write(model, temperature=0.0)
+    assert answers[1] == write(padded, temperature=0.0) != answers[0]

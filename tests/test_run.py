@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import save_model, write_jsonl
+from conftest import HANG, killed_from_outside, save_model, write_jsonl
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
@@ -34,6 +35,7 @@ import npd.store
 import npd.train.trainer
 import npd.train.work
 from npd.config import load_config
+from npd.observe.display import Display
 from npd.store import SCHEMA, Store
 
 WEIGHTS = Path("student/model.safetensors")
@@ -176,12 +178,11 @@ def test_metrics_follow_every_step(whole):
 def test_the_result_says_how_generations_ended_and_what_took_time(whole):
     _, run_dir, result = whole
     ends = [max(line["step"] for line in steps_of(run_dir) if line["generation"] == g) for g in (0, 1)]
-    assert [(end.generation, end.step) for end in result.generations] == [(0, ends[0]), (1, ends[1])]
+    assert [(end["generation"], end["step"]) for end in result.generations] == [(0, ends[0]), (1, ends[1])]
     for end in result.generations:
-        assert (end.reason, end.passes) == ("passes", 2)
-        kls = [step["near_policy_kl"] for step in steps_of(run_dir) if step["generation"] == end.generation]
-        assert end.near_policy_kl_smoothed is not None
-        assert min(kls) < end.near_policy_kl_smoothed < max(kls)
+        assert (end["generation_ended"], end["passes"]) == ("passes", 2)
+        kls = [step["near_policy_kl"] for step in steps_of(run_dir) if step["generation"] == end["generation"]]
+        assert min(kls) < end["near_policy_kl_smoothed"] < max(kls)
     assert result.by_role.keys() == {"trainer"}  # turns are taken
     own = dict(result.by_role["trainer"])
     wall = own.pop("wall")
@@ -334,7 +335,10 @@ def test_refresh_makes_the_next_generation_and_distill_goes_on(make_tree):
     assert not (run_dir / "generations/g001").exists()
     assert not (run_dir / "metrics.jsonl").exists()
     made = {path: path.stat().st_mtime_ns for path in first.path.iterdir()}
-    npd.distill(tree)
+    said = io.StringIO()
+    npd.distill(tree, display=Display(Console(file=said, width=200)))
+    assert said.getvalue().count("Generation 0:") == 0  # `npd refresh` showed it
+    assert said.getvalue().count("Generation 1:") == 1
     assert {path: path.stat().st_mtime_ns for path in first.path.iterdir()} == made  # not made twice
     assert (run_dir / WEIGHTS).read_bytes() == (Path(straight["run_dir"]) / WEIGHTS).read_bytes()
     with pytest.raises(npd.UserError, match="has all 2 generations; there is nothing to refresh"):
@@ -425,7 +429,7 @@ def small_tree(tmp_path_factory, teacher_dir, student_dir):
     }
 
 
-def in_child(action, report: Path, seconds: float = 60.0) -> int:
+def in_child(action, report: Path, seconds: float = HANG) -> int:
     """Run `action` in a forked process; its exit status, or minus the signal that ended it. A kill there is a real one:
     no handler and no `finally` runs."""
     pid = os.fork()
@@ -638,29 +642,13 @@ def test_a_torn_line_of_metrics_is_no_obstacle(small_tree, uninterrupted, tmp_pa
     assert_same(whole_state(run_dir), uninterrupted, "torn metrics")
 
 
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-
-
-def start(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "npd.cli", *arguments], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-
-
-@pytest.mark.parametrize("wanted", ["generations/g000/part-00000.parquet", "policy/v000001"])
-def test_a_real_kill_from_outside(small_tree, uninterrupted, tmp_path, wanted):
+@pytest.mark.parametrize(("wanted", "generation"), [("generations/g000/part-00000.parquet", 0), ("policy/v000001", 1)])
+def test_a_real_kill_from_outside(small_tree, uninterrupted, tmp_path, wanted, generation):
     """The command in a process of its own, killed by another one as soon as a file appears, and started again."""
     run_dir = tmp_path / "run"
     config = write_yaml(tmp_path / "config.yaml", small_tree | {"run_dir": str(run_dir)})
-    process = start("distill", str(config))
-    deadline = time.monotonic() + 120
-    while not (run_dir / wanted).exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.001)
-    process.kill()
-    output = process.communicate()[0].decode()
-    assert (run_dir / wanted).exists(), output
-    assert process.returncode == -signal.SIGKILL, f"it was not killed in time: {output}"
+    first = min(line["step"] for line in uninterrupted["metrics"] if line.get("generation") == generation)
+    killed_from_outside("distill", str(config), once=run_dir / wanted, before_step=first)
     assert not (run_dir / "student").exists()
     npd.distill(config)
     assert_same(whole_state(run_dir), uninterrupted, f"killed when {wanted} appeared")

@@ -6,14 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from conftest import save_model
+from conftest import engine_of, save_model
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import npd.scoring.prefill
-from npd.config import ModelConfig
+from npd.config import ModelConfig, Sampling
 from npd.models import Vocabulary, load_model
-from npd.rollout import TransformersRollout
 from npd.scoring import Prefill, ScoreStudent, ScoreTeacher
 
 SHARED = 20
@@ -106,7 +105,7 @@ def student_model(student_dir):
 def rolled_out(student_model):
     prompts = [[5, 14, 6, 16], [4], [9, 9, 14, 5, 6, 16], [7, 14, 7, 16]]
     table = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
-    return TransformersRollout(student_model, VOCABULARY, 0, max_new_tokens=10, temperature=1.0, batch_size=2)(table, seed=1)
+    return engine_of(student_model, VOCABULARY, batch_size=2).answer(table, Sampling(10), seed=1)
 
 
 def test_teacher_stage_adds_the_contracts_columns(model, rolled_out):

@@ -16,9 +16,14 @@ import pytest
 import yaml
 
 import npd
-from npd.errors import UserError
+from npd.config import load_config
+from npd.errors import RunError, UserError
+from npd.generations.follower import follow
+from npd.losses import check_divergence
+from npd.observe.display import Display
 from npd.observe.events import read_events
 from npd.registry import BENCHMARKS, DIVERGENCES, ENGINES, PRODUCERS, RULES, TEACHERS, Registry, load_plugins
+from npd.rollout.transformers import TransformersEngine
 from npd.store import Store
 
 FOLDER = Path(__file__).parent / "plugins"
@@ -121,6 +126,81 @@ def test_the_command_line_takes_plugins(make_tree, tmp_path):
     assert done.returncode == 2
     assert "plugins names 'nowhere.py', which cannot be imported" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Careless(TransformersEngine):
+    """Answers some other requests than it is asked, or with other rows."""
+
+    def stream(self, requests, sampling, progress=None):
+        how = self.setting.config.rollout.options["how"]
+        if how == "none":
+            return
+        for number, table in super().stream(requests, sampling, progress):
+            yield number + (how == "another"), table.slice(how == "fewer")
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [("none", "0 responses to part 0"), ("another", "4 responses to part 1"), ("fewer", "3 responses to part 0")],
+)
+def test_an_engine_that_answers_something_else_ends_the_run(make_tree, monkeypatch, how, words):
+    monkeypatch.setitem(ENGINES._homes, "careless", Careless)
+    tree = make_tree(rollout={"engine": "careless", "options": {"how": how}, "check_samples": 0})
+    with pytest.raises(RunError, match=f"rollout.engine careless gave {words} of generation 0"):
+        npd.distill(tree)
+
+
+@pytest.mark.parametrize(
+    ("divergence", "mass", "words"),
+    [
+        (lambda teacher, student: (student.exp() * student).sum(-1), "raw", "has the shape"),
+        (lambda teacher, student: (student.exp() * student).detach(), "raw", "does not require grad"),
+        (lambda teacher, student: teacher.exp() * (teacher - student), "tail", "is not finite where the teacher gives"),
+        (lambda student: student, "raw", "positional argument"),
+    ],
+)
+def test_a_divergence_that_cannot_be_trained_with_is_refused_at_once(make_tree, monkeypatch, divergence, mass, words):
+    monkeypatch.setitem(DIVERGENCES._homes, "mine", divergence)
+    tree = make_tree(loss={"divergence": "mine", "top_k_mass": mass})
+    with pytest.raises(UserError, match=f"loss.divergence 'mine' cannot be trained with, .*{words}"):
+        npd.distill(tree)
+    assert not Path(tree["run_dir"]).exists()
+
+
+@pytest.mark.parametrize("mass", ["raw", "renormalize", "tail"])
+def test_divergences_that_are_trained_with_are_not_refused(mass):
+    load_plugins(plugin("divergences"))
+    for name in ("forward_kl", "reverse_kl", "jensen_shannon"):
+        check_divergence(name, mass)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("from npd.registry import RULES\nRULES.register('adaptive', Exception)", "but selection.rule has a kind 'adaptive'"),
+        ("raise SystemExit(3)", "which cannot be imported \\(SystemExit: 3\\)"),
+        ("raise RuntimeError('no')", "which cannot be imported \\(RuntimeError: no\\)"),
+    ],
+)
+def test_a_plugin_that_fails_is_named(make_tree, tmp_path, code, words):
+    file = tmp_path / "failing.py"
+    file.write_text(code)
+    with pytest.raises(UserError, match=f"plugins names '{file}', {words}"):
+        load_plugins([str(file)])
+
+
+def test_a_run_is_followed_with_plugins_that_lie_elsewhere(make_tree, tmp_path):
+    here, there = tmp_path / "here.py", tmp_path / "there.py"
+    here.write_text("import npd\n")
+    tree = make_tree(schedule={"generations": 1}) | {"plugins": [str(here)]}
+    npd.refresh(tree)
+    here.rename(there)
+    run_dir = Path(tree["run_dir"])
+    config = load_config(run_dir / "config.yaml", {"run_dir": str(run_dir), "plugins": [str(there)]})
+    follow(run_dir, None, 0, 1, Display(quiet=True), 0.1, config=config)  # all is made, and it ends
+    sys.modules.pop("npd_plugin_here", None)
+    with pytest.raises(UserError, match=r"here\.py', which cannot be imported"):
+        follow(run_dir, None, 0, 1, Display(quiet=True), 0.1)
 
 
 def test_a_name_is_taken_once():

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import save_model
-from fake_server import FakeServer, changed, cut_short, dropped, malformed, reply, serving, slow, status
+from conftest import HANG, own_port, save_model
+from fake_server import FakeServer, Hanging, changed, cut_short, dropped, malformed, reply, serving, status
 from hypothesis import given
 from hypothesis import strategies as st
-from npd.rollout.served import ServedRollout
 
 import npd
 import npd.preflight
 import npd.scoring.served
 import npd.scoring.server
-from npd.config import ModelConfig, TeacherConfig, load_config
+from npd.config import ModelConfig, Sampling, TeacherConfig, load_config
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary, load_model, load_tokenizer
-from npd.scoring import Prefill, Routed, ScoreTeacher, ServedPrefill
-from npd.scoring.served import check_server
-from npd.scoring.server import Server, _sglang_logprobs, _vllm_logprobs
+from npd.scoring import Prefill, Question, ScoreTeacher, TeacherSetting
+from npd.scoring.routed import Routed
+from npd.scoring.served import ServedTeacher, check_server
+from npd.scoring.server import _sglang_logprobs, _vllm_logprobs
 from npd.store import Store
 
 VOCABULARY = Vocabulary(size=20, stop_ids=(2,), start_id=1)
@@ -36,6 +36,14 @@ VOCABULARY = Vocabulary(size=20, stop_ids=(2,), start_id=1)
 def server(request, teacher_dir):
     with serving(teacher_dir, kind=request.param) as server:
         yield server
+
+
+@pytest.fixture
+def hanging():
+    """A fault that lasts as long as the test."""
+    fault = Hanging()
+    yield fault
+    fault.go.set()
 
 
 @pytest.fixture(autouse=True)
@@ -48,8 +56,13 @@ def short_pauses(monkeypatch):
 
 def teacher_config(server: FakeServer, **options: Any) -> TeacherConfig:
     return TeacherConfig(
-        model="big", server=server.url, **{"concurrency": 4, "timeout": 5.0, "retry_seconds": 5.0, **options}
+        model="big", server=server.url, **{"concurrency": 4, "timeout": HANG, "retry_seconds": HANG, **options}
     )
+
+
+def served(server: FakeServer, say: Callable[[str], None] = lambda text: None, **options: Any) -> ServedTeacher:
+    """The teacher on a server."""
+    return ServedTeacher(teacher_config(server, **options), TeacherSetting(VOCABULARY, 0, "cpu", 64, say))
 
 
 def pairs(count: int, seed: int) -> tuple[list[list[int]], list[list[int]]]:
@@ -74,7 +87,7 @@ def test_readings_equal_those_of_the_model_here(server, teacher_dir, top_k):
     local = Prefill(load_model(ModelConfig(model=str(teacher_dir))), VOCABULARY, 0, 64)
     contexts, responses = pairs(9, seed=top_k)
     told: list[int] = []
-    ours = ServedPrefill(Server(teacher_config(server)), VOCABULARY)(contexts, responses, top_k, told.append)
+    ours = served(server)(contexts, responses, top_k, told.append)
     assert_alike(ours, local(contexts, responses, top_k))
     assert sum(told) == sum(map(len, responses))
 
@@ -83,10 +96,10 @@ def test_the_stage_adds_the_same_columns(server, teacher_dir):
     contexts, responses = pairs(6, seed=3)
     table = pa.table({"prompt_ids": contexts, "response_ids": responses})
     local = ScoreTeacher(Prefill(load_model(ModelConfig(model=str(teacher_dir))), VOCABULARY, 0, 64), 4)(table)
-    served = ScoreTeacher(ServedPrefill(Server(teacher_config(server)), VOCABULARY), 4)(table)
-    assert served.schema == local.schema
+    there = ScoreTeacher(served(server), 4)(table)
+    assert there.schema == local.schema
     for name in ("teacher_nll", "teacher_nll_free"):
-        np.testing.assert_allclose(served[name].to_numpy(), local[name].to_numpy(), atol=1e-4)
+        np.testing.assert_allclose(there[name].to_numpy(), local[name].to_numpy(), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
@@ -95,7 +108,7 @@ def test_ids_that_only_pad_the_teachers_vocabulary_are_left_out(tmp_path, kind):
     local = Prefill(load_model(ModelConfig(model=str(path))), VOCABULARY, 0, 64)
     contexts, responses = pairs(6, seed=1)
     with serving(path, kind=kind, cap=30) as padded:
-        ours = ServedPrefill(Server(teacher_config(padded)), VOCABULARY)(contexts, responses, 6)
+        ours = served(padded)(contexts, responses, 6)
         asked = {body.get("prompt_logprobs", body.get("top_logprobs_num")) for body in padded.bodies}
     assert_alike(ours, local(contexts, responses, 6))
     assert max(asked) > 6  # more than the top-k, or the test would prove nothing
@@ -126,10 +139,17 @@ def test_parsing_finds_the_best_in_any_answer(data):
 
 
 def test_requests_are_in_flight_together_but_no_more_than_asked_for(server):
-    server.delay, server.most_at_once = 0.05, 0
+    """The first ones are answered only when three of them are there."""
+    three = threading.Barrier(3, timeout=HANG)
+
+    def together(handler: Any, answer: dict[str, Any]) -> None:
+        three.wait()
+        reply(handler, answer)
+
+    server.delay, server.most_at_once, server.faults = 0.05, 0, [together] * 3
     try:
         contexts, responses = pairs(20, seed=5)
-        ServedPrefill(Server(teacher_config(server, concurrency=3)), VOCABULARY)(contexts, responses, 2)
+        served(server, concurrency=3)(contexts, responses, 2)
     finally:
         server.delay = 0.0
     assert server.most_at_once == 3
@@ -139,8 +159,12 @@ def test_references_are_written_by_the_server(server, teacher_dir):
     """In the model's own distribution, whatever the server's defaults, and no further than the first stop token."""
     prompts, _ = pairs(5, seed=8)
     table = pa.table({"prompt_ids": prompts})
-    rollout = ServedRollout(Server(teacher_config(server)), VOCABULARY, max_new_tokens=10, temperature=1.0, top_p=1.0)
-    rows = rollout(table, seed=3).to_pylist()
+    told: list[int] = []
+    rows = served(server).write(table, Sampling(10), 3, told.append).to_pylist()
+    assert told == [1] * 5
+    twice = served(server).write(table, Sampling(10, samples_per_prompt=2), 3).to_pylist()
+    assert [row["prompt_ids"] for row in twice] == [prompt for prompt in prompts for _ in range(2)]
+    assert twice[::2] == twice[1::2] == rows  # it is greedy, whatever it is asked
     for prompt, row in zip(prompts, rows, strict=True):
         expected = server._written(prompt, {"max_tokens": 10, "max_new_tokens": 10, "stop_token_ids": [2]})
         ids = expected["choices"][0]["token_ids"] if server.kind == "vllm" else expected["output_ids"]
@@ -157,27 +181,16 @@ def test_references_are_written_by_the_server(server, teacher_dir):
 
 @pytest.mark.parametrize(
     "fault",
-    [
-        status(500),
-        status(503),
-        status(408),
-        status(429, Retry_After="0"),
-        dropped,
-        cut_short,
-        malformed,
-        slow(1.5),
-    ],
+    [status(500), status(503), status(408), status(429, Retry_After="0"), dropped, cut_short, malformed, None],
     ids=["500", "503", "408", "429", "dropped", "cut short", "malformed", "slow"],
 )
-def test_what_can_be_asked_again_is(server, teacher_dir, fault):
+def test_what_can_be_asked_again_is(server, teacher_dir, fault, hanging):
     local = Prefill(load_model(ModelConfig(model=str(teacher_dir))), VOCABULARY, 0, 64)
     contexts, responses = pairs(5, seed=9)
     said: list[str] = []
-    config = teacher_config(server, timeout=0.7 if fault.__qualname__.startswith("slow") else 5.0)
-    server.faults = [fault, fault]
-    assert_alike(
-        ServedPrefill(Server(config, said.append), VOCABULARY)(contexts, responses, 3), local(contexts, responses, 3)
-    )
+    teacher = served(server, said.append, timeout=HANG if fault else 0.7)  # what is late is asked again, however often
+    server.faults = [fault or hanging] * 2
+    assert_alike(teacher(contexts, responses, 3), local(contexts, responses, 3))
     assert not server.faults
     assert any("can't be used now" in line for line in said)
     assert any("is back" in line for line in said)
@@ -186,7 +199,7 @@ def test_what_can_be_asked_again_is(server, teacher_dir, fault):
 def test_retry_after_is_obeyed(server):
     server.faults = [status(429, Retry_After="1")]
     began = time.monotonic()
-    ServedPrefill(Server(teacher_config(server)), VOCABULARY)([[4]], [[5, 2]], 2)
+    served(server)([[4]], [[5, 2]], 2)
     assert time.monotonic() - began >= 1.0
 
 
@@ -194,7 +207,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_words(server):
     server.faults = [status(503, "model is loading")] * 200
     try:
         with pytest.raises(RunError, match="model is loading") as error:
-            ServedPrefill(Server(teacher_config(server, retry_seconds=0.3)), VOCABULARY)(*pairs(8, seed=1), 2)
+            served(server, retry_seconds=0.3)(*pairs(8, seed=1), 2)
     finally:
         server.faults = []
     assert "run the same command again" in str(error.value)
@@ -205,7 +218,7 @@ def test_a_server_that_stays_away_ends_the_run_with_its_words(server):
 
 def test_a_4xx_is_an_error_at_once(server):
     server.faults = [status(400, "this model's context is 12 tokens")]
-    reader = ServedPrefill(Server(teacher_config(server, retry_seconds=60)), VOCABULARY)
+    reader = served(server, retry_seconds=60)
     with pytest.raises(UserError, match="context is 12 tokens"):
         reader(*pairs(1, seed=2), 2)
     assert not server.faults
@@ -214,7 +227,7 @@ def test_a_4xx_is_an_error_at_once(server):
 def test_the_first_error_ends_the_others(server):
     """Those that wait to ask again do not keep the run from saying what is wrong."""
     server.faults = [status(503)] * 3 + [status(400, "no such thing")]
-    reader = ServedPrefill(Server(teacher_config(server, concurrency=8, retry_seconds=600)), VOCABULARY)
+    reader = served(server, concurrency=8, retry_seconds=600)
     with pytest.raises(UserError, match="no such thing"):
         reader(*pairs(8, seed=2), 2)
     server.faults = []
@@ -256,14 +269,16 @@ def fewer_tokens(answer: dict[str, Any]) -> None:
 def test_an_answer_to_another_question_is_refused(server, change, words):
     server.faults = [changed(change)]
     with pytest.raises(UserError, match=words):
-        ServedPrefill(Server(teacher_config(server)), VOCABULARY)([[4]], [[5, 6, 2]], 4)
+        served(server)([[4]], [[5, 6, 2]], 4)
 
 
 # -- what is seen before anything is generated
 
 
 def checked(config: TeacherConfig, student_dir: Path, *, top_k: int = 4, tokens: int = 40) -> list[str]:
-    return check_server(config, load_tokenizer(ModelConfig(model=str(student_dir))), top_k, tokens, VOCABULARY)
+    tokenizer = load_tokenizer(ModelConfig(model=str(student_dir)))
+    question = Question(tokenizer, VOCABULARY, top_k, tokens - 12, 12, "rollout.max_new_tokens")
+    return check_server(config, question)
 
 
 def test_a_good_server_passes(server, student_dir, teacher_dir):
@@ -273,11 +288,8 @@ def test_a_good_server_passes(server, student_dir, teacher_dir):
 
 
 def test_nothing_there(student_dir):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    with pytest.raises(UserError, match="nothing answers there"):
-        checked(TeacherConfig(model="big", server=url), student_dir)
+    with own_port() as port, pytest.raises(UserError, match="nothing answers there"):
+        checked(TeacherConfig(model="big", server=f"http://127.0.0.1:{port}"), student_dir)
 
 
 def test_another_model(server, student_dir):
@@ -328,25 +340,33 @@ def test_a_key_that_is_none_is_not_shown(teacher_dir, student_dir, monkeypatch, 
     assert "cret" not in str(error.value)
 
 
-def test_a_hanging_request_keeps_no_error_back(server):
-    """Neither an error of another request, nor `stop`."""
-    server.faults = [slow(4.0), status(400, "no such thing")]
+def test_a_hanging_request_keeps_no_error_back(server, hanging):
+    """Neither an error of another request, nor `stop`: both are there while it still hangs."""
+    server.faults = [hanging, status(400, "no such thing")]
     began = time.monotonic()
     with pytest.raises(UserError, match="no such thing"):
-        ServedPrefill(Server(teacher_config(server)), VOCABULARY)(*pairs(2, seed=2), 2)
-    assert time.monotonic() - began < 3.0
-    server.faults = [slow(4.0)] * 2
-    stopped = Server(teacher_config(server))
-    threading.Timer(0.3, stopped.stop).start()
+        served(server, timeout=2 * HANG)(*pairs(2, seed=2), 2)
+    again = Hanging()
+    server.faults = [again] * 2
+    stopped = served(server, timeout=2 * HANG)
+
+    def stop() -> None:
+        again.asked.wait(HANG)
+        stopped.stop()
+
+    stopper = threading.Thread(target=stop)
+    stopper.start()
     with pytest.raises(RunError, match="Stopped"):
-        ServedPrefill(stopped, VOCABULARY)(*pairs(2, seed=2), 2)
-    assert time.monotonic() - began < 6.0
+        stopped(*pairs(2, seed=2), 2)
+    assert time.monotonic() - began < HANG  # which is how long it hangs
+    again.go.set()
+    stopper.join()
 
 
 def test_a_server_that_does_not_know_how_is_not_asked_again(server):
     server.faults = [status(501, "not implemented")]
     with pytest.raises(UserError, match="not implemented"):
-        ServedPrefill(Server(teacher_config(server)), VOCABULARY)(*pairs(1, seed=2), 2)
+        served(server)(*pairs(1, seed=2), 2)
 
 
 def test_checks_at_the_start_do_not_wait_for_long(server, student_dir, monkeypatch):
@@ -385,6 +405,18 @@ def test_options_that_do_not_go_together(options):
         TeacherConfig(model="m", **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"kind": "served"}, "of kind served, but it has no server"),
+        ({"kind": "local", "server": "http://x"}, "of kind local, loaded here, but it has the server http://x"),
+    ],
+)
+def test_a_kind_that_its_server_contradicts(make_tree, options, words):
+    with pytest.raises(UserError, match=words):
+        npd.distill(make_tree(teacher=options))
+
+
 # -- whole runs
 
 
@@ -392,25 +424,25 @@ def test_a_run_with_a_served_teacher_equals_one_with_it_here(make_tree, server, 
     """The same samples; scores and weights up to rounding. Its distance is at most the true one."""
     evaluation = {"data": {"eval": str(data_file)}}
     local = npd.distill(make_tree("local", **evaluation))
-    served = npd.distill(make_tree("served", teacher={"model": "big", "server": server.url}, **evaluation))
+    there = npd.distill(make_tree("there", teacher={"model": "big", "server": server.url}, **evaluation))
     for generation in (0, 1):
         for part in range(3):
-            a, b = (Store(run.run_dir).read_part(generation, part) for run in (local, served))
+            a, b = (Store(run.run_dir).read_part(generation, part) for run in (local, there))
             if generation == 0:
                 assert a["response_ids"] == b["response_ids"]
                 assert a["behavior_logprobs"] == b["behavior_logprobs"]
                 for name in ("teacher_nll", "teacher_nll_free", "delta_ifd"):
                     np.testing.assert_allclose(a[name].to_numpy(), b[name].to_numpy(), atol=1e-3)
             assert a.schema == b.schema
-    assert served.before["eval/top1_agreement"] == local.before["eval/top1_agreement"]
-    assert 0 < served.before["eval/kl_to_teacher_at_least"] <= local.before["eval/kl_to_teacher"]
-    assert served.before["eval/kl_to_teacher_at_least"] == pytest.approx(local.before["eval/kl_to_teacher"], rel=0.5)
+    assert there.before["eval/top1_agreement"] == local.before["eval/top1_agreement"]
+    assert 0 < there.before["eval/kl_to_teacher_at_least"] <= local.before["eval/kl_to_teacher"]
+    assert there.before["eval/kl_to_teacher_at_least"] == pytest.approx(local.before["eval/kl_to_teacher"], rel=0.5)
 
 
 def test_a_server_that_restarts_costs_nothing_that_was_finished(make_tree, teacher_dir):
     with serving(teacher_dir) as fragile:
         tree = make_tree(
-            teacher={"model": "big", "server": fragile.url, "retry_seconds": 30.0}, rollout={"part_size": 3, "batch_size": 4}
+            teacher={"model": "big", "server": fragile.url, "retry_seconds": HANG}, rollout={"part_size": 3, "batch_size": 4}
         )
         written: dict[str, int] = {}
         away = threading.Event()
@@ -422,7 +454,7 @@ def test_a_server_that_restarts_costs_nothing_that_was_finished(make_tree, teach
             dropped(handler, answer)
 
         def come_back() -> None:
-            away.wait(60)
+            away.wait(HANG)
             fragile.stop()
             time.sleep(0.5)
             fragile.start()
@@ -432,7 +464,7 @@ def test_a_server_that_restarts_costs_nothing_that_was_finished(make_tree, teach
         fragile.faults = [reply] * 15 + [restart]
         generation = npd.refresh(tree)
         helper.join()
-    assert generation.manifest.rows == 12
+    assert generation.manifest["rows"] == 12
     assert written
     for name, at in written.items():
         assert (generation.path / name).stat().st_mtime_ns == at
@@ -485,7 +517,7 @@ def test_each_source_is_read_by_its_teacher(make_tree, server, teacher_dir, tmp_
     other = save_model(tmp_path / "other", seed=9, layers=2)
     tree = make_tree(teacher={"model": "big", "server": server.url}, teachers={"b": {"model": str(other)}})
     generation = npd.refresh(tree)
-    assert generation.manifest.teachers == {"teacher": 6, "teachers.b": 6}
+    assert generation.manifest["teachers"] == {"teacher": 6, "teachers.b": 6}
     readers = {
         source: Prefill(load_model(ModelConfig(model=str(path))), VOCABULARY, 0, 64)
         for source, path in (("a", teacher_dir), ("b", other))

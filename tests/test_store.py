@@ -6,7 +6,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -190,18 +189,16 @@ def test_a_directory_is_replaced_as_a_whole(tmp_path):
 # -- opening
 
 
-def number_of_a_dead_process() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
+NOBODY = 2**22  # the number of no process: Linux's are smaller, whatever its settings
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path, make_tree):
     tree = make_tree()
     store = Store(tree["run_dir"])
     store.open(load_config(tree), "distill")
-    gone = f"{HOST}.{number_of_a_dead_process()}.tmp"
-    for name in (f".metrics.jsonl.{gone}", f"generations/g000/.part-00000.parquet.{HOST}.{os.getpid()}.tmp"):
+    gone = f"{HOST}.{NOBODY}.tmp"
+    half = (f".metrics.jsonl.{gone}", f"generations/g000/.part-00000.parquet.{HOST}.{os.getpid()}.tmp")
+    for name in (*half, "logs/refresh-0.progress.json"):
         (store.path / name).parent.mkdir(parents=True, exist_ok=True)
         (store.path / name).write_text("half")
     for name in (f"policy/.v000001.{gone}", f"checkpoints/.step-000003.{HOST}.trainer.tmp"):
@@ -217,9 +214,7 @@ def test_what_others_are_writing_stays(make_tree):
     store = Store(tree["run_dir"])
     store.open(load_config(tree), "distill")
     mine = store.generation(0) / f".part-00000.parquet.{HOST}.{os.getppid()}.tmp"
-    theirs, forgotten = (
-        store.generation(0) / f".part-0000{n}.parquet.elsewhere.{number_of_a_dead_process()}.tmp" for n in (1, 2)
-    )
+    theirs, forgotten = (store.generation(0) / f".part-0000{n}.parquet.elsewhere.{NOBODY}.tmp" for n in (1, 2))
     for file in (mine, theirs, forgotten):
         write_text(file, "half")
     os.utime(forgotten, (0, 0))
@@ -233,7 +228,7 @@ def test_a_writer_killed_before_its_first_file_does_not_block_the_directory(make
     tree = make_tree()
     run_dir = Path(tree["run_dir"])
     run_dir.mkdir()
-    (run_dir / f".config.yaml.{HOST}.{number_of_a_dead_process()}.tmp").write_text("run_d")
+    (run_dir / f".config.yaml.{HOST}.{NOBODY}.tmp").write_text("run_d")
     Store(run_dir).open(load_config(tree), "distill")
     assert files_in(run_dir) == {"config.yaml"}
 

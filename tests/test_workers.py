@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,21 +23,22 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from conftest import write_jsonl
+from conftest import HANG, killed_from_outside, write_jsonl
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import npd
 import npd.cli
 import npd.generations.workers
-import npd.placement
 import npd.run
 import npd.store
+from npd.config import PlacementConfig, ScheduleConfig
 from npd.generations.books import Books
 from npd.generations.generation import Generations
 from npd.generations.workers import Workers
 from npd.observe.display import Display
 from npd.observe.events import read_events
+from npd.records import WorkerEnd
 from npd.report.facts import gather
 from npd.store import Store
 from npd.train.trainer import Trainer
@@ -45,7 +47,6 @@ from npd.train.work import RunWork
 Tree = dict[str, Any]
 
 TIMING = ("tokens_per_second", "publish_seconds")
-HANG = 120.0  # seconds after which a process is taken to hang
 
 PROMPTS = [{"prompt": f"{n}+{n % 7}*3=", "source": "ab"[n % 2]} for n in range(10, 16)]
 
@@ -135,8 +136,7 @@ def no_jobs_left(seconds: float = 0.0) -> bool:
 
 @pytest.fixture(autouse=True)
 def forked_jobs(monkeypatch, tmp_path) -> Iterator[None]:
-    """Jobs are forks, whatever the machine; none outlives its test."""
-    monkeypatch.setattr(npd.placement, "cores", lambda: 2)
+    """Jobs are forks; none outlives its test."""
     monkeypatch.setattr(
         npd.generations.workers,
         "subprocess",
@@ -436,15 +436,21 @@ def test_every_response_was_written_by_the_snapshot_it_names(make, tmp_path):
 
 
 def test_killed_at_random_moments(make, states, tmp_path):
-    """Trainer, job or both, at moments drawn at random, many times in each of several runs."""
+    """Trainer, job or both, at moments drawn at random, many times in each of several runs.
+
+    The longer a run takes, the rarer its kills: on the slowest machine it comes to its end.
+    """
     rng = random.Random(0)
-    moments = trainers = jobs = turns = again = 0
-    while moments < 50 or turns < 2:
+    trainers = jobs = turns = again = moments = 0
+    while moments < 50 or turns < 2 or trainers < 10 or jobs < 10 or again < 5:
+        assert turns < 100, f"{trainers} trainers, {jobs} jobs were hit, {again} jobs replaced"
         keep = {"checkpoint": {"every_steps": 2, "keep": (3, 1)[turns % 2], "restarts": 1000}}
         tree = make(f"run-{turns}", **keep)
         child, said = started(tree, tmp_path)
+        longest = 0.8
         while True:
-            pause = time.monotonic() + rng.uniform(0.0, 0.8)
+            pause = time.monotonic() + rng.uniform(0.0, longest)
+            longest *= 1.02
             while child.poll() is None and time.monotonic() < pause:
                 time.sleep(0.001)
             if child.poll() is not None:
@@ -459,7 +465,7 @@ def test_killed_at_random_moments(make, states, tmp_path):
                 if child.status == -signal.SIGKILL:
                     trainers, hit = trainers + 1, True
                     if rng.random() < 0.3:  # otherwise the next trainer may still meet the job of this one
-                        assert no_jobs_left(60.0), "a job outlived its trainer"
+                        assert no_jobs_left(HANG), "a job outlived its trainer"
                     child, said = started(tree, tmp_path)
             moments += hit
         assert child.status == 0, child.words() + said()
@@ -470,14 +476,10 @@ def test_killed_at_random_moments(make, states, tmp_path):
                 f"g{generation:03d}-p{part:05d}-{row:05d}" for part in range(3) for row in range(2)
             )
             assert len(set(table["prompt_id"].to_pylist())) == 6
-        assert no_jobs_left(60.0), "a job outlived its trainer"
+        assert no_jobs_left(HANG), "a job outlived its trainer"
         assert_same(state_of(run_dir), states(**keep), f"run {turns}, {moments} moments so far")
-        turns, again = turns + 1, again + restarts(run_dir)
+        turns, again = turns + 1, again + restarts(run_dir)  # of jobs that their trainer outlived
     print(f"{trainers + jobs} kills hit ({trainers} trainers, {jobs} jobs) at {moments} moments in {turns} runs")
-    assert moments >= 50
-    assert trainers >= 10
-    assert jobs >= 10
-    assert again >= 5  # jobs that their trainer outlived
 
 
 # -- 4: jobs that fail by themselves
@@ -531,6 +533,21 @@ def test_a_job_that_raises_for_ever_ends_the_run(make, tmp_path):
     assert_blamed(tree["run_dir"])
     assert no_jobs_left()
     assert not (Path(tree["run_dir"]) / "student").exists()
+
+
+def test_a_log_that_cannot_be_written_hides_no_failure(tmp_path):
+    """It lies on the disk that is full."""
+    placed = npd.placement.assign_devices(PlacementConfig(), ScheduleConfig(), gpus=0, cpus=2)
+    told, tells = os.pipe()
+    with open("/dev/full", "wb") as log:
+        arguments = [str(tmp_path), json.dumps(asdict(placed)), "0", "1", "0", str(tells)]
+        job = Forked([sys.executable, "-m", "npd.generations.workers", *arguments], stdout=log, pass_fds=(tells,))
+    os.close(tells)
+    assert job.wait() == 2
+    end = WorkerEnd.hear(told)
+    os.close(told)
+    assert end is not None
+    assert end.what == f"{tmp_path} holds no run of `npd distill`; start one there first."
 
 
 def test_deaths_are_counted_afresh_after_a_part(make, states, tmp_path):
@@ -623,12 +640,20 @@ def await_job(run: RunWork) -> None:
 
 @pytest.mark.parametrize(("generation", "part"), [(0, 0), (1, 1), (2, 2)])
 def test_a_part_damaged_before_it_is_taken_is_made_again(make, states, tmp_path, generation, part):
+    """By the trainer's word: the job, which would notice too, reads it only after that."""
+
+    def later(real: Any, books: Books, finished: int) -> Any:
+        if finished == generation:
+            until(lambda: "It is made again." in (tmp_path / "said").read_text(), "word of the damage")
+        return real(books, finished)
+
+    def hook() -> None:
+        patch(Books, "finish", later)
+        when_asked_for(generation, part, lambda run: damage(run.store.part(generation, part)))
+
     tree = make()
-    said = distilled(
-        tree, tmp_path, lambda: when_asked_for(generation, part, lambda run: damage(run.store.part(generation, part)))
-    )
+    said = distilled(tree, tmp_path, hook)
     assert f"g{generation:03d}/part-{part:05d}.parquet is damaged" in said
-    assert "It is made again." in said
     assert_same(state_of(tree["run_dir"]), states())
 
 
@@ -692,7 +717,7 @@ def test_one_trainer_at_a_time(make, states, tmp_path):
 
     def pause() -> None:
         there.touch()
-        time.sleep(HANG)
+        time.sleep(2 * HANG)
 
     child, _ = started(tree, tmp_path, lambda: at_step(4, pause))
     until(there.exists, "fourth step")
@@ -895,9 +920,8 @@ def real_jobs(monkeypatch) -> None:
 
 
 def real(*arguments: str) -> subprocess.Popen[bytes]:
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "npd.cli", *arguments]
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def processes(run_dir: Path, role: str) -> set[int]:
@@ -929,15 +953,10 @@ def test_a_real_kill_of_the_trainer(make, states, tmp_path, real_jobs):
     run_dir = Path(tree["run_dir"])
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(tree))
-    trainer = real("distill", str(config))
-    try:
-        until(lambda: (run_dir / "generations/g000/part-00000.parquet").exists() or trainer.poll() is not None, "part")
-    finally:
-        trainer.kill()
-        output = trainer.communicate()[0].decode()
-    assert trainer.returncode == -signal.SIGKILL, output
+    part = run_dir / "generations/g000/part-00000.parquet"
+    trainer, _ = killed_from_outside("distill", str(config), once=part, before_step=1)
     (job,) = processes(run_dir, "refresh-0")
-    assert job != trainer.pid
+    assert job != trainer
     until(lambda: not alive(job), "end of the job that lost its trainer")
     assert not (run_dir / "student").exists()
     distilled(tree, tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     # On demand: `npd --help` should not wait for PyTorch.
+    if name == "__version__":
+        return importlib.metadata.version("npd")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:

@@ -54,11 +54,13 @@ class ConfigCommand(click.Command):
 
 def _help(field: Any) -> str:
     default = field.get_default(call_default_factory=True)
-    shown = "required" if default is PydanticUndefined else f"default {yaml.safe_dump(_plain(default)).split(chr(10))[0]}"
+    shown = (
+        "required" if default is PydanticUndefined else f"default {yaml.safe_dump(_as_yaml_types(default)).split(chr(10))[0]}"
+    )
     return f"{' '.join((field.description or '').split())} [{shown}]"
 
 
-def _plain(value: Any) -> Any:
+def _as_yaml_types(value: Any) -> Any:
     return value.model_dump() if hasattr(value, "model_dump") else value
 
 
@@ -151,10 +153,12 @@ def _train(config: Config, command: str, dry_run: bool) -> None:
 
     display = Display()
     if dry_run:
+        from npd.dataview import show_data
         from npd.plan import make_plan, plan_notes, plan_rows
         from npd.preflight import prepare
 
         setup = prepare(config, command)
+        show_data(config, command, setup.chat, display, lambda: (setup.prompts, setup.held_out), told=True)
         show_plan(command, config.run_dir, plan_rows(setup, make_plan(setup)), plan_notes(setup), display)
         return
     result = getattr(run, command)(config, display=display)
@@ -206,6 +210,28 @@ def evaluate(config: Config, model: str | None) -> None:
     display = Display()
     name, figures = run.evaluate(config, model, display=display)
     show_figures(name, {"": figures}, display)
+
+
+@config_command(
+    "data",
+    "Show what a model is asked.",
+    "Show rows of data.train as a model reads them (special tokens in ⟦brackets⟧, token ids, where the prompt ends and the "
+    "response begins), what stops a response, what is left out and why, lengths, sources and their teachers. It needs no "
+    "weights.",
+    click.Option(["--rows"], type=click.IntRange(min=0), default=3, show_default=True, help="Rows to show, from the first."),
+    click.Option(["--row"], type=click.IntRange(min=1), help="Show this row alone, counted from 1, and whole."),
+)
+def data(config: Config, rows: int, row: int | None) -> None:
+    from npd.dataview import show_data
+    from npd.generations.models import load_tokenizers
+    from npd.preflight import chat_of, needed_of_eval
+    from npd.prompts import read_data
+
+    display, tokens = Display(), load_tokenizers(config)
+    command, chat = "distill" if config.has_teacher else "sft", chat_of(config, tokens)
+    show_data(config, command, chat, display, lambda: read_data(config, command, chat, needed_of_eval(config)), rows, row)
+    for note in tokens.notes:
+        display.say(note)
 
 
 @config_command(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -12,8 +12,7 @@ from transformers import PreTrainedModel
 from npd import models
 from npd.config import ModelConfig
 from npd.errors import UserError
-from npd.evaluation import Evaluator
-from npd.evaluation import Setting as BenchmarkSetting
+from npd.evaluation import BenchmarkSetting, Evaluator
 from npd.generations.models import AskedTeacher, Evaluated
 from npd.generations.producer import Workshop
 from npd.preflight import Setup
@@ -39,7 +38,7 @@ class StudentMeasures:
     """Evaluates the student that is trained, through the same engine as its rollouts where that stands in this process."""
 
     def __init__(self, setup: Setup, shop: Workshop, trainer: Trainer) -> None:
-        setting = BenchmarkSetting(setup.config, setup.tokens.tokenizer, setup.held_out)
+        setting = BenchmarkSetting(setup.config, setup.chat, setup.held_out)
         self.evaluator = Evaluator(setting, setup.tasks)
         self.shop, self.trainer = shop, trainer
 
@@ -49,17 +48,23 @@ class StudentMeasures:
     def __call__(self, step: int) -> dict[str, float]:
         kept = self.shop.pipeline.models
         weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
-        # An engine with weights of its own needs the trainer's room on a device that is shared.
-        around = self.shop.room if kept.engine_kind.holds_weights else nullcontext
         try:
             with teachers_at_hand(self.shop):
-                return self.evaluator(Evaluated(kept, weights, around))
+                return self.evaluator(Evaluated(kept, weights, self._apart))
         finally:
             shutil.rmtree(weights.folder, ignore_errors=True)
 
     def of_teacher(self) -> dict[str, float]:
-        with teachers_at_hand(self.shop):
-            return self.evaluator.of_teacher(AskedTeacher(self.shop.pipeline.models))
+        kept = self.shop.pipeline.models
+        with self._apart(), teachers_at_hand(self.shop):
+            figures = self.evaluator.of_teacher(AskedTeacher(kept))
+            kept.release()  # what it wrote with
+        return figures
+
+    def _apart(self) -> AbstractContextManager[None]:
+        """Around an engine's writing: one with weights of its own needs the trainer's room on a device that is shared."""
+        apart = self.shop.placement.shared_gpu and self.shop.pipeline.models.engine_kind.holds_weights
+        return self.trainer.parked() if apart else nullcontext()
 
 
 @contextmanager
@@ -101,5 +106,10 @@ class ModelWeights:
     def path(self) -> Path:
         path = models.directory_of(self.config)
         if path is None:
-            raise UserError(f"{self.config.model} is no directory of weights here, which rollout.engine needs.")
+            raise UserError(
+                f"{self.config.model} is to write, but rollout.engine needs a directory of weights for that. Name one, or "
+                "choose another engine."
+            )
+        if path != Path(self.config.model):  # of a Hub id only the configuration is sure to be in the cache
+            self.model()
         return path

@@ -224,6 +224,11 @@ def _devices(name: str, value: str | list[str], gpus: int) -> list[str]:
         if device == "cpu":
             continue
         match = re.fullmatch(r"cuda:(\d+)", device)
+        if not match and name == "rollout" and device in PRODUCERS:
+            raise UserError(
+                f"placement.rollout names the producer {device!r}, which takes devices of this machine: the machine and "
+                "schedule.lead choose it. Name devices, or leave it auto."
+            )
         if not match:
             raise UserError(f"placement.{name} names {device!r}; a device is cpu, cuda:0, cuda:1, ...")
         if int(match[1]) >= gpus:

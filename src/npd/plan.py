@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from npd import models
-from npd.packing import pack
+from npd.config import Config
+from npd.generations.generation import Generations
+from npd.placement import engine_beside_training
 from npd.preflight import Setup
 from npd.prompts import count_sources
-from npd.registry import RULES
+from npd.registry import ENGINES, RULES
 from npd.scoring import teacher_kind
+from npd.store import REFERENCE
+from npd.train.loop import Loop, Position, Trained
 from npd.train.trainer import resolve_precision
 
 GIB = 1 << 30
-SAMPLE = 100_000  # prompts from which rows are estimated
+SAMPLE = 20_000  # responses of which steps are counted one by one; of a longer run they are counted in proportion
+
+# Bytes on disk of what has no length of its own; measured on runs whose student takes none.
+ROW = 192  # a response's identifiers and scalars
+PART = 24 << 10  # a part's schema and its columns' headers, and its entry in the manifest
+STEP = 2 << 10  # a step's metrics, spans and points of trackers
+TOKENIZER = 192  # a token in the tokenizer's files, which every snapshot has
+FILES = 64 << 10  # other small files beside weights
+REPORT = 4 << 20  # report.html
 
 
 @dataclass
@@ -29,7 +44,7 @@ class Plan:
     response_tokens: float
     """Of a generation, at most."""
     steps: int
-    """Optimiser steps of the run, about and at most."""
+    """Optimiser steps of the run if every response is as long as it may be and is kept; about and at most."""
     rows_per_step: int
     student_parameters: int
     training_bytes: int
@@ -46,51 +61,147 @@ def make_plan(setup: Setup) -> Plan:
     """The figures of a run, from its configuration, its prompts and the shape of its models."""
     config, contents = setup.config, setup.generations
     assert setup.prompts is not None, "only what trains is planned"
-    schedule, training = config.schedule, config.training
-    generations = schedule.generations
-    samples = contents.responses(0)
-    prompt_lengths = pc.list_value_length(setup.prompts.table["prompt_ids"]).to_numpy()
-    if contents.is_reference(0) and config.data.references == "given":
-        responses = pc.list_value_length(setup.prompts.table["completion_ids"]).to_numpy()
-    else:
-        responses = np.full(len(prompt_lengths), config.rollout.max_new_tokens)
-    response = float(responses.mean())
-    # Rows if every response were as long as it may be, from a sample of the prompts where they are many.
-    lengths = (prompt_lengths + responses)[:SAMPLE]
-    rows_of_generation = -(-len(pack(lengths.tolist(), config.packing.length)) * samples // len(lengths))
-    rows_per_step = max(1, training.batch_tokens // config.packing.length)
-    steps = -(-rows_of_generation // rows_per_step) * schedule.passes * generations
+    training, samples = config.training, contents.responses(0)
+    prompts = pc.list_value_length(setup.prompts.table["prompt_ids"]).to_numpy()
+    responses = _response_lengths(config, setup.prompts.table, given=contents.is_reference(0))
     limits = []
     if training.max_steps is not None:
         limits.append(f"training.max_steps {training.max_steps:,}")
-        steps = min(steps, training.max_steps)
     if training.max_tokens is not None:
         limits.append(f"training.max_tokens {training.max_tokens:,}")
-        generations = min(generations, -(-training.max_tokens // max(1, samples * schedule.passes)))
-    student = models.parameter_count(setup.tokens.student, trust_remote_code=config.student.trust_remote_code)
-    weight = models.resolve_dtype(config.student, trained=True).itemsize
-    bytes_per_token = 8 + (8 * config.scoring.top_k if contents.by_student else 0)
-    parts = samples * response * bytes_per_token
-    disk = float(parts * generations)
-    if contents.by_student:
-        disk += student * weight * (2 + min(generations, config.checkpoint.keep))
-    if training.max_steps is None or training.max_steps >= config.checkpoint.every_steps:
-        disk += student * weight * 3 * config.checkpoint.keep
-    disk += parts  # kept samples of one generation, mapped from files of their own
-    disk += 4.0 * float(prompt_lengths.sum())
+    steps, generations = _steps(config, contents)
+    known = setup.tokens.student
+    student = models.parameter_count(known, trust_remote_code=config.student.trust_remote_code)
+    held = student * models.resolve_dtype(config.student, trained=True).itemsize
+    adapters = models.adapter_bytes(known, config.student) if config.student.lora else 0
+    learns = adapters or held
+    scored = contents.by_student or contents.mixed
+    # Ids, log-probabilities of who wrote them, and the teacher's top-k in 4 + 2 bytes.
+    wide = 4 + 4 * contents.by_student + 6 * config.scoring.top_k * scored
+    rows = samples * (4 * float(prompts.mean()) + wide * float(responses.mean()) + ROW)
+    references = 0.0
+    if contents.mixed:
+        each = 4 * int(prompts.max()) + (4 + 6 * config.scoring.top_k) * config.rollout.max_new_tokens + ROW
+        references = contents.size(REFERENCE) * each
+    per_generation = max(1, steps // generations)
+    keep, every = config.checkpoint.keep, config.checkpoint.every_steps
+    # What is in use: by the oldest checkpoint, by this generation and by the next one; what is older has `keep`.
+    in_use = 2 + -(-(keep + 1) * every // per_generation)
+    kept = generations if config.schedule.kl_budget is not None else min(generations, keep + in_use)
+    count = len(contents.parts(0)) * kept + (len(contents.parts(REFERENCE)) if contents.mixed else 0)
+    files = FILES + TOKENIZER * len(setup.tokens.tokenizer)
+    disk = kept * rows + references + PART * count
+    disk += rows + references  # the trainer's copy of a generation's kept samples and of the references
+    snapshots = (min(generations, kept + 1) + 1 if contents.by_student else 0) + 1  # the first one, and student/
+    disk += snapshots * (held + adapters + files)
+    if _evaluates_files(setup):
+        disk += held + adapters + files
+    # One is written before the oldest goes; it has the weights and two moments of what learns.
+    disk += min(keep + 1, steps // every) * (held + adapters + 2 * learns + FILES)
+    disk += setup.prompts.table.nbytes + FILES
+    disk += STEP * steps + (REPORT if config.tracking.report else 0)
     return Plan(
-        generations=schedule.generations,
+        generations=config.schedule.generations,
         samples=samples,
-        response_tokens=samples * response,
+        response_tokens=samples * float(responses.mean()),
         steps=steps,
-        rows_per_step=rows_per_step,
+        rows_per_step=max(1, training.batch_tokens // config.packing.length),
         student_parameters=student,
-        # For what is trained, gradients and AdamW's two moments beside the weights.
-        training_bytes=student * weight * (1 if config.student.lora else 4),
+        # What learns has a gradient and AdamW's two moments beside it; adapters come on top of weights that only read.
+        training_bytes=held + adapters + 3 * learns,
         inference_bytes=student * models.resolve_dtype(config.student, trained=False).itemsize,
         disk_bytes=disk,
         limits=limits,
     )
+
+
+def _response_lengths(config: Config, prompts: pa.Table, *, given: bool) -> np.ndarray:
+    """[N] tokens of each prompt's response: of one that is given, or as many as are allowed."""
+    if given and config.data.references == "given":
+        return pc.fill_null(pc.list_value_length(prompts["completion_ids"]), 0).to_numpy()
+    return np.full(len(prompts), config.rollout.max_new_tokens)
+
+
+def _evaluates_files(setup: Setup) -> bool:
+    """Is the student that is trained written to files for an engine that evaluates it?"""
+    config, placed = setup.config, setup.placement
+    if not (config.evaluation.tasks or config.data.eval):
+        return False
+    engine = config.rollout.engine if placed.turns else engine_beside_training(config, placed, 1)
+    return bool(ENGINES[engine].holds_weights)
+
+
+class _LongestRun:
+    """The loop's work (`npd.train.loop.Work`) where every response is as long as it may be, and is kept."""
+
+    def __init__(self, config: Config, contents: Generations, parts: int) -> None:
+        self.config, self.contents, self.most = config, contents, parts
+        self.generation = 0
+        self.lengths = self.response_lengths = np.empty(0, np.int64)
+
+    def begin(self, generation: int) -> tuple[int, int, np.ndarray]:
+        self.generation = generation
+        self.lengths = self.response_lengths = np.empty(0, np.int64)
+        parts = self.contents.parts(generation)[: self.most]
+        references = []
+        if self.contents.mixed:
+            references = [self._add(REFERENCE, part) for part in range(len(self.contents.parts(REFERENCE)))]
+        responses = parts[-1].stop * self.contents.per_prompt(generation)
+        return len(parts), responses, np.concatenate([np.empty(0, np.int64), *references])
+
+    def next_part(self, taken: list[int]) -> int:
+        return len(taken)
+
+    def take(self, part: int) -> tuple[np.ndarray, int]:
+        indices = self._add(self.generation, part)
+        return indices, len(indices)
+
+    def _add(self, generation: int, part: int) -> np.ndarray:
+        table, each = self.contents.table(generation, part), self.contents.per_prompt(generation)
+        responses = _response_lengths(self.config, table, given=self.contents.is_reference(generation))
+        prompts = pc.list_value_length(table["prompt_ids"]).to_numpy()
+        first = len(self.lengths)
+        self.lengths = np.concatenate([self.lengths, np.repeat(prompts + responses, each)])
+        self.response_lengths = np.concatenate([self.response_lengths, np.repeat(responses, each)])
+        return np.arange(first, len(self.lengths))
+
+    def training(self) -> AbstractContextManager[object]:
+        return nullcontext()
+
+    def step(self, rows: list[list[int]], tokens: int, progress: float, steps: float) -> Trained:
+        return Trained(0.0, 0)
+
+    def publish(self, version: int) -> None: ...
+
+    def checkpoint(self) -> None: ...
+
+    def pass_done(self) -> None: ...
+
+    def generation_done(self, reason: str, passes: float) -> None: ...
+
+
+def _steps(config: Config, contents: Generations) -> tuple[int, int]:
+    """Optimiser steps and generations of the longest run that the configuration allows: its loop, without models."""
+    schedule, training = config.schedule, config.training
+    each = contents.responses(0)
+    generations = min(schedule.generations, max(1, SAMPLE // (each * schedule.passes)))
+    passes = min(schedule.passes, max(1, SAMPLE // each))
+    parts = max(1, min(len(contents.parts(0)), len(contents.parts(0)) * SAMPLE // each))
+    shorter = config.model_copy(update={"schedule": schedule.model_copy(update={"passes": passes})})
+    work, at = _LongestRun(shorter, contents, parts), Position()
+    Loop(shorter, work, at, generations=generations, lead=0.0).run()
+    responses = contents.parts(0)[parts - 1].stop * contents.per_prompt(0)
+    scale = schedule.generations / generations * (schedule.passes / passes) * (each / responses)
+    if scale == 1.0 or at.generation < generations:  # to its end, or to a limit
+        return at.step, min(generations, at.generation + 1)
+    steps, planned = math.ceil(at.step * scale), schedule.generations
+    most = [training.max_steps]
+    if training.max_tokens is not None:
+        most.append(math.ceil(training.max_tokens / at.tokens * at.step))
+    for limit in most:
+        if limit is not None and limit < steps:
+            planned = min(planned, math.ceil(limit / steps * schedule.generations))
+    return min([steps, *(limit for limit in most if limit is not None)]), planned
 
 
 def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:

@@ -11,12 +11,12 @@ from typing import Any
 from npd import models
 from npd.config import Config, load_config
 from npd.errors import UserError
-from npd.evaluation import Benchmark, benchmark_kind
-from npd.evaluation import Setting as BenchmarkSetting
+from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.models import Tokens, load_tokenizers
+from npd.losses import check_divergence
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
-from npd.prompts import Prompts, count_sources, load_prompts
+from npd.prompts import Chat, Prompts, count_sources, read_data
 from npd.registry import ENGINES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store
@@ -36,6 +36,8 @@ class Setup:
     """As the user gave it."""
     command: str
     tokens: Tokens
+    chat: Chat
+    """How the student's tokenizer writes conversations."""
     prompts: Prompts | None
     """None where nothing is trained."""
     held_out: Prompts | None
@@ -80,6 +82,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     )
     if generates:
         check_engine(config, placed, processes, trains=not take_turns)
+        if config.loss.kd_weight:
+            check_divergence(config.loss.divergence, config.loss.top_k_mass)
     elif config.evaluation.tasks or config.data.eval is not None or needs_teacher:
         beside = engine_beside_training(config, placed, processes, trains=command != EVAL)
         ENGINES[beside].check(config)
@@ -89,9 +93,16 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     tokens = load_tokenizers(config)
     finished = Store(config.run_dir).finished
     # What is not trained any more need not be there any more.
-    notes = [] if command == EVAL or finished else models.check_weights(config.student, tokens.student, trained=True)
-    prompts = None if command == EVAL else _load_train(config, command, tokens.tokenizer)
-    held_out, tasks = _load_tasks(config, tokens.tokenizer)
+    seen = [] if command == EVAL or finished else models.check_weights(config.student, tokens.student, trained=True)
+    chat = chat_of(config, tokens)
+    prompts, held_out = read_data(config, command, chat, needed_of_eval(config))
+    if config.schedule.references and prompts is not None and not len(usable_references(config, prompts)):
+        raise UserError(
+            "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
+            "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
+        )
+    setting = BenchmarkSetting(config, chat, held_out)
+    tasks = [benchmark_kind(task)(task, setting) for task in config.evaluation.tasks]
     longest = max([0, *(p.longest for p in (prompts, held_out) if p is not None), *(task.longest_prompt for task in tasks)])
     option, response = max(
         ("rollout.max_new_tokens", config.rollout.max_new_tokens),
@@ -99,6 +110,11 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         key=lambda pair: pair[1],
     )
     models.check_context(config.student.model, tokens.student, longest, response, option)
+    notes = [*seen] + [
+        f"{name}: {note}" for data, name in ((prompts, "data.train"), (held_out, "data.eval")) if data for note in data.notes
+    ]
+    if any(data is not None and data.templated for data in (prompts, held_out)):
+        notes += tokens.notes
     compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
     for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
         if read is not None:
@@ -109,41 +125,19 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         notes += teacher_kind(teacher).check(teacher, tokens.teachers[key], question)
     if command != EVAL:
         Store(config.run_dir).check(given, command)
-    return Setup(config, given, command, tokens, prompts, held_out, tasks, placed, longest, notes)
+    return Setup(config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, notes)
 
 
-def _load_train(config: Config, command: str, tokenizer: Any) -> Prompts:
-    given = command == SFT and config.data.references == "given"
-    prompts = load_prompts(
-        config.data.train,
-        tokenizer,
-        split=config.data.split,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_completion_tokens=config.rollout.max_new_tokens if given else None,
-        need="completion" if given else None,
-    )
-    if config.schedule.references and not len(usable_references(config, prompts)):
-        raise UserError(
-            "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
-            "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
-        )
-    return prompts
+def chat_of(config: Config, tokens: Tokens) -> Chat:
+    """How a run's tokenizer writes conversations: with its options, its stop tokens, and the date when the run began."""
+    now = Store(config.run_dir).began
+    return Chat(tokens.tokenizer, config.data.template_options, now=now, stop_ids=tokens.vocabulary.stop_ids)
 
 
-def _load_tasks(config: Config, tokenizer: Any) -> tuple[Prompts | None, list[Benchmark]]:
-    """data.eval, and the benchmarks that evaluation.tasks names."""
+def needed_of_eval(config: Config) -> str | None:
+    """A column that every row of data.eval must have, for some benchmark."""
     kinds = [benchmark_kind(task) for task in config.evaluation.tasks]
-    held_out = None
-    if config.data.eval is not None:
-        held_out = load_prompts(
-            config.data.eval,
-            tokenizer,
-            split=config.data.split,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            need=next((kind.needs for kind in kinds if kind.needs is not None), None),
-        )
-    setting = BenchmarkSetting(config, tokenizer, held_out)
-    return held_out, [kind(task, setting) for kind, task in zip(kinds, config.evaluation.tasks, strict=True)]
+    return next((kind.needs for kind in kinds if kind.needs is not None), None)
 
 
 def check_sources(config: Config, prompts: Prompts, name: str) -> list[str]:

@@ -156,8 +156,10 @@ def load_plugins(modules: Sequence[str]) -> None:
                 raise ImportError("no Python file")
             module = sys.modules[known] = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-        except Exception as error:  # whatever somebody's module raises
+        except (Exception, SystemExit) as error:  # whatever somebody's module raises
             sys.modules.pop(f"npd_plugin_{Path(name).stem}", None)
+            if isinstance(error, UserError):  # it says what is wrong
+                raise UserError(f"plugins names {name!r}, but {error.what}", error.remedy) from error
             raise UserError(
                 f"plugins names {name!r}, which cannot be imported ({type(error).__name__}: {error}). Give the name of an "
                 "installed module, or the path of a .py file."

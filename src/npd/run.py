@@ -14,8 +14,7 @@ from typing import Any
 from npd import models
 from npd.config import Config
 from npd.errors import UserError
-from npd.evaluation import Evaluator
-from npd.evaluation import Setting as BenchmarkSetting
+from npd.evaluation import BenchmarkSetting, Evaluator
 from npd.generations.books import Books
 from npd.generations.generation import Generation
 from npd.generations.models import Evaluated, Models
@@ -61,8 +60,9 @@ class Run:
                 self.store.open(self.setup.given, self.setup.command)
             self.accelerator.wait_for_everyone()
             assert self.setup.prompts is not None, "what trains has prompts"
-            if self.main:
-                self.setup.prompts = self.store.keep_prompts(self.setup.prompts)
+            kept = self.store.keep_prompts(self.setup.prompts) if self.main else None
+            self.accelerator.wait_for_everyone()
+            self.setup.prompts = kept or self.store.prompts()
             for note in self.setup.notes:
                 self.display.say(note)
             for data, name in ((self.setup.prompts, "data.train"), (self.setup.held_out, "data.eval")):
@@ -135,6 +135,7 @@ class Run:
             producer.open()
         with self.events.span(SpanName.LOAD):
             student = models.load_model(self.config.student, trained=True)
+            models.stop_at(student, self.setup.tokens.vocabulary.stop_ids)
             trainer = Trainer(self.config, self.store, self.accelerator, student, self.setup.tokens.tokenizer, self.events)
         self.shop.room = partial(room_for_a_refresh, trainer, self.shop)
         start_trackers(self.accelerator, self.config, self.store.path / "trackers")
@@ -268,6 +269,7 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
         if not store.policies():
             began = time.time()
             student = models.load_model(run.config.student, trained=True)
+            models.stop_at(student, run.setup.tokens.vocabulary.stop_ids)
             store.publish(0, lambda path: models.save_model(student, run.setup.tokens.tokenizer, path), 0)
             del student
             run.display.say(f"Published the student as it starts, v000000, in {time.time() - began:.1f} s.")
@@ -322,7 +324,7 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
     setup, display = prepare(config, EVAL), display or Display(quiet=True)
     for note in setup.notes:
         display.say(note)
-    evaluator = Evaluator(BenchmarkSetting(config, setup.tokens.tokenizer, setup.held_out), setup.tasks)
+    evaluator = Evaluator(BenchmarkSetting(config, setup.chat, setup.held_out), setup.tasks)
     if not evaluator:
         raise UserError("There is nothing to evaluate: set evaluation.tasks, or data.eval together with a teacher.")
     weights: Weights = ModelWeights(config.student)

@@ -4,7 +4,7 @@ import numpy as np
 
 from npd.config import TaskConfig
 from npd.errors import UserError
-from npd.evaluation import Benchmark, Setting, Student
+from npd.evaluation import Benchmark, BenchmarkSetting, Student
 from npd.intervals import wilson_interval
 from npd.registry import BENCHMARKS
 
@@ -12,7 +12,7 @@ from npd.registry import BENCHMARKS
 class Stops(Benchmark):
     """Answers the prompts of data.eval."""
 
-    def __init__(self, task: TaskConfig, setting: Setting) -> None:
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         super().__init__(task, setting)
         if setting.held_out is None:
             raise UserError("evaluation.tasks has `stops`, which answers the prompts of data.eval; set data.eval.")

@@ -8,13 +8,13 @@ import numpy as np
 
 from npd.config import TeacherConfig
 from npd.registry import TEACHERS
-from npd.scoring import Reading, Setting, Teacher
+from npd.scoring import Reading, Teacher, TeacherSetting
 
 
 class Bigrams(Teacher):
     """Reads log-probabilities out of a JSON file [V, V]: row i is what follows token i. Its `model` is the file."""
 
-    def __init__(self, config: TeacherConfig, setting: Setting) -> None:
+    def __init__(self, config: TeacherConfig, setting: TeacherSetting) -> None:
         super().__init__(config, setting)
         self.table = np.array(json.loads(Path(config.model).read_text()), np.float32)
 

@@ -13,6 +13,8 @@ from pydantic import Field, field_validator, model_validator
 from npd.config.base import VLLM_FREE, DivergenceName, EngineName, RuleName, Sampling, Section, TeacherKind
 from npd.registry import DIVERGENCES, ENGINES, RULES
 
+DataColumn = Literal["prompt", "completion", "messages", "answer", "source", "tools"]
+
 
 class LoraConfig(Section):
     r: int = Field(default=16, ge=1)
@@ -88,11 +90,21 @@ class TeacherConfig(ModelConfig):
 
 class DataConfig(Section):
     train: str
-    """Prompts: a .jsonl, .json, .parquet or .csv file, a directory of them, or a Hub dataset."""
+    """Prompts: a .jsonl, .json, .parquet or .csv file (also .gz or .zst), a directory of them or of a saved dataset, or a
+    Hub dataset."""
     eval: str | None = None
     """Held-out prompts, for the KL to the teacher and for `answer` accuracy."""
     split: str = "train"
-    """Split to read when `train` or `eval` is a Hub dataset."""
+    """Split to read when `train` or `eval` is a dataset, also a slice of it: train[:10%]. Of a file, rows: train[:1000]."""
+    eval_split: str | None = None
+    """Split of `eval`; null: as split."""
+    config: str | None = None
+    """Configuration of a Hub dataset that has several."""
+    columns: dict[DataColumn, str] = {}
+    """The data's own names, such as {prompt: question, answer: solution}: for prompt, completion, messages, answer, source
+    and tools."""
+    template_options: dict[str, Any] = {}
+    """Variables for the chat template, such as {enable_thinking: false}: in training, references and evaluation alike."""
     max_prompt_tokens: int = Field(default=1024, ge=1)
     """Longer prompts are left out, counted and named; none is cut."""
     references: Literal["given", "teacher"] = "given"

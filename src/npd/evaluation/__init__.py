@@ -13,16 +13,15 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedTokenizerBase
 
 from npd.config import Config, Sampling, TaskConfig
 from npd.evaluation.verify import pass_at_k
 from npd.intervals import wilson_interval
-from npd.prompts import Prompts
+from npd.prompts import Chat, Prompts
 from npd.registry import BENCHMARKS
 from npd.schedule import derive_seed
 
-__all__ = ["Benchmark", "Evaluator", "Gap", "Setting", "Student", "VerifiedTask", "benchmark_kind"]
+__all__ = ["Benchmark", "BenchmarkSetting", "Evaluator", "Gap", "Student", "VerifiedTask", "benchmark_kind"]
 
 Figures = dict[str, float]
 
@@ -53,11 +52,12 @@ class Student(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchmarkSetting:
     """What a benchmark works with."""
 
     config: Config
-    tokenizer: PreTrainedTokenizerBase
+    chat: Chat
+    """The student's tokenizer, and how it writes conversations."""
     held_out: Prompts | None = None
     """data.eval"""
 
@@ -79,7 +79,7 @@ class Benchmark(ABC):
     needs: ClassVar[str | None] = None
     """A column that every row of data.eval must have for it."""
 
-    def __init__(self, task: TaskConfig, setting: Setting) -> None:
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         self.task, self.setting, self.name = task, setting, task.name
 
     @property
@@ -99,7 +99,7 @@ class VerifiedTask(Benchmark):
         prompts: one prompt [tokens] a problem.
     """
 
-    def __init__(self, task: TaskConfig, setting: Setting, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting, prompts: Sequence[Sequence[int]]) -> None:
         super().__init__(task, setting)
         self.prompts = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
 
@@ -113,7 +113,7 @@ class VerifiedTask(Benchmark):
 
     def __call__(self, student: Student) -> Figures:
         """Accuracy with its 95% interval, and pass@k for every power of two up to evaluation.samples."""
-        sampling, tokenizer = self.setting.sampling, self.setting.tokenizer
+        sampling, tokenizer = self.setting.sampling, self.setting.chat.tokenizer
         each = sampling.samples_per_prompt
         seed = derive_seed(self.setting.config.seed, "task", self.name)
         answered = student.write(self.prompts, sampling, seed, f"evaluate {self.name}")
@@ -143,7 +143,7 @@ class DistanceToTeacher:
     its top-k alone leaves a lower bound of the KL, and it is called so.
     """
 
-    def __init__(self, setting: Setting, prompts: pa.Table) -> None:
+    def __init__(self, setting: BenchmarkSetting, prompts: pa.Table) -> None:
         self.setting, self.prompts = setting, prompts
 
     def __call__(self, student: Student) -> Figures:
@@ -158,7 +158,7 @@ class DistanceToTeacher:
 class Evaluator:
     """Every task, and the held-out comparison with the teacher where there is one."""
 
-    def __init__(self, setting: Setting, tasks: list[Benchmark]) -> None:
+    def __init__(self, setting: BenchmarkSetting, tasks: list[Benchmark]) -> None:
         self.tasks = tasks
         self.measures: list[Benchmark | DistanceToTeacher] = [*tasks]
         config, held_out = setting.config, setting.held_out

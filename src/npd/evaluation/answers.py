@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from npd.config import TaskConfig
 from npd.errors import UserError
-from npd.evaluation import Setting, VerifiedTask
+from npd.evaluation import BenchmarkSetting, VerifiedTask
 from npd.evaluation.verify import is_correct
+from npd.prompts import accepted_answers
 
 
 class Answers(VerifiedTask):
@@ -13,7 +14,7 @@ class Answers(VerifiedTask):
 
     needs = "answer"
 
-    def __init__(self, task: TaskConfig, setting: Setting) -> None:
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         if setting.held_out is None:
             raise UserError("evaluation.tasks has `answer`, which compares with data.eval's answer column; set data.eval.")
         table = setting.held_out.table.slice(0, task.size)
@@ -23,4 +24,4 @@ class Answers(VerifiedTask):
         super().__init__(task, setting, table["prompt_ids"].to_pylist())
 
     def score(self, problem: int, text: str) -> float:
-        return float(is_correct(text, self.answers[problem]))
+        return float(any(is_correct(text, answer) for answer in accepted_answers(self.answers[problem])))

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
 from npd.config import TaskConfig
 from npd.errors import UserError
-from npd.evaluation import Setting, VerifiedTask
+from npd.evaluation import BenchmarkSetting, VerifiedTask
 from npd.evaluation.verify import extract_answer
 
 DEFAULT_SIZE = 128
@@ -17,7 +15,7 @@ DEFAULT_SIZE = 128
 class ReasoningGym(VerifiedTask):
     """A task by reasoning-gym's own name."""
 
-    def __init__(self, task: TaskConfig, setting: Setting) -> None:
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         import reasoning_gym
 
         size = task.size or DEFAULT_SIZE
@@ -27,9 +25,9 @@ class ReasoningGym(VerifiedTask):
         except Exception as error:  # unknown names and options raise whatever the task's own checks do
             raise UserError(
                 f"evaluation.tasks: {task.name!r} with options {task.options} is no task: {error}. Give a reasoning-gym task "
-                "or `answer`."
+                "or `answer`; `plugins` brings others."
             ) from error
-        super().__init__(task, setting, [_question(entry["question"], setting.tokenizer) for entry in self.entries])
+        super().__init__(task, setting, [setting.chat.question(entry["question"]) for entry in self.entries])
 
     def score(self, problem: int, text: str) -> float:
         entry = self.entries[problem]
@@ -40,10 +38,3 @@ class ReasoningGym(VerifiedTask):
             return float(self.dataset.score_answer(said, entry) >= 1.0)
         except Exception:  # verifiers parse, and a model may write anything
             return 0.0
-
-
-def _question(question: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": question}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-    return list(tokenizer(question + "\n")["input_ids"])

@@ -75,7 +75,7 @@ class Books:
         """Write the manifest of a generation whose parts are all there; returns it.
 
         Raises:
-            UserError: a part is damaged.
+            UserError: a part is damaged in a column that is counted; the others are verified when they are trained on.
             FileNotFoundError: a part is gone.
         """
         count = len(self.generations.parts(generation))

@@ -18,7 +18,6 @@ from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName
 from npd.placement import Placement, check_engine, resolve_placement
-from npd.prompts import Prompts
 from npd.store import REFERENCE, Store
 
 ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way
@@ -135,7 +134,8 @@ def follow(
     file = run_dir / "config.yaml"
     if not file.exists() or not (run_dir / "prompts.arrow").exists():
         raise UserError(f"{run_dir} holds no run of `npd distill`; start one there first.")
-    theirs = load_config(file, {"run_dir": str(run_dir)})
+    here = {} if config is None else {"plugins": config.plugins}  # another machine has them elsewhere
+    theirs = load_config(file, {"run_dir": str(run_dir)} | here)
     if (theirs.provenance or {}).get("command") != "distill":
         raise UserError(f"{run_dir} holds no run of `npd distill`, and only those have generations to make.")
     config = config or theirs
@@ -161,7 +161,7 @@ def _workshop(config: Config, placement: Placement | None, rank: int, world: int
         placement = resolve_placement(config.model_copy(update={"placement": anywhere}), take_turns=True)
         check_engine(config, placement, 1, trains=False)
     models.use_device(placement.rollout)
-    prompts = Prompts.open(store.path / "prompts.arrow")
+    prompts = store.prompts()
     events = Events(store.path / "events.jsonl", f"refresh-{rank}")
     generations = Generations(config, prompts)
     # The selection is read anew for each part: `npd refresh --reselect` may have changed it.

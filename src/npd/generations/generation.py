@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from npd.config import Config, PlacementConfig
+from npd.placement import names_producer
 from npd.prompts import Prompts
-from npd.registry import PRODUCERS
 from npd.schedule import derive_seed, generation_size, parts_of_generation, prompts_of_generation
 from npd.store import REFERENCE
 
@@ -71,9 +71,9 @@ class Generations:
         """The prompts of a part."""
         here = self.parts(generation)[part]
         if generation == REFERENCE:
-            return self.prompts.take(self._reference_prompts[here])
+            return self.prompts.rows_at(self._reference_prompts[here])
         indices = prompts_of_generation(len(self.prompts), generation, self.config.schedule, self.config.seed, here)
-        return self.prompts.take(indices)
+        return self.prompts.rows_at(indices)
 
     @cached_property
     def _reference_prompts(self) -> np.ndarray:
@@ -104,7 +104,7 @@ def tuning(config: Config) -> Config:
     """
     schedule = config.schedule.model_copy(update={"generations": 1, "prompts": "all", "lead": 0.0, "references": 0.0})
     loss = config.loss.model_copy(update={"kd_weight": 0.0})
-    elsewhere = config.placement.rollout in PRODUCERS if isinstance(config.placement.rollout, str) else False
+    elsewhere = names_producer(config.placement)
     placement: PlacementConfig = config.placement.model_copy(update={"rollout": "auto"} if elsewhere else {})
     return config.model_copy(update={"schedule": schedule, "loss": loss, "placement": placement})
 

@@ -23,14 +23,14 @@ from npd.models import (
     shared_vocabulary,
     snapshot_config,
     stop_ids_of,
+    template_difference,
 )
 from npd.observe.display import Display
 from npd.placement import Placement
 from npd.records import EngineCheck
 from npd.registry import ENGINES
-from npd.rollout import Engine, Setting, Weights
-from npd.scoring import Identity, Prefill, Teacher, teacher_kind
-from npd.scoring import Setting as TeacherSetting
+from npd.rollout import Engine, EngineSetting, Weights
+from npd.scoring import Identity, Prefill, Teacher, TeacherSetting, teacher_kind
 from npd.scoring.routed import Routed
 from npd.store import Store
 
@@ -45,6 +45,8 @@ class Tokens(NamedTuple):
     """The student's own configuration."""
     teachers: dict[str | None, Identity]
     """By their keys in `Config.all_teachers`."""
+    notes: list[str]
+    """What the user should know of how their chat templates fit."""
 
 
 def load_tokenizers(config: Config) -> Tokens:
@@ -63,12 +65,18 @@ def load_tokenizers(config: Config) -> Tokens:
     for identity in teachers.values():
         stop_ids += identity.stop_ids
     known = [identity.config for identity in teachers.values() if identity.config is not None]
-    vocabulary = shared_vocabulary(tokenizer, student, *known, stop_ids=stop_ids)
+    options = config.data.template_options
+    vocabulary = shared_vocabulary(tokenizer, student, *known, stop_ids=stop_ids, template_options=options)
     if len(known) < len(teachers):  # how far another one's vocabulary is padded is not known
         vocabulary = replace(vocabulary, size=min(vocabulary.size, 1 + max(tokenizer.get_vocab().values())))
     if config.scoring.top_k > vocabulary.size:
         raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
-    return Tokens(tokenizer, vocabulary, student, teachers)
+    notes = []
+    for key, identity in teachers.items():
+        if identity.tokenizer is not None and (difference := template_difference(tokenizer, identity.tokenizer, options)):
+            name = config.all_teachers[key].model
+            notes.append(f"The chat template of {name} is another one than the student's: {difference}.")
+    return Tokens(tokenizer, vocabulary, student, teachers, notes)
 
 
 class Snapshot:
@@ -123,7 +131,7 @@ class Models:
                 self.placement.teacher,
                 self.config.scoring.batch_tokens,
                 self.display.say,
-                self._start_engine,
+                self._start_engine,  # which rests by being closed
             )
             self._teachers[key] = teacher_kind(config)(config, setting)
         return self._teachers[key]
@@ -181,21 +189,22 @@ class Models:
                 # What shares the engine's device is loaded first: the engine takes a share of what is left.
                 for key in self.config.all_teachers:
                     self.teacher(key)
-            self._engine = self._start_engine(self.config.student)
+            self._engine = self._start_engine(self.config.student, shares_device=self.placement.shared_gpu)
         self._engine.take(weights)
         return self._engine
 
-    def _start_engine(self, model: ModelConfig) -> Engine:
-        lora = getattr(model, "lora", None) is not None
-        setting = Setting(
+    def _start_engine(self, model: ModelConfig, *, shares_device: bool = False) -> Engine:
+        base = self.store.policy(0)  # where adapters have changed nothing yet; only a distillation has snapshots
+        lora = getattr(model, "lora", None) is not None and base.is_dir()
+        setting = EngineSetting(
             self.config,
             model,
             self.vocabulary,
             self.pad_id,
             self.placement.rollout,
             self.longest_prompt,
-            shares_device=self.placement.shared_gpu,
-            base=self.store.policy(0) if lora else None,  # where adapters have changed nothing yet
+            shares_device=shares_device,
+            base=base if lora else None,
         )
         return self.engine_kind(setting)
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import torch
 
 from npd.config import Config, Sampling
+from npd.errors import RunError
 from npd.generations.books import Books
 from npd.generations.generation import Generations
 from npd.generations.models import Models, engine_difference, routed_writer
@@ -85,15 +86,15 @@ class Pipeline:
             engine = self.models.engine(version)
         if not engine.exact and generation not in self._checked:
             self._check_engine(generation, engine, version, self.generations.table(generation, following))
-        waiting: list[int] = []  # parts that are asked for and not answered
+        waiting: dict[int, int] = {}  # parts that are asked for and not answered, and how many responses they want
 
         def asked() -> Iterator[Request]:
             nonlocal following
             while following is not None:
                 part, following = following, None
-                waiting.append(part)
-                seed = derive_seed(self.config.seed, "rollout", version, generation, part)
-                yield Request(part, self.generations.table(generation, part), seed)
+                table = self.generations.table(generation, part)
+                waiting[part] = len(table) * self.generations.per_prompt(generation)
+                yield Request(part, table, derive_seed(self.config.seed, "rollout", version, generation, part))
                 if following is None:
                     following = next(parts, None)
 
@@ -117,11 +118,14 @@ class Pipeline:
                 oldest, shown = min(waiting) if waiting else following, 0
                 assert oldest is not None, "a part is asked for, or comes next"
                 with self._generating(generation, oldest) as advance:
-                    answered = next(stream, None)
-                if answered is None:
-                    return
-                waiting.remove(answered[0])
-                yield answered
+                    number, table = next(stream, (oldest, pa.table({})))
+                if len(table) != waiting.pop(number, None):
+                    raise RunError(
+                        f"rollout.engine {self.config.rollout.engine} gave {len(table)} responses to part {number} of "
+                        f"generation {generation}, which is not what it was asked for: each request is answered once, with "
+                        "rollout.samples_per_prompt rows for each of its own."
+                    )
+                yield number, table
         finally:
             close = getattr(stream, "close", None)
             if close is not None:

@@ -71,6 +71,7 @@ class Workshop:
         if self.main and self.store.manifest(generation) is None:
             self.finish(generation)
         self.wait()
+        self.shown.add(generation)  # whoever made it showed it, and that may have been an earlier process
         self.books.check_some_kept(generation)
 
     def make_parts(self, generation: int, parts: Iterable[int], version: int | None = None) -> None:
@@ -101,7 +102,7 @@ class Producer(ABC):
         self.shop = workshop
 
     @classmethod
-    def takes(cls, placed: Placement) -> bool:
+    def suits(cls, placed: Placement) -> bool:
         """Is a producer of this kind meant, where placement.rollout does not name one?"""
         return False
 
@@ -148,7 +149,7 @@ class Turns(Producer):
     in_turns = True
 
     @classmethod
-    def takes(cls, placed: Placement) -> bool:
+    def suits(cls, placed: Placement) -> bool:
         return placed.turns
 
     def begin(self, generation: int) -> None:
@@ -220,4 +221,4 @@ def producer_kind(placed: Placement) -> type[Producer]:
     """
     if placed.producer is not None:
         return PRODUCERS[placed.producer]
-    return next(kind for kind in PRODUCERS.values() if kind.takes(placed))
+    return next(kind for kind in PRODUCERS.values() if kind.suits(placed))

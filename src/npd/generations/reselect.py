@@ -47,6 +47,11 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
     manifest = store.manifest(generation)
     assert manifest is not None, "only a finished generation is judged anew"
     parts = range(len(manifest.parts))
+    if missing := store.missing_parts(generation, len(parts)):
+        raise UserError(
+            f"Generation {generation} of {store.path} lacks {len(missing)} of its {len(parts)} parts.",
+            "Make them again with `npd refresh` first.",
+        )
     select, summary = Select(config.selection), Summary(config.selection)
 
     def judged(part: int) -> pa.Table:

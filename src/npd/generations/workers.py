@@ -85,7 +85,7 @@ class Workers(Beside):
         self._made: dict[int, set[tuple[int, int]]] = {}
 
     @classmethod
-    def takes(cls, placed: Placement) -> bool:
+    def suits(cls, placed: Placement) -> bool:
         return bool(placed.workers)
 
     @property
@@ -131,6 +131,7 @@ class Workers(Beside):
                 again = "What was finished is kept: mend what the log names and run the same command again."
                 raise self._failed(rank, RunError(story, again))
             shop.display.say(f"{story}\nIt is started again from the first missing part ({self._deaths[rank]} of {most}).")
+            worker.end()
             with shop.events.span(SpanName.RESTART, rank=rank, code=code):
                 self.workers[rank] = self._start(rank)
 
@@ -216,11 +217,13 @@ def main() -> None:
     try:
         follow(Path(run_dir), Placement(**tree), int(rank), int(world), display, POLL, began=float(began))
     except NpdError as error:
-        print(f"npd: {error}", file=sys.stderr, flush=True)
         with suppress(OSError):
             WorkerEnd.of(error).tell(int(says))
+        with suppress(OSError):  # the log may lie on the disk that is full
+            print(f"npd: {error}", file=sys.stderr, flush=True)
         status = error.exit_status
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     if status:
         os._exit(status)
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from npd.losses.divergences import Divergence
-from npd.losses.linear import CHUNK_ELEMENTS, LossOutput, TopKMass, sparse_soft_cross_entropy
+from npd.losses.linear import CHUNK_ELEMENTS, LossOutput, TopKMass, check_divergence, sparse_soft_cross_entropy
 
-__all__ = ["CHUNK_ELEMENTS", "Divergence", "LossOutput", "TopKMass", "near_policy_kl", "sparse_soft_cross_entropy"]
+__all__ = [
+    "CHUNK_ELEMENTS", "Divergence", "LossOutput", "TopKMass", "check_divergence", "near_policy_kl",
+    "sparse_soft_cross_entropy",
+]  # fmt: skip
 
 
 def near_policy_kl(logprobs: Tensor, behavior_logprobs: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from npd.errors import UserError
 from npd.losses.divergences import Divergence
 from npd.registry import DIVERGENCES
 
@@ -252,6 +253,25 @@ def _compare(
             return value_CS, None
         (slope_CS,) = torch.autograd.grad(value_CS, student_CS, torch.ones_like(value_CS))
     return value_CS.detach(), -slope_CS
+
+
+def check_divergence(name: str, top_k_mass: TopKMass) -> None:
+    """See, on two tokens, that a divergence gives what the loss needs: also where the teacher gives a symbol nothing.
+
+    Raises:
+        UserError: its values have another shape, do not depend on the student, or are not finite.
+    """
+    teacher_CK = torch.tensor([[0.6, 0.3], [1.0, 0.0]]).log()
+    student_CS = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.3, 0.6]]).log()
+    try:
+        found = _compare(DIVERGENCES[name], _teacher_sheet(teacher_CK, top_k_mass, rest_exists=True), student_CS, True)
+        if not all(part is None or part.isfinite().all() for part in found):
+            raise ValueError("what it gives, or its derivative, is not finite where the teacher gives a symbol nothing")
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise UserError(
+            f"loss.divergence {name!r} cannot be trained with, loss.top_k_mass being {top_k_mass}: {error}.",
+            "docs/extending.md says what a divergence is given, and gives.",
+        ) from error
 
 
 # Does the backward pass that runs keep its graph for another one? torch tells only its own compiler.

@@ -28,9 +28,9 @@ from npd.models.reading import (
     head_weight,
     hidden_states,
 )
-from npd.models.saving import ADAPTER, State, copy_state, save_model
-from npd.models.students import add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
-from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary
+from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
+from npd.models.students import adapter_bytes, add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
+from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 from npd.models.writing import Writing, prompt_batches, ways_to_write
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "State",
     "Vocabulary",
     "Writing",
+    "adapter_bytes",
     "add_lora",
     "after_head_of",
     "backbone",
@@ -79,7 +80,9 @@ __all__ = [
     "saved_dtype",
     "shared_vocabulary",
     "snapshot_config",
+    "stop_at",
     "stop_ids_of",
+    "template_difference",
     "use_device",
     "ways_to_write",
 ]

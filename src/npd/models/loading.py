@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -36,6 +37,7 @@ from npd.models.files import (
     weight_files,
 )
 from npd.models.proof import prove_layout
+from npd.models.tokens import named_stops
 
 
 def _source(config: ModelConfig) -> dict[str, Any]:
@@ -325,34 +327,47 @@ def check_context(name: str, config: transformers.PreTrainedConfig, prompt: int,
 
 
 def directory_of(config: ModelConfig) -> Path | None:
-    """The directory that holds a model's weights here; None for a GGUF file or a Hub id."""
+    """The directory that holds a model's files here: of a Hub id, what is in the cache; None where there is none, or GGUF."""
     source = _source(config)
-    path = Path(source["pretrained_model_name_or_path"])
-    return path if path.is_dir() and "gguf_file" not in source else None
+    if "gguf_file" in source:
+        return None
+    name = source["pretrained_model_name_or_path"]
+    if Path(name).is_dir():
+        return Path(name)
+    cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
     """Parameters of a model, from its configuration alone."""
+    return sum(parameter.numel() for parameter in shape_of(config, trust_remote_code=trust_remote_code).parameters())
+
+
+def shape_of(
+    config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
+    """A model without weights, on the meta device."""
     kind = _auto_class("a model", config, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
-        model = kind.from_config(config, trust_remote_code=trust_remote_code)
+        model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
     model.tie_weights()
-    return sum(parameter.numel() for parameter in model.parameters())
+    return model
 
 
 def stop_ids_of(config: ModelConfig) -> list[int]:
-    """Further stop tokens from a model's generation_config.json, as chat models have them."""
+    """The stop tokens that a model's directory names in generation_config.json, or where there is none in config.json.
+
+    `shared_vocabulary` joins what the tokenizer, its chat template and the configurations say.
+    """
     source = _source(config)
     if "gguf_file" in source:
         return []
     try:
         source.pop("trust_remote_code")
-        ids = transformers.GenerationConfig.from_pretrained(
-            source.pop("pretrained_model_name_or_path"), **source
-        ).eos_token_id
+        found: Any = transformers.GenerationConfig.from_pretrained(source.pop("pretrained_model_name_or_path"), **source)
     except OSError:
-        return []
-    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+        found = load_model_config(config)
+    return named_stops(found)
 
 
 def snapshot_config(config: StudentConfig, path: Path) -> StudentConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from npd.errors import RunError
 from npd.models.loading import not_finite, quiet_transformers
 from npd.models.reading import base_model
+from npd.models.tokens import named_stops, stops_of
 
 ADAPTER = "adapter"  # what a snapshot keeps a student's adapters in, besides the merged weights
 
@@ -46,6 +47,7 @@ def save_model(
         RunError: a weight is not finite; nothing is written.
     """
     base = base_model(model)
+    stop_at(base, stops_of(tokenizer, ()))
     if state is None:
         state = State(base.state_dict()) if base is model else State(_merged_state(model), _adapter_state(model))
     weights = state.weights if dtype is None else _as_type(base, state.weights, dtype)
@@ -65,6 +67,16 @@ def save_model(
         options: Any = model.peft_config
         options["default"].save_pretrained(path / ADAPTER)
         save_file(state.adapter, path / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def stop_at(model: nn.Module, stop_ids: Sequence[int]) -> None:
+    """Make a model's own generation end at these tokens as well; its generation_config.json then says so."""
+    base: Any = base_model(model)
+    config = getattr(base, "generation_config", None)
+    if config is not None:
+        size = base.config.get_text_config().vocab_size
+        stops = sorted(token for token in {*named_stops(config, base.config), *stop_ids} if token < size)
+        config.eos_token_id = stops[0] if len(stops) == 1 else stops
 
 
 def _as_type(base: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

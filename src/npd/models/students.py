@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError
+from npd.models.devices import resolve_dtype
 from npd.models.files import stored_dtype, weight_files
 from npd.models.layout import layout_of, probe_ids
-from npd.models.loading import load_model
+from npd.models.loading import load_model, shape_of
 from npd.models.proof import prove_layout
 from npd.models.reading import backbone, base_model, hidden_states
 from npd.models.saving import adapted
@@ -142,6 +143,12 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
         UserError: the model has no such modules, they include the language-model head or what is tied to it, or what the
             adapters do would not be in the merged weights.
     """
+    wrapped = _with_adapters(model, config, [*unread_modules(model), *_routers(model)])
+    _prove_merge(wrapped, config.model)
+    return wrapped
+
+
+def _with_adapters(model: PreTrainedModel, config: StudentConfig, unread: Sequence[str]) -> nn.Module:
     import peft
 
     assert config.lora is not None
@@ -150,7 +157,7 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes floats
         lora_dropout=config.lora.dropout,
         target_modules=config.lora.target_modules,
-        exclude_modules=[*unread_modules(model), *_routers(model)] or None,
+        exclude_modules=list(unread) or None,
         task_type="CAUSAL_LM",
     )
     head = model.get_output_embeddings()
@@ -170,8 +177,18 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
             "student.lora.target_modules names the embedding, which this model ties to its language-model head: adapters "
             "would change the one and not the other, and no merged model could hold both. Leave it out."
         )
-    _prove_merge(wrapped, config.model)
     return wrapped
+
+
+def adapter_bytes(known: PreTrainedConfig, config: StudentConfig) -> int:
+    """Bytes of a student's adapters at most, from the model's configuration alone.
+
+    Raises:
+        UserError: as `add_lora`.
+    """
+    dtype = resolve_dtype(config, trained=True)
+    wrapped = _with_adapters(shape_of(known, trust_remote_code=config.trust_remote_code, dtype=dtype), config, ())
+    return sum(p.numel() * p.element_size() for p in wrapped.parameters() if p.requires_grad)
 
 
 def _routers(model: PreTrainedModel) -> list[str]:

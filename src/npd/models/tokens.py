@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import transformers
 from transformers import PreTrainedTokenizerBase
 
 from npd.errors import UserError
+from npd.prompts.templates import Chat, shared, turn_end
 
 PROBES = (
     "The quick brown fox jumps over 13 lazy dogs.",
@@ -69,17 +71,62 @@ def check_compatible(
             )
 
 
+def template_difference(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
+) -> str | None:
+    """Where two tokenizers' chat templates first write the same conversation differently, in words; None: nowhere.
+
+    A teacher reads what the student's template writes: another format than its own is not what it was made for.
+    """
+    if student.chat_template == teacher.chat_template or not (student.chat_template and teacher.chat_template):
+        return None
+    known = {name: value for name, value in (options or {}).items() if name in str(teacher.chat_template)}
+    now = Chat(student, options).now
+    ours, theirs = Chat(student, options, now=now), Chat(teacher, known, now=now)
+    question = {"role": "user", "content": "1 + 1?"}
+    turns = [question, {"role": "assistant", "content": "2"}, question]
+    for messages in ([{"role": "system", "content": "Be brief."}, *turns], turns, [question]):
+        mine, other = ours.try_render(messages, how="ask"), theirs.try_render(messages, how="ask")
+        if mine is not None and other is not None and mine != other:
+            at = shared(mine, other)
+            ends = f"the student's writes {mine[at:][:40]!r}, the teacher's {other[at:][:40]!r}"
+            return f"behind {mine[max(0, at - 20) : at]!r} {ends}"
+    return None
+
+
+def named_stops(*configs: Any) -> list[int]:
+    """The tokens that models' or generation's configurations name as the end of a text."""
+    ids: list[int] = []
+    for config in configs:
+        for part in (config, config.get_text_config() if hasattr(config, "get_text_config") else None):
+            named = getattr(part, "eos_token_id", None)
+            ids += [] if named is None else named if isinstance(named, list) else [named]
+    return [token for token in dict.fromkeys(ids) if isinstance(token, int) and token >= 0]
+
+
+def stops_of(tokenizer: PreTrainedTokenizerBase, named: Iterable[int], options: Mapping[str, Any] | None = None) -> list[int]:
+    """Every token that ends a response: the tokenizer's, the chat template's, and those that configurations name."""
+    ids = [tokenizer.eos_token_id, turn_end(tokenizer, options).token, *named]
+    return [int(token) for token in dict.fromkeys(ids) if token is not None]
+
+
 def shared_vocabulary(
-    tokenizer: PreTrainedTokenizerBase, *configs: transformers.PreTrainedConfig, stop_ids: Sequence[int] = ()
+    tokenizer: PreTrainedTokenizerBase,
+    *configs: transformers.PreTrainedConfig,
+    stop_ids: Sequence[int] = (),
+    template_options: Mapping[str, Any] | None = None,
 ) -> Vocabulary:
-    """The ids that every model has, and the tokens that start and end a response."""
+    """The ids that every model has, and the tokens that start and end a response.
+
+    All that says what ends one is joined: the tokenizer, its chat template, the models' configurations, and `stop_ids`.
+    """
     size = min(config.get_text_config().vocab_size for config in configs)
-    eos: list[int] = [tokenizer.eos_token_id, *stop_ids]
     highest = max(tokenizer.get_vocab().values())
     if highest >= size:
         raise UserError(
             f"The tokenizer has token id {highest}, but one of the models has only {size} embeddings: "
             "model and tokenizer do not belong together."
         )
+    stops = [token for token in stops_of(tokenizer, [*stop_ids, *named_stops(*configs)], template_options) if token < size]
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    return Vocabulary(size, tuple(sorted(set(eos))), int(start))
+    return Vocabulary(size, tuple(sorted(stops)), int(start))

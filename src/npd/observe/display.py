@@ -84,7 +84,8 @@ class Display:
     def __init__(self, console: Console | None = None, *, quiet: bool = False, progress: Path | None = None) -> None:
         self.progress = progress
         if progress is not None:
-            progress.unlink(missing_ok=True)  # of a process that was killed
+            with suppress(OSError):
+                progress.unlink(missing_ok=True)  # of a process that was killed
         self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=False)
         self.busy = False
         """Is a task being shown? Tasks inside it are not."""

@@ -47,6 +47,7 @@ LIGHT = [
 MOST_TOKENS = 80_000_000  # response tokens whose parts are read; of a larger run, evenly spaced parts
 LOG_LINES = 40
 MOST_FIGURE = 1e15  # what is larger is no figure of a run, and no plot could show it
+SIGNALLED, INTERRUPTED = ("SystemExit",), ("KeyboardInterrupt", "Abort")  # errors that end a run somebody stopped
 ALIVE_SECONDS = 120.0  # a process of another machine is taken to live for so long after its last sign
 
 Kind = Literal["finished", "running", "failed", "stopped", "between"]
@@ -359,9 +360,9 @@ def failure_of(mark: Span) -> Failure:
 
 
 def how_it_ended(failure: Failure) -> str:
-    if failure.error == "SystemExit":
+    if failure.error in SIGNALLED:
         return "was stopped by a signal"
-    return "was stopped by hand" if failure.error in ("KeyboardInterrupt", "Abort") else "failed"
+    return "was stopped by hand" if failure.error in INTERRUPTED else "failed"
 
 
 def in_use(store: Store) -> bool | None:

@@ -15,7 +15,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from npd.observe.events import SpanName
 from npd.report import figures as fig
 from npd.report import pictures as pic
 from npd.report import tables as tab
-from npd.report.facts import RunFacts, clock, gather, how_it_ended
+from npd.report.facts import INTERRUPTED, SIGNALLED, RunFacts, clock, gather
 from npd.report.output import check_output, write_output
 from npd.report.samples import MOST_SAMPLES, MOST_TOKENS, Browser, browse
 from npd.report.text import island, visible
@@ -58,6 +58,8 @@ class Code:
 class Chapter:
     id: str
     title: str
+    short: str
+    """Its name in the bar at the top."""
     intro: list[str] = field(default_factory=list)
     tables: list[tab.Table] = field(default_factory=list)
     bars: list[tab.Bar] = field(default_factory=list)
@@ -124,18 +126,20 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
     sources = tab.source_table(facts)
     evaluation = tab.evaluation_table(runs)
     chapters = [
-        Chapter("failure", "What went wrong", *what_went_wrong(facts)),
+        what_went_wrong(facts),
         Chapter(
             "spent",
             "Before, after, and what it took",
+            "Results",
             tables=[t for t in [evaluation] if t],
-            bars=tab.bars(facts),
+            bars=[*tab.time_bars(facts), *tab.response_bars(facts)],
             figures=fig.evaluation_curves(runs),
         ),
-        Chapter("training", "Training", figures=fig.curves(runs)),
+        Chapter("training", "Training", "Training", figures=fig.curves(runs)),
         Chapter(
             "selection",
             "Selection: Δ-IFD",
+            "Selection",
             intro=[SELECTION] if np.isfinite(facts.column("delta_ifd").astype(float)).any() else [],
             figures=_some(
                 pic.delta_histogram(facts), pic.ifd_scatter(facts), pic.boxes(facts, "generation"), pic.boxes(facts, "source")
@@ -145,12 +149,13 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
         Chapter(
             "data",
             "Responses",
+            "Responses",
             figures=_some(pic.lengths(facts)),
             tables=[t for t in [generations, tab.engine_table(facts)] if t],
         ),
-        Chapter("time", "Time", intro=[TIME] if facts.events else [], figures=_some(pic.timeline(facts))),
-        Chapter("samples", "Samples", browser=bool(browser.samples)),
-        Chapter("configuration", "Configuration and versions", codes=configuration(facts)),
+        Chapter("time", "Time", "Time", intro=[TIME] if facts.events else [], figures=_some(pic.timeline(facts))),
+        Chapter("samples", "Samples", "Samples", browser=bool(browser.samples)),
+        Chapter("configuration", "Configuration and versions", "Configuration", codes=configuration(facts)),
     ]
     command = f"npd {facts.command}" if facts.command else "npd"
     teacher = facts.option("teacher.model") or facts.option("teacher.server") or "references"
@@ -181,10 +186,11 @@ def _some(*figures: fig.Figure | None) -> list[fig.Figure]:
     return [figure for figure in figures if figure is not None]
 
 
-def what_went_wrong(facts: RunFacts) -> tuple[list[str], list[tab.Table], list[tab.Bar], list[fig.Figure], list[Code]]:
+def what_went_wrong(facts: RunFacts) -> Chapter:
     """Of a run that failed or was stopped: what happened, when, where, the last words, what to do next."""
+    chapter = Chapter("failure", "What went wrong", "What went wrong")
     if facts.status.kind not in ("failed", "stopped"):
-        return [], [], [], [], []
+        return chapter
     store, failed, failure = Store(facts.path), facts.status.failed, facts.status.failure
     said = [facts.status.sentence]
     codes = []
@@ -211,7 +217,7 @@ def what_went_wrong(facts: RunFacts) -> tuple[list[str], list[tab.Table], list[t
             "scoring.batch_tokens or training.micro_batch_rows; then run the same command again. "
             f"{resume} Everything that was finished is kept."
         )
-    elif how_it_ended(failure).startswith("was stopped"):
+    elif failure.error in (*SIGNALLED, *INTERRUPTED):
         said.append(f"What to do: run the same command again. {resume}")
     elif failure.explained:
         said.append(f"What to do: the message says how to mend it; then run the same command again. {resume}")
@@ -222,7 +228,7 @@ def what_went_wrong(facts: RunFacts) -> tuple[list[str], list[tab.Table], list[t
         )
     codes.append(Code("To go on", again, open=True))
     codes += [Code(f"Last lines of logs/{name}", "\n".join(lines)) for name, lines in facts.logs.items() if lines]
-    return said, [], [], [], codes
+    return replace(chapter, intro=said, codes=codes)
 
 
 def configuration(facts: RunFacts) -> list[Code]:
@@ -246,27 +252,27 @@ def comparison_page(runs: list[RunFacts]) -> Page:
         Chapter(
             "runs",
             "Figures",
+            "Figures",
             tables=[t for t in [tab.run_table(runs), tab.evaluation_table(runs)] if t],
             figures=_some(*fig.evaluation_points(runs)),
         ),
-        Chapter("differences", "What differs", tables=[tab.differing_table(runs)]),
-        Chapter("training", "Training", figures=[*fig.evaluation_curves(runs), *fig.curves(runs)]),
+        Chapter("differences", "What differs", "What differs", tables=[tab.differing_table(runs)]),
+        Chapter("training", "Training", "Training", figures=[*fig.evaluation_curves(runs), *fig.curves(runs)]),
         Chapter(
             "selection",
             "Selection: Δ-IFD",
+            "Selection",
             intro=[SELECTION],
             figures=[*_some(pic.delta_overlay(runs)), *each(pic.delta_histogram, "delta"), *each(pic.ifd_scatter, "scatter")],
         ),
-        Chapter("data", "Responses", figures=each(pic.lengths, "lengths")),
+        Chapter("data", "Responses", "Responses", figures=each(pic.lengths, "lengths")),
         Chapter(
             "time",
             "Time",
+            "Time",
             figures=each(pic.timeline, "timeline"),
             bars=[
-                tab.Bar(f"{names[i]} · {bar.title}", bar.shares)
-                for i, run in enumerate(runs)
-                for bar in tab.bars(run)
-                if bar.title.startswith("Time")
+                tab.Bar(f"{names[i]} · {bar.title}", bar.shares) for i, run in enumerate(runs) for bar in tab.time_bars(run)
             ],
         ),
     ]

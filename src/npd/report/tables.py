@@ -177,8 +177,8 @@ def tiles(run: RunFacts) -> list[Tile]:
     return out
 
 
-def bars(run: RunFacts) -> list[Bar]:
-    """Where time and responses went."""
+def time_bars(run: RunFacts) -> list[Bar]:
+    """Where each process's time went."""
     out = []
     by_role = seconds_by_role(run.events)
     for role in sorted(by_role, key=lambda name: (not name.startswith("trainer"), name)):
@@ -195,6 +195,12 @@ def bars(run: RunFacts) -> list[Bar]:
             for name, spent in shown.items()
         ]
         out.append(Bar(f"Time of {role}, {duration(wall)}", sorted(shares, key=lambda s: -s.share)))
+    return out
+
+
+def response_bars(run: RunFacts) -> list[Bar]:
+    """Where responses and their tokens went."""
+    out = []
     counts = verdict_counts(run)
     if n := counts.total():
         seen = [verdict for verdict in verdicts_of([run]) if counts[verdict]]

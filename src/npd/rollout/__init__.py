@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from npd.config import Config, ModelConfig, Sampling
 from npd.models import Vocabulary
 
-__all__ = ["Engine", "Progress", "Request", "Setting", "Weights"]
+__all__ = ["Engine", "EngineSetting", "Progress", "Request", "Weights"]
 
 Progress = Callable[[int, int], None]
 """Is told a request's number and how many of its responses are finished; what it raises ends the work."""
@@ -41,7 +41,7 @@ class Weights(Protocol):
 
 
 @dataclass(frozen=True)
-class Setting:
+class EngineSetting:
     """What an engine is started with."""
 
     config: Config
@@ -55,7 +55,7 @@ class Setting:
     shares_device: bool = False
     """Must it give its device to others between generations?"""
     base: Path | None = None
-    """Weights that adapters are trained on, where the student has adapters."""
+    """Weights that adapters are trained on, where an engine may take adapters alone; None: it takes whole weights."""
 
 
 class Engine(ABC):
@@ -75,7 +75,7 @@ class Engine(ABC):
     holds_weights: ClassVar[bool] = False
     """Has it a copy of the weights of its own, which takes memory besides the model in this process?"""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: EngineSetting) -> None:
         self.setting = setting
 
     @classmethod

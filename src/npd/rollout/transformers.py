@@ -14,7 +14,7 @@ from transformers.generation import StoppingCriteriaList
 
 from npd.config import Sampling
 from npd.models import prompt_batches
-from npd.rollout import Engine, Progress, Request, Setting, Weights
+from npd.rollout import Engine, EngineSetting, Progress, Request, Weights
 from npd.store.schema import add_answers
 
 
@@ -23,7 +23,7 @@ class TransformersEngine(Engine):
 
     exact = True
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: EngineSetting) -> None:
         super().__init__(setting)
         self.model: Any = None
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from npd.config import Config, ModelConfig, Sampling, StudentConfig
 from npd.errors import RunError, UserError
 from npd.models import ADAPTER, load_model_config, resolve_dtype
-from npd.rollout import Engine, Progress, Request, Setting, Weights
+from npd.rollout import Engine, EngineSetting, Progress, Request, Weights
 from npd.schedule import derive_seed
 from npd.store.schema import add_answers
 
@@ -75,15 +75,19 @@ class VllmEngine(Engine):
 
     Each sample has a seed of its own, so what is drawn does not depend on what is decoded beside it. vLLM is started by the
     first `take`; where the student has adapters it keeps the base's weights, and takes only adapters from then on.
+
+    A process has room for one vLLM, which takes its process groups and allocators along when it ends: an engine that starts
+    closes the one before, and that one starts anew at its next `take`.
     """
 
     continuous = True
     takes_first_gpus = True
     holds_weights = True
+    _running: ClassVar[VllmEngine | None] = None
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: EngineSetting) -> None:
         super().__init__(setting)
-        self.lora = setting.model.lora if isinstance(setting.model, StudentConfig) else None
+        self.lora = setting.model.lora if isinstance(setting.model, StudentConfig) and setting.base is not None else None
         self.llm: Any = None
         self.path: Path | None = None  # whose weights it has
         self.max_num_seqs = 0
@@ -145,11 +149,11 @@ class VllmEngine(Engine):
 
     def _start(self, path: Path) -> None:
         """Start vLLM with the weights of a directory."""
+        if VllmEngine._running is not None:
+            VllmEngine._running.close()
         config, model = self.setting.config, self.setting.model
         model_config = load_model_config(ModelConfig(model=str(path), trust_remote_code=model.trust_remote_code))
-        dtype = resolve_dtype(
-            model.model_copy(update={"lora": None}) if self.lora else model, trained=False, on=self.setting.device
-        )
+        dtype = resolve_dtype(model, trained=False, on=self.setting.device)
         context = self.setting.longest_prompt + max(config.rollout.max_new_tokens, config.evaluation.max_new_tokens or 0)
         on_gpu = torch.cuda.is_available()
         defaults: dict[str, Any] = {
@@ -191,6 +195,7 @@ class VllmEngine(Engine):
                     f"vLLM could not start: {type(error).__name__}: {' '.join(str(error).split())[:600]} "
                     "(rollout.vllm has its options; VLLM_LOGGING_LEVEL=INFO shows what it does)"
                 ) from error
+        VllmEngine._running = self
         # Rows that only pad the student's vocabulary: the teacher has no such token.
         self._padding = range(self.setting.vocabulary.size, model_config.get_text_config().vocab_size)
         self.path = path if self.lora is None else None
@@ -199,7 +204,7 @@ class VllmEngine(Engine):
         """Take a snapshot's weights, read from its files."""
         path = weights.path()
         if self.llm is None:
-            self._start(self.setting.base or path if self.lora is not None else path)
+            self._start(self.setting.base or path)
         if self._asleep:
             self.llm.wake_up()
             self._asleep = False
@@ -234,7 +239,8 @@ class VllmEngine(Engine):
         from vllm.distributed import cleanup_dist_env_and_memory
 
         self.llm.llm_engine.engine_core.shutdown()
-        self.llm = None
+        self.llm = self.path = self._adapter = VllmEngine._running = None
+        self._asleep = False
         cleanup_dist_env_and_memory()
 
     # -- answers

@@ -29,8 +29,8 @@ __all__ = [
     "Reading",
     "ScoreStudent",
     "ScoreTeacher",
-    "Setting",
     "Teacher",
+    "TeacherSetting",
     "teacher_kind",
 ]
 
@@ -58,6 +58,8 @@ class Identity(NamedTuple):
     """Its own configuration; None where it is not at hand: then ids end where the student's tokenizer ends."""
     stop_ids: tuple[int, ...] = ()
     """Tokens that end its responses, besides the student's."""
+    tokenizer: PreTrainedTokenizerBase | None = None
+    """Its own, with the chat template that it was made for; None where that is not at hand."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Setting:
+class TeacherSetting:
     """What a teacher works with."""
 
     vocabulary: Vocabulary
@@ -99,12 +101,12 @@ class Teacher(ABC):
     exact: ClassVar[bool] = False
     """Is `distance` the KL itself, and not a lower bound of it?"""
 
-    def __init__(self, config: TeacherConfig, setting: Setting) -> None:
+    def __init__(self, config: TeacherConfig, setting: TeacherSetting) -> None:
         self.config, self.setting = config, setting
         self.vocabulary = setting.vocabulary
 
     @classmethod
-    def takes(cls, config: TeacherConfig) -> bool:
+    def suits(cls, config: TeacherConfig) -> bool:
         """Is a teacher of this kind meant, where `kind` does not say?"""
         return False
 
@@ -195,7 +197,7 @@ def teacher_kind(config: TeacherConfig) -> type[Teacher]:
     """
     if config.kind is not None:
         return TEACHERS[config.kind]
-    return next(kind for kind in TEACHERS.values() if kind.takes(config))
+    return next(kind for kind in TEACHERS.values() if kind.suits(config))
 
 
 # -- stages

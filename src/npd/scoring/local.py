@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from npd import models
 from npd.config import Sampling, TeacherConfig
 from npd.errors import UserError
-from npd.scoring import Advance, Identity, Question, Setting, Teacher
+from npd.scoring import Advance, Identity, Question, Teacher, TeacherSetting
 from npd.scoring.distance import Distance, exact
 from npd.scoring.prefill import Prefill, Reading
 
@@ -22,19 +22,25 @@ class LocalTeacher(Teacher):
 
     exact = True
 
-    def __init__(self, config: TeacherConfig, setting: Setting) -> None:
+    def __init__(self, config: TeacherConfig, setting: TeacherSetting) -> None:
         super().__init__(config, setting)
         self._model: PreTrainedModel | None = models.load_model(config, on=setting.device)
         self._engine: Any = None
 
     @classmethod
-    def takes(cls, config: TeacherConfig) -> bool:
+    def suits(cls, config: TeacherConfig) -> bool:
         return config.server is None
 
     @classmethod
     def identify(cls, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: str) -> Identity:
-        models.check_compatible(tokenizer, models.load_tokenizer(config), (student, config.model))
-        return Identity(models.load_model_config(config), tuple(models.stop_ids_of(config)))
+        if config.server is not None:
+            raise UserError(
+                f"The teacher {config.model} is of kind {config.kind}, loaded here, but it has the server {config.server}; "
+                "leave one of the two out."
+            )
+        theirs = models.load_tokenizer(config)
+        models.check_compatible(tokenizer, theirs, (student, config.model))
+        return Identity(models.load_model_config(config), tuple(models.stop_ids_of(config)), theirs)
 
     @classmethod
     def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
@@ -84,13 +90,13 @@ class LocalTeacher(Teacher):
         """Its weights as files, for an engine.
 
         Raises:
-            UserError: they are no directory here that an engine could load.
+            UserError: they are a GGUF file, which not every engine reads.
         """
         path = models.directory_of(self.config)
         if path is None:
             raise UserError(
-                f"The teacher {self.config.model} is no directory of weights here, which rollout.engine "
-                "needs to write with it. Download it, or choose another engine."
+                f"The teacher {self.config.model} is to write, but rollout.engine needs a directory of weights for that. "
+                "Name one, or choose another engine."
             )
         return path
 

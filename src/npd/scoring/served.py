@@ -12,7 +12,7 @@ from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.errors import RunError, UserError
 from npd.models import PROBES, Vocabulary, check_compatible, load_tokenizer
 from npd.schedule import derive_seed
-from npd.scoring import Advance, Identity, Question, Setting, Teacher
+from npd.scoring import Advance, Identity, Question, Teacher, TeacherSetting
 from npd.scoring.prefill import Reading
 from npd.scoring.server import Server, TokenLogprobs
 from npd.store.schema import add_answers
@@ -25,16 +25,18 @@ class ServedTeacher(Teacher):
 
     elsewhere = True
 
-    def __init__(self, config: TeacherConfig, setting: Setting) -> None:
+    def __init__(self, config: TeacherConfig, setting: TeacherSetting) -> None:
         super().__init__(config, setting)
         self.server = Server(config, setting.say)
 
     @classmethod
-    def takes(cls, config: TeacherConfig) -> bool:
+    def suits(cls, config: TeacherConfig) -> bool:
         return config.server is not None
 
     @classmethod
     def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
+        if config.server is None:
+            raise UserError(f"The teacher {config.model} is of kind {config.kind}, but it has no server; set one.")
         return check_server(config, question)
 
     @classmethod

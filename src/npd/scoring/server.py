@@ -1,7 +1,9 @@
 """A model behind HTTP: vLLM's or SGLang's server, asked in token ids.
 
 What can be asked again is asked again, for as long as the configuration says: a connection that is refused or breaks, a
-time-out, an answer that is no JSON, and the statuses 408, 429 and 5xx. Every other 4xx ends the work at once.
+time-out, an answer that is no JSON, and the statuses 408, 429 and 5xx. Every other 4xx ends the work at once. The loop is our
+own, not urllib3's Retry: that one counts tries where seconds are promised, sleeps where nobody can stop it, tells nobody that
+the server is away, and never sees an answer's JSON.
 """
 
 from __future__ import annotations

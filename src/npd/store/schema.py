@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 REFERENCE = -1
 """The generation of reference responses."""
@@ -43,6 +45,21 @@ OTHERS = [path for path in OTHERS if path not in SPLIT]
 
 SCALARS = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
 """Columns of one value a response."""
+
+
+def write_columns(table: pa.Table, path: Path) -> None:
+    """Write a part's table with SCHEMA's columns in their order; columns that it lacks are null."""
+    for field in SCHEMA:
+        if field.name not in table.column_names:
+            table = table.append_column(field, pa.nulls(len(table), field.type))
+    pq.write_table(
+        table.select(SCHEMA.names).cast(SCHEMA),
+        path,
+        compression="zstd",
+        use_dictionary=OTHERS,
+        column_encoding=dict.fromkeys(SPLIT, "BYTE_STREAM_SPLIT"),
+        write_page_checksum=True,
+    )
 
 
 def add_answers(

@@ -7,12 +7,12 @@ trainer, which holds its lock, and refreshes, which make parts.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import shutil
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import datetime
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -25,29 +25,23 @@ import yaml
 from npd.config import Config, SelectionConfig, config_tree, differing_keys
 from npd.errors import UserError
 from npd.prompts import Prompts
-from npd.records import GenerationEnd, Line, Manifest, PartEntry, as_line
-from npd.store import files
+from npd.records import Line, Manifest, PartEntry
+from npd.store import files, metrics
 from npd.store.files import (
     HOST,
     abandoned,
     end_last_line,
     explained_full_disk,
-    json_lines,
     remove_directory,
     sha256,
     write_json,
     write_text,
     writing,
 )  # fmt: skip
+from npd.store.kept_prompts import PROMPTS, began, keep_prompts
 from npd.store.lock import run_lock
-from npd.store.schema import OTHERS, REFERENCE, SCHEMA, SPLIT
-
-PACKAGES = ("npd", "torch", "transformers", "accelerate", "peft", "pyarrow", "tokenizers")
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+from npd.store.provenance import versions
+from npd.store.schema import REFERENCE, SCHEMA, write_columns
 
 
 class Store:
@@ -112,7 +106,9 @@ class Store:
         return SelectionConfig.model_validate(tree)
 
     def sweep(self) -> None:
-        """Delete what processes that were killed while writing have left."""
+        """Delete what processes that were killed have left: files half written, and what workers said they were doing."""
+        for leftover in (self.path / "logs").glob("*.progress.json"):
+            leftover.unlink(missing_ok=True)
         for leftover in list(self.path.rglob(".*.tmp")):
             if abandoned(leftover):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
@@ -258,20 +254,9 @@ class Store:
 
     def write_part(self, generation: int, part: int, table: pa.Table, *, keep_manifest: bool = False) -> None:
         """Write a finished part with the contract's columns in their order; columns a stage did not add are null."""
-        for field in SCHEMA:
-            if field.name not in table.column_names:
-                table = table.append_column(field, pa.nulls(len(table), field.type))
-        table = table.select(SCHEMA.names).cast(SCHEMA)
         path = self.part(generation, part)
         with writing(path) as aside:
-            pq.write_table(
-                table,
-                aside,
-                compression="zstd",
-                use_dictionary=OTHERS,
-                column_encoding=dict.fromkeys(SPLIT, "BYTE_STREAM_SPLIT"),
-                write_page_checksum=True,
-            )
+            write_columns(table, aside)
         manifest = None if keep_manifest else self.manifest(generation)
         if manifest is not None and {p.file: p.sha256 for p in manifest.parts}.get(path.name) != sha256(path):
             (self.generation(generation) / "manifest.json").unlink()  # made again, and not the same, as on other hardware
@@ -285,11 +270,15 @@ class Store:
         """
         path = self.part(generation, part)
         try:
-            return pq.read_table(path, columns=columns, page_checksum_verification=True)
+            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
+            lacking = {*(columns or SCHEMA.names)}.difference(table.column_names)  # names have no checksum
         except FileNotFoundError:
             raise
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             raise self._damaged_part(path, " ".join(str(error).split())[:200]) from error
+        if lacking:
+            raise self._damaged_part(path, f"it has no column {min(lacking)}")
+        return table
 
     def _damaged_part(self, path: Path, why: str) -> UserError:
         remedy = "Delete it and run the same command again: it will be made again, identical."
@@ -339,25 +328,31 @@ class Store:
 
     # -- prompts
 
+    @property
+    def began(self) -> datetime | None:
+        """The moment that prompts of this run were rendered at, for templates that ask for the date; None: not yet."""
+        return began(self.path / PROMPTS)
+
+    def prompts(self) -> Prompts:
+        """The prompts of this run, mapped.
+
+        Raises:
+            UserError: they are damaged, or not there.
+        """
+        remedy = "Delete it, and run `npd distill` again on this directory: it will be made again."
+        prompts: Prompts = self._read(self.path / PROMPTS, lambda: Prompts.open(self.path / PROMPTS), remedy)
+        return prompts
+
     def keep_prompts(self, prompts: Prompts) -> Prompts:
         """Keep tokenised prompts for whoever makes generations; returns them, mapped from the run directory.
+
+        Those that are there already stay while raw data, tokenizer and options are the same, whatever the template would
+        make of them today; a damaged file is made again.
 
         Raises:
             UserError: the run began with other prompts.
         """
-        path = self.path / "prompts.arrow"
-        if path.exists():
-            theirs = self._read(path, lambda: Prompts.open(path), "Delete it: it will be made again.")
-            if theirs.table.equals(prompts.table):
-                return theirs
-            if any(self.path.glob("generations/*/part-*")):
-                raise UserError(
-                    f"The prompts are not those that {self.path} began with ({len(theirs):,} then, {len(prompts):,} now): "
-                    "the data or the tokenizer has changed. Restore them, or choose another run_dir."
-                )
-        with writing(path) as aside:
-            prompts.save(aside)
-        return Prompts.open(path)
+        return keep_prompts(self.path, prompts)
 
     # -- trainer state
 
@@ -420,18 +415,13 @@ class Store:
     # -- lines
 
     def append_metrics(self, line: Line) -> None:
-        with explained_full_disk(self.metrics), self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line.to_json()) + "\n")
+        """Add a line to metrics.jsonl."""
+        metrics.append(self.metrics, line)
 
     def read_metrics(self) -> list[Line]:
         """Every whole line of metrics.jsonl that has a step; what a crash cut short is left out."""
-        return [line for raw in json_lines(self.metrics) if (line := as_line(raw)) is not None]
+        return metrics.read(self.metrics)
 
     def rewind_metrics(self, step: int) -> None:
         """Forget what was logged after a checkpoint: those steps will be trained again, and that generation ended."""
-        kept = []
-        for raw in json_lines(self.metrics):
-            line = as_line(raw)
-            if line is not None and (line.step < step or (line.step == step and not isinstance(line, GenerationEnd))):
-                kept.append(json.dumps(raw) + "\n")  # as it was, whatever else it has
-        write_text(self.metrics, "".join(kept))
+        metrics.rewind(self.metrics, step)

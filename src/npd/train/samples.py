@@ -47,7 +47,7 @@ class Samples:
         return len(self.lengths)
 
     def fetch(self, generation: int, part: int) -> None:
-        """Read a part and write its kept samples to a file that `take` maps; one process does it for all.
+        """Read a part and write its kept samples to a file that `add` maps; one process does it for all.
 
         Raises:
             UserError: the part is damaged.
@@ -61,7 +61,7 @@ class Samples:
     def _file(self, generation: int, part: int) -> Path:
         return self.folder / f"{self.store.generation(generation).name}-{part:05d}.arrow"
 
-    def take(self, generation: int, part: int) -> np.ndarray:
+    def add(self, generation: int, part: int) -> np.ndarray:
         """Map a part that was fetched and give the indices of its kept samples."""
         name = self._file(generation, part)
         first = len(self)
@@ -92,7 +92,7 @@ class Samples:
     def topk(self, samples: list[int]) -> tuple[Tensor, Tensor]:
         """Teacher's top-k ids and log-probabilities [T, K] of the samples' response tokens; K is 0 without a teacher."""
         tokens = int(self.response_lengths[samples].sum())
-        ids, logprobs = self.topk_ids.take(samples, np.int64), self.topk_logprobs.take(samples, np.float32)
+        ids, logprobs = self.topk_ids.gather(samples, np.int64), self.topk_logprobs.gather(samples, np.float32)
         if tokens == 0 or len(ids) % tokens:
             raise UserError(f"The samples {self.id(samples[0])} ... hold {len(ids)} top-k entries for {tokens} tokens.")
         shape = (tokens, len(ids) // tokens)
@@ -117,7 +117,7 @@ class Column:
         offsets, values = self.pieces[piece]
         return values[offsets[row] : offsets[row + 1]]
 
-    def take(self, rows: list[int], dtype: Any) -> np.ndarray:
+    def gather(self, rows: list[int], dtype: Any) -> np.ndarray:
         return np.concatenate([self[i] for i in rows]).astype(dtype)
 
 

@@ -285,7 +285,7 @@ class Trainer:
         out = self.loss_model(*(tensor.to(to) for tensor in given))
         # Reference responses have no behaviour policy: no snapshot of the student wrote them.
         written = [len(samples.behavior[i]) > 0 for i in packed.samples]
-        behavior = samples.behavior.take(packed.samples, np.float32)
+        behavior = samples.behavior.gather(packed.samples, np.float32)
         by_student = torch.from_numpy(np.repeat(written, samples.response_lengths[packed.samples]))
         logprobs = out.label_logprobs.detach().cpu()[by_student]
         if self.noisy and len(behavior):

@@ -333,7 +333,7 @@ class RunWork:
                     path.unlink(missing_ok=True)
 
         self._decided_by_main(fetch)
-        return self.samples.take(generation, part)
+        return self.samples.add(generation, part)
 
     def _pause(self) -> None:
         self.supply.check()

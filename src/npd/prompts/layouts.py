@@ -1,0 +1,297 @@
+"""Rows in the layouts that people bring, as a prompt and what belongs to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from npd.errors import UserError
+from npd.prompts.fields import Message
+from npd.prompts.table import SEPARATOR
+
+COLUMNS = ("prompt", "completion", "messages", "answer", "source", "tools")
+
+# Names in data without `prompt` and `messages`, as public datasets have them.
+CONVERSATIONS = ("conversations", "conversation")
+QUESTIONS = ("instruction", "question", "problem", "query")
+INPUTS = ("input", "context")
+REPLIES = ("output", "response", "solution")
+ROLES = {
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "function_call"), "assistant"),
+    **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
+    "system": "system",
+}
+
+PYTHON_NOTATION = (
+    "It is written in Python's own notation, as pandas writes lists to CSV: write it with json.dumps, or save Parquet."
+)
+
+Remark = Callable[[str], None]
+
+
+@dataclass(slots=True)
+class Row:
+    """What a row says, its shape checked, nothing rendered yet."""
+
+    where: str
+    prompt: str | list[Message]
+    completion: Message | None = None
+    answer: str | None = None
+    source: str = ""
+    tools: list[Any] | None = None
+    options: dict[str, Any] | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """Is there nothing to answer?"""
+        if isinstance(self.prompt, str):
+            return not self.prompt.strip()
+        return not any(m.keys() - {"role", "content"} or str(m["content"] or "").strip() for m in self.prompt)
+
+
+def read_row(where: str, record: Mapping[str, Any], columns: Mapping[str, str], *, chat: bool, remark: Remark) -> Row:
+    """A record as a row.
+
+    Args:
+        columns: the record's own names for `prompt`, `completion`, ... (`data.columns`).
+        chat: does the tokenizer have a chat template? A layout's question then goes through it, else it is a line.
+        remark: told what the user should know of how this row is read.
+
+    Raises:
+        UserError: it has another shape.
+    """
+    if columns:
+        record = {**record, **{ours: record.get(theirs) for ours, theirs in columns.items()}}
+    if record.get("prompt") is None and record.get("messages") is None:
+        record = _layout(where, record, chat, remark)
+    prompt, completion, messages = _unpacked(where, record), record.get("completion"), record.get("messages")
+    if prompt is not None and messages is not None:
+        if completion is None and isinstance(prompt, str) and _first_words(messages) == prompt.strip():
+            remark("`messages` is read, and `prompt`, which repeats its first turn, is not")
+            prompt = None
+        else:
+            remark("both `prompt` and `messages` are there: `prompt` is read and `messages` is not")
+    if prompt is None:
+        turns = read_messages(where, "messages", messages)
+        if turns[-1]["role"] == "assistant":
+            if completion is not None and completion != turns[-1]["content"]:
+                raise UserError(
+                    f"{where}: `messages` ends with a reply, and `completion` gives another one.", "Take one away."
+                )
+            turns, completion = turns[:-1], [turns[-1]]
+            if not turns:
+                raise UserError(f"{where}: `messages` holds only an assistant turn; a user turn must come before it.")
+        prompt = turns
+    elif isinstance(prompt, str):
+        if chat:
+            remark("prompts that are strings are read as they are, not through the chat template")
+    else:
+        prompt = read_messages(where, "prompt", prompt)
+    reply = None if completion is None else _reply(where, completion, prompt)
+    tools, options = _listed(where, "tools", record.get("tools")), record.get("chat_template_kwargs")
+    if tools and isinstance(prompt, str):
+        raise UserError(f"{where}: a prompt that is a string cannot show `tools`.", "Give messages, or take the tools out.")
+    if options is not None and not isinstance(options, dict):
+        raise UserError(f"{where}: `chat_template_kwargs` must be an object, but it is {_shown(options)}.")
+    source = record.get("source")
+    answer = _answer(where, record.get("answer"))
+    return Row(where, prompt, reply, answer, "" if source is None else str(source), tools or None, options)
+
+
+def _reply(where: str, completion: Any, prompt: str | list[Message]) -> Message:
+    if isinstance(completion, str) and not _is_list(completion):
+        return {"role": "assistant", "content": completion}
+    turns = read_messages(where, "completion", completion)
+    if [turn["role"] for turn in turns] != ["assistant"]:
+        raise UserError(f"{where}: `completion` must be one assistant message, or a string.")
+    extra = turns[0].keys() - {"role", "content"}
+    if isinstance(prompt, str) and extra:
+        raise UserError(
+            f"{where}: beside a prompt that is a string, `completion` cannot show {', '.join(sorted(extra))}.",
+            "Give the prompt as messages.",
+        )
+    return turns[0]
+
+
+def _unpacked(where: str, record: Mapping[str, Any]) -> Any:
+    """The prompt, as a list where a string holds messages as JSON."""
+    prompt = record.get("prompt")
+    return _listed(where, "prompt", prompt) if isinstance(prompt, str) and _is_list(prompt) else prompt
+
+
+def _is_list(text: str) -> bool:
+    """Does a string hold messages, as far as its beginning says?"""
+    head = text[:200].lstrip()
+    return (
+        head.startswith("[")
+        and head[1:].lstrip().startswith("{")
+        and any(f"{q}{k}{q}" in head for q in "'\"" for k in ("role", "from"))
+    )
+
+
+def _listed(where: str, key: str, value: Any) -> Any:
+    """A list, also where it is a string that holds it as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        remedy = PYTHON_NOTATION if value.lstrip().startswith(("[{'", "{'")) else ""
+        raise UserError(f"{where}: `{key}` is a string that is no JSON ({error.msg}): {value[:60]!r}.", remedy) from None
+
+
+def _first_words(messages: Any) -> str | None:
+    """What the first user's turn says."""
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict) and message.get("role") == "user":
+            content = message.get("content")
+            return content.strip() if isinstance(content, str) else None
+    return None
+
+
+def read_messages(where: str, key: str, value: Any) -> list[Message]:
+    """Messages with role and content, in the words of chat templates; fields without a value are left away.
+
+    Raises:
+        UserError: they have another shape, or parts that are no text.
+    """
+    given = value
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{'")):
+        value = _listed(where, key, value)
+    messages = [_message(where, m) for m in value] if isinstance(value, list) else []
+    if not messages or None in messages:
+        raise UserError(
+            f"{where}: `{key}` must be a string or a list of messages with string `role` and `content`, "
+            f"but it is {_shown(given)}."
+        )
+    return [message for message in messages if message is not None]
+
+
+def _message(where: str, value: Any) -> Message | None:
+    """A message, or None where it is none."""
+    if not isinstance(value, dict):
+        return None
+    message = {key: item for key, item in value.items() if item is not None and item != "" and item != [] and item != {}}
+    if "role" not in message and "from" in message:
+        message = _of_sharegpt(where, message)
+    content = message.get("content", "" if "content" in value or message.keys() - {"role"} else None)
+    if value.get("content") is None and not message.keys() - {"role"}:
+        return None
+    if isinstance(content, list):
+        content = _text_of_parts(where, content)
+    if not isinstance(message.get("role"), str) or not isinstance(content, str | list):
+        return None
+    message = {"role": message.pop("role"), "content": content, **{k: v for k, v in message.items() if k != "content"}}
+    if "tool_calls" in message:
+        message["tool_calls"] = (
+            [_call(call) for call in message["tool_calls"]] if isinstance(message["tool_calls"], list) else None
+        )
+        if message["tool_calls"] is None:
+            raise UserError(f"{where}: `tool_calls` must be a list of calls, but it is {_shown(value['tool_calls'])}.")
+    return message
+
+
+def _text_of_parts(where: str, parts: list[Any]) -> str | list[Any] | None:
+    for part in parts:
+        if isinstance(part, dict) and part.get("type", "text") != "text":
+            raise UserError(
+                f"{where}: a message has content of type {part['type']!r}; npd reads text alone.",
+                "Take such parts out, or leave such rows away.",
+            )
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            return None
+    return parts[0]["text"] if len(parts) == 1 else [{"type": "text", "text": part["text"]} for part in parts]
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as an object: chat templates write them as JSON themselves."""
+    if not isinstance(call, dict):
+        return call
+    function = call.get("function", call)
+    if isinstance(function, dict) and isinstance(function.get("arguments"), str):
+        try:
+            arguments = json.loads(function["arguments"])
+        except json.JSONDecodeError:
+            return call
+        if isinstance(arguments, dict):
+            function = {**function, "arguments": arguments}
+            return {**call, "function": function} if "function" in call else function
+    return call
+
+
+def _of_sharegpt(where: str, message: Message) -> Message:
+    """{from, value} in the words of chat templates."""
+    who, said = message.pop("from"), message.pop("value", "")
+    role = ROLES.get(who) if isinstance(who, str) else None
+    if role is None:
+        raise UserError(f"{where}: a message is from {who!r}; it can be from {', '.join(ROLES)}.")
+    if who == "function_call":
+        try:
+            calls = json.loads(said)
+        except (TypeError, json.JSONDecodeError) as error:
+            raise UserError(f"{where}: a function_call holds no JSON ({error}): {_shown(said)}.") from None
+        calls = calls if isinstance(calls, list) else [calls]
+        return {"role": role, "tool_calls": [{"type": "function", "function": call} for call in calls], **message}
+    return {"role": role, "content": said, **message}
+
+
+def _answer(where: str, answer: Any) -> str | None:
+    """What a verifier compares; of a list any entry counts."""
+    if answer is None or answer == []:
+        return None
+    entries = answer if isinstance(answer, list) else [answer]
+    if any(entry is None or isinstance(entry, list | dict) for entry in entries):
+        raise UserError(
+            f"{where}: `answer` must be a text or a number, or a list of them, any of which is right, but it is "
+            f"{_shown(answer)}."
+        )
+    return SEPARATOR.join(str(entry) for entry in entries)
+
+
+def _layout(where: str, record: Mapping[str, Any], chat: bool, remark: Remark) -> Mapping[str, Any]:
+    """A record without `prompt` and `messages` in npd's own names, if it is in a layout that is known."""
+    for name in CONVERSATIONS:
+        if record.get(name) is not None:
+            turns = read_messages(where, name, record[name])
+            before = record.get("system") if turns[0]["role"] != "system" else None
+            if before:
+                turns = [{"role": "system", "content": str(before)}, *turns]
+            remark(f"`{name}` is read as messages" + (", with `system` before them" if before else ""))
+            return {**record, "messages": turns}
+    question = next((name for name in QUESTIONS if isinstance(record.get(name), str)), None)
+    reply = next((name for name in REPLIES if record.get(name) is not None), None)
+    if question is None:
+        raise UserError(
+            f"{where} has neither `prompt` nor `messages`; it has {', '.join(sorted(map(str, record))) or 'nothing'}.",
+            "Say by data.columns which columns to read, such as {prompt: body}." if record else "",
+        )
+    more = next((name for name in INPUTS if isinstance(record.get(name), str) and record[name].strip()), None)
+    text = record[question] + (f"\n\n{record[more]}" if more else "")
+    how = "goes through the chat template as a user's turn" if chat else "is the prompt, with a line break behind it"
+    told = f"`{question}`{f' with `{more}`' if more else ''} {how}"
+    mine: dict[str, Any] = {**record, "prompt": text + "\n" if not chat else None}
+    if chat:
+        turns = [{"role": "user", "content": text}]
+        for earlier in reversed(record.get("history") or []):
+            turns = [*({"role": r, "content": c} for r, c in zip(("user", "assistant"), earlier, strict=True)), *turns]
+        if record.get("system"):
+            turns = [{"role": "system", "content": str(record["system"])}, *turns]
+        mine["prompt"] = turns
+    elif record.get("history") or record.get("system"):
+        raise UserError(f"{where} has `history` or `system`, which a tokenizer without a chat template cannot show.")
+    if reply is not None and record.get("completion") is None:
+        mine["completion"] = record[reply]
+        told += f", `{reply}` is the completion"
+    if isinstance(record.get("answer"), str) and "####" in record["answer"] and mine.get("completion") is None:
+        # GSM8K's way: the reasoning, then the answer.
+        mine["completion"], mine["answer"] = record["answer"], record["answer"].rpartition("####")[2].strip()
+        told += ", `answer` is the completion, and what stands behind its #### the answer"
+    remark(told)
+    return mine
+
+
+def _shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)[:120]
