@@ -107,7 +107,7 @@ def test_how_generations_ended(proxy):
         )
         for g in range(25)
     ]
-    shown = said(console.show_result, result(generations=ends))
+    shown = said(console.show_result, result(generations=[end.to_json() for end in ends]))
     assert "Generations (the last 20)" in shown
     assert "24 1.50 kl_budget 0.1250" in shown
     assert " 4 1.50" not in shown

@@ -64,8 +64,8 @@ def test_reports_and_displays_know_no_stage(room):
         for name in imported(file):
             inner = name.split(".")[1] if "." in name else ""
             named = (file.stem, name) in {
-                ("console", "npd.run"),
-                ("console", "npd.run.DistillResult"),
+                ("console", "npd.result"),
+                ("console", "npd.result.DistillResult"),
             }  # for the type checker
             assert inner in ("", *ground) or named, f"{file.name} imports {name}"
 
