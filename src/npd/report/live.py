@@ -32,7 +32,7 @@ Row = Text | ProgressBar | Table
 
 
 class Standing(Protocol):
-    """Where the trainer stands: see npd.loop.Position."""
+    """Where the trainer stands: see npd.train.loop.Position."""
 
     generation: int
     passes: int
