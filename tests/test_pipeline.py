@@ -164,7 +164,7 @@ class Made(Bench):
             self.generations,
             models,  # type: ignore[arg-type]
             self.books,
-            self.tasks,  # type: ignore[arg-type]
+            self.tasks,
             self.events,
             placement,
         )
