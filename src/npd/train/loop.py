@@ -157,7 +157,10 @@ class Loop:
         self.config, self.work, self.at = config, work, position
         self.generations, self.lead = generations, lead
         position.published = max(position.published, position.generation)
-        self.part_count = 0
+        self.part_count = self.responses = 0
+        self.references = self.kept = np.empty(0, np.int64)
+        self._replay: list[tuple[np.ndarray, int]] = []  # parts that a resumed run had taken
+        self._used, self._owed = position.references, 0.0  # reference samples that were mixed in; tokens that are due
 
     def run(self) -> None:
         while self.at.generation < self.generations:
