@@ -216,7 +216,7 @@ def test_interrupt(npd, config_file, monkeypatch):
 
     monkeypatch.setattr(run, "distill", interrupted)
     status, _, err = npd("distill", config_file())
-    assert status == 1
+    assert status == 130
     assert err.strip() == "npd: stopped. Run the same command again to go on."
 
 

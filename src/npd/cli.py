@@ -20,7 +20,10 @@ from npd.errors import NpdError, UserError
 from npd.observe.display import Display
 from npd.report.command import report
 
-EPILOG = "Exit status: 0 done; 2 what you gave is wrong (the message says how to mend it); 1 anything else."
+EPILOG = (
+    "Exit status: 0 done; 2 what you gave is wrong (the message says how to mend it); 130 and 143 stopped by SIGINT (Ctrl-C) "
+    "and SIGTERM; 1 anything else."
+)
 
 
 class ConfigOption(click.Option):
@@ -315,7 +318,7 @@ def entry() -> None:
         sys.exit(error.exit_status)
     except (click.Abort, KeyboardInterrupt):  # click makes the first of the second
         click.echo("npd: stopped. Run the same command again to go on.", err=True)
-        sys.exit(1)
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

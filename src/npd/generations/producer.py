@@ -221,4 +221,5 @@ def producer_kind(placed: Placement) -> type[Producer]:
     """
     if placed.producer is not None:
         return PRODUCERS[placed.producer]
-    return next(kind for kind in PRODUCERS.values() if kind.suits(placed))
+    kinds = reversed(list(PRODUCERS.values()))  # those of plug-ins first
+    return next(kind for kind in kinds if kind.suits(placed))

@@ -197,7 +197,8 @@ def teacher_kind(config: TeacherConfig) -> type[Teacher]:
     """
     if config.kind is not None:
         return TEACHERS[config.kind]
-    return next(kind for kind in TEACHERS.values() if kind.suits(config))
+    kinds = reversed(list(TEACHERS.values()))  # those of plug-ins first
+    return next(kind for kind in kinds if kind.suits(config))
 
 
 # -- stages
