@@ -349,7 +349,12 @@ def test_a_hanging_request_keeps_no_error_back(server, hanging):
     again = Hanging()
     server.faults = [again] * 2
     stopped = served(server, timeout=2 * HANG)
-    stopper = threading.Thread(target=lambda: (again.asked.wait(HANG), stopped.stop()))
+
+    def stop_once_asked() -> None:
+        again.asked.wait(HANG)
+        stopped.stop()
+
+    stopper = threading.Thread(target=stop_once_asked)
     stopper.start()
     with pytest.raises(RunError, match="Stopped"):
         stopped(*pairs(2, seed=2), 2)
