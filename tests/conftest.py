@@ -125,13 +125,12 @@ def save_model(path: Path, *, seed: int, hidden: int = 32, layers: int = 2, voca
 
 
 UP_TO = """import sys, time, npd.cli, npd.train.trainer
-real = npd.train.trainer.Trainer.step
+held, real = int(sys.argv.pop(1)), npd.train.trainer.Trainer.step
 def step(self, *args):
-    while args[3] == int(sys.argv[1]):
+    while args[3] == held:
         time.sleep(1)
     return real(self, *args)
 npd.train.trainer.Trainer.step = step
-del sys.argv[1]
 npd.cli.entry()
 """
 

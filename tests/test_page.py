@@ -123,7 +123,8 @@ def page(tmp_path_factory) -> Iterator[Page]:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     options.timeouts = {"script": int(1000 * HANG), "pageLoad": int(1000 * HANG)}
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    driver.command_executor.client_config.timeout = 2 * HANG  # type: ignore[union-attr]
+    connection: Any = driver.command_executor
+    connection.client_config.timeout = 2 * HANG
     start = driver.current_window_handle
     driver.switch_to.new_window("tab")  # an empty one
     empty = driver.current_window_handle

@@ -350,11 +350,11 @@ def test_a_hanging_request_keeps_no_error_back(server, hanging):
     server.faults = [again] * 2
     stopped = served(server, timeout=2 * HANG)
 
-    def stop() -> None:
+    def stop_once_asked() -> None:
         again.asked.wait(HANG)
         stopped.stop()
 
-    stopper = threading.Thread(target=stop)
+    stopper = threading.Thread(target=stop_once_asked)
     stopper.start()
     with pytest.raises(RunError, match="Stopped"):
         stopped(*pairs(2, seed=2), 2)
@@ -403,18 +403,6 @@ def test_the_key_comes_from_the_environment_and_stays_there(make_tree, teacher_d
 def test_options_that_do_not_go_together(options):
     with pytest.raises(ValueError, match="server"):
         TeacherConfig(model="m", **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"kind": "served"}, "of kind served, but it has no server"),
-        ({"kind": "local", "server": "http://x"}, "of kind local, loaded here, but it has the server http://x"),
-    ],
-)
-def test_a_kind_that_its_server_contradicts(make_tree, options, words):
-    with pytest.raises(UserError, match=words):
-        npd.distill(make_tree(teacher=options))
 
 
 # -- whole runs
