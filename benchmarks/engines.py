@@ -62,7 +62,7 @@ def main() -> None:
         generate = start_engine("transformers", weights, vocabulary, pad_id, **sizes)
         answered = vllm.answer(table, sampling, 1)
         score = ScoreTeacher(Prefill(model, vocabulary, pad_id, 2048), 10)
-        with serving(snapshot) as url:
+        with serving(snapshot, prompts.longest + options.new_tokens + 1) as url:
             setting = TeacherSetting(vocabulary, pad_id, "cpu", 2048)
             served = ScoreTeacher(ServedTeacher(TeacherConfig(model="big", server=url), setting), 10)
             runs: dict[str, Callable[[int], pa.Table]] = {
@@ -112,20 +112,26 @@ def vllm_version() -> str:
 
 
 @contextmanager
-def serving(path: Path) -> Iterator[str]:
-    """The address of a vLLM server of a model, as `big`."""
+def serving(path: Path, context: int) -> Iterator[str]:
+    """The address of a vLLM server of a model, as `big`, that reads so many tokens.
+
+    Raises:
+        RuntimeError: it does not start.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(path), "--served-model-name", "big"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", "1024"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--max-model-len", str(context)]
     command += ["--gpu-memory-utilization", "0.3"] if torch.cuda.is_available() else ["--dtype", "float32", "--enforce-eager"]
     environment: dict[str, Any] = os.environ | {"VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     environment["VLLM_CPU_KVCACHE_SPACE"] = "1"
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
     try:
-        while process.poll() is None:
+        while True:
+            if process.poll() is not None:
+                raise RuntimeError(f"{' '.join(command)} did not start; it ended with {process.returncode}.")
             try:
                 if urllib3.request("GET", f"{url}/health", timeout=2.0, retries=False).status == 200:
                     break

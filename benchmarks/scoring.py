@@ -49,7 +49,7 @@ class Case:
         texts = [f"{text} ({i})" if i else text for i in range(1 + count // max(1, len(texts))) for text in texts]
         texts = texts or [p.prompt for p in make_problems(count, seed=0)]
         prompts = [self.tokenizer(text)["input_ids"] for text in texts[:count]]
-        table = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
+        table = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32())), "source": [""] * len(prompts)})
         self.table = self.engine(64).answer(table, Sampling(new_tokens), seed=0)
         self.contexts, self.responses = (self.table[c].to_pylist() for c in ("prompt_ids", "response_ids"))
         self.tokens = sum(map(len, self.contexts)) + sum(map(len, self.responses))

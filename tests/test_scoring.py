@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -11,9 +14,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import npd.scoring.prefill
-from npd.config import ModelConfig, Sampling
+from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.models import Vocabulary, load_model
-from npd.scoring import Prefill, ScoreStudent, ScoreTeacher
+from npd.scoring import Prefill, ScoreStudent, ScoreTeacher, TeacherSetting
+from npd.scoring.local import LocalTeacher
 
 SHARED = 20
 VOCABULARY = Vocabulary(size=SHARED, stop_ids=(2,), start_id=1)
@@ -140,3 +144,32 @@ def test_student_stage_equals_a_prefill(student_model, rolled_out):
         free = alone(student_model, [VOCABULARY.start_id], row["response_ids"])
         assert row["student_nll_free"] == pytest.approx(-float(free.gather(1, labels).mean()), abs=1e-4)
         assert row["student_nll"] != pytest.approx(row["student_nll_free"], abs=1e-3)
+
+
+def test_a_local_teacher_reads_and_writes(teacher_dir, student_model):
+    """As its model does; what it wrote with goes when it rests, and writes again."""
+    closed: list[Any] = []
+
+    def start(config: ModelConfig) -> Any:
+        engine = engine_of(student_model, VOCABULARY)  # it is to take the teacher's weights
+        engine.setting = replace(engine.setting, model=config)
+        engine.close = lambda: closed.append(engine)
+        return engine
+
+    setting = TeacherSetting(VOCABULARY, 0, "cpu", 64, start_engine=start)
+    teacher = LocalTeacher(TeacherConfig(model=str(teacher_dir)), setting)
+    contexts, responses = make_pairs(9, seed=6)
+    for mine, other in zip(teacher(contexts, responses, 3), teacher.prefill(contexts, responses, 3), strict=True):
+        for a, b in zip(mine, other, strict=True):
+            np.testing.assert_array_equal(a, b)
+    table = pa.table({"prompt_ids": pa.array(contexts, pa.list_(pa.int32())), "source": ["a"] * 9})
+    expected = engine_of(teacher.model(), VOCABULARY).answer(table, Sampling(6), 3)
+    for _ in range(2):
+        told: list[int] = []
+        written = teacher.write(table, Sampling(6), 3, told.append)
+        assert written.equals(expected.drop_columns("behavior_logprobs"))  # no snapshot of the student wrote it
+        assert sum(told) == 9
+        teacher.rest()
+    assert len(closed) == 2
+    assert {engine.setting.model.model for engine in closed} == {str(teacher_dir)}
+    assert teacher.path() == teacher_dir

@@ -18,12 +18,12 @@ from conftest import engine_of, save_model, write_jsonl
 import npd
 import npd.models
 import npd.preflight
-from npd.config import ModelConfig, Sampling
+from npd.config import ModelConfig, Sampling, load_config
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
 from npd.generations.models import Evaluated
 from npd.models import Vocabulary, directory_of, load_model
-from npd.placement import Placement
+from npd.placement import Placement, engine_beside_training
 from npd.records import TeacherLine
 from npd.rollout import Engine
 from npd.rollout.transformers import TransformersEngine
@@ -204,6 +204,20 @@ def test_a_file_that_the_engine_cannot_read_is_named(eval_tree, monkeypatch):
     tree = eval_tree(data={"references": "teacher"}, evaluation={"tasks": [], "kl_prompts": 0})
     with pytest.raises(npd.UserError, match=r"teacher is to write, but rollout.engine needs a directory of weights"):
         npd.sft(tree)
+
+
+def test_a_temperature_that_the_engine_does_not_take_is_refused(eval_tree):
+    """At once where it would evaluate beside the training; what needs no rollouts is left to the default engine."""
+    hot = eval_tree(data={"references": "teacher"}, evaluation={"temperature": 2.5})
+    with pytest.raises(npd.UserError, match=r"evaluation.temperature is 2.5, but vLLM .* up to 2"):
+        npd.distill(hot)
+    assert not Path(hot["run_dir"]).exists()
+    placed = npd.preflight.prepare(load_config(hot), "sft").placement
+    assert engine_beside_training(load_config(hot), placed, 1) == "transformers"
+    with pytest.raises(npd.UserError, match=r"temperature is 2.5, but vLLM .* up to 2"):
+        npd.evaluate(hot)
+    with pytest.raises(npd.UserError, match=r"rollout.temperature is 2.5"):
+        npd.distill(eval_tree(rollout={"temperature": 2.5}))
 
 
 # -- npd distill

@@ -41,6 +41,7 @@ OURS = {
     **dict.fromkeys(("worker_extension_cls", "enable_lora", "max_loras", "max_lora_rank", "quantization"), ""),
 }
 
+HOTTEST = 2.0  # temperature that vLLM takes
 GPU_SHARE = 0.85  # of the memory that is free when the engine starts; the rest is for scoring beside it
 CPU_SHARE = 0.25  # of the memory that is free, for the KV cache at most
 
@@ -98,10 +99,7 @@ class VllmEngine(Engine):
 
     @classmethod
     def check(cls, config: Config) -> None:
-        if config.rollout.temperature > 2:
-            raise UserError(
-                f"rollout.temperature is {config.rollout.temperature:g}, but vLLM samples at temperatures up to 2."
-            )
+        _check_temperature("rollout.temperature", config.rollout.temperature)
         spec = importlib.util.find_spec("vllm")
         if spec is None or spec.origin is None:
             raise UserError(
@@ -132,6 +130,8 @@ class VllmEngine(Engine):
     @classmethod
     def check_shared(cls, config: Config, device: str, *, processes: int, trains: bool) -> None:
         cls.check_device(config, device)
+        if trains and config.evaluation.tasks:
+            _check_temperature("evaluation.temperature", config.evaluation.temperature)
         size = cls.devices(config.rollout.engine_options)
         if processes > 1 or (trains and size > 1) or device not in ("cpu", "cuda:0"):
             raise UserError(
@@ -249,6 +249,7 @@ class VllmEngine(Engine):
         self, requests: Iterable[Request], sampling: Sampling, progress: Progress | None = None
     ) -> Iterator[tuple[int, pa.Table]]:
         """As `Engine.stream`; the next request is asked for when the engine has room for it."""
+        _check_temperature("The temperature", sampling.temperature)
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -303,6 +304,11 @@ class VllmEngine(Engine):
         finally:
             if running:  # whoever reads the stream has stopped
                 engine.abort_request(list(running))
+
+
+def _check_temperature(name: str, value: float) -> None:
+    if value > HOTTEST:
+        raise UserError(f"{name} is {value:g}, but vLLM samples at temperatures up to {HOTTEST:g}.", "Lower it.")
 
 
 def _finished(output: Any) -> tuple[list[int], list[float]]:
