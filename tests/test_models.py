@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from typing import Any
 
+import conftest
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -636,3 +638,22 @@ def test_auto_dtype_on_cuda(monkeypatch):
         named = StudentConfig(model="a/b", dtype=name)  # what is trained has float32 masters
         assert models.resolve_dtype(named, trained=True) == torch.float32
         assert models.resolve_dtype(named, trained=False) == getattr(torch, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("not json", "is no JSON"),
+        ("[]", "holds list, not an object"),
+        ('{"eos_token_id": "x"}', "names 'x' as eos_token_id"),
+        ('{"eos_token_id": [2, {"a": 1}]}', "as eos_token_id, which is no token id"),
+        ('{"eos_token_id": -5}', "names '-5' as eos_token_id"),
+        ('{"eos_token_id": true}', "names 'True' as eos_token_id"),
+    ],
+)
+def test_a_malformed_generation_config_is_named(tmp_path, text, said):
+    path = conftest.save_model(tmp_path / "student", seed=2)
+    (path / "generation_config.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(said)) as caught:
+        models.stop_ids_of(ModelConfig(model=str(path)))
+    assert str(path / "generation_config.json") in str(caught.value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
 import re
 import threading
@@ -358,16 +359,39 @@ def stop_ids_of(config: ModelConfig) -> list[int]:
     """The stop tokens that a model's directory names in generation_config.json, or where there is none in config.json.
 
     `shared_vocabulary` joins what the tokenizer, its chat template and the configurations say.
+
+    Raises:
+        UserError: generation_config.json is there and malformed.
     """
     source = _source(config)
     if "gguf_file" in source:
         return []
+    _check_generation_config(Path(source["pretrained_model_name_or_path"]) / "generation_config.json")
     try:
         source.pop("trust_remote_code")
         found: Any = transformers.GenerationConfig.from_pretrained(source.pop("pretrained_model_name_or_path"), **source)
     except OSError:
         found = load_model_config(config)
     return named_stops(found)
+
+
+def _check_generation_config(file: Path) -> None:
+    """See that a file that transformers would leave out, or stumble over, says what it is there for."""
+    if not file.is_file():
+        return
+    remedy = "Restore it, or delete it: npd asks the tokenizer, its chat template and config.json for stop tokens as well."
+    try:
+        tree = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(
+            f"{file} is no JSON ({type(error).__name__}: {' '.join(str(error).split())[:200]}).", remedy
+        ) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} holds {type(tree).__name__}, not an object.", remedy)
+    named = tree.get("eos_token_id")
+    for token in named if isinstance(named, list) else [named]:
+        if token is not None and (type(token) is not int or token < 0):
+            raise UserError(f"{file} names {str(token)[:60]!r} as eos_token_id, which is no token id.", remedy)
 
 
 def snapshot_config(config: StudentConfig, path: Path) -> StudentConfig:

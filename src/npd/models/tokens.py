@@ -101,7 +101,7 @@ def named_stops(*configs: Any) -> list[int]:
         for part in (config, config.get_text_config() if hasattr(config, "get_text_config") else None):
             named = getattr(part, "eos_token_id", None)
             ids += [] if named is None else named if isinstance(named, list) else [named]
-    return [token for token in dict.fromkeys(ids) if isinstance(token, int) and token >= 0]
+    return list(dict.fromkeys(token for token in ids if isinstance(token, int) and token >= 0))
 
 
 def stops_of(tokenizer: PreTrainedTokenizerBase, named: Iterable[int], options: Mapping[str, Any] | None = None) -> list[int]:
