@@ -7,7 +7,6 @@ import re
 import shutil
 from typing import Any
 
-import conftest
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -652,7 +651,7 @@ def test_auto_dtype_on_cuda(monkeypatch):
     ],
 )
 def test_a_malformed_generation_config_is_named(tmp_path, text, said):
-    path = conftest.save_model(tmp_path / "student", seed=2)
+    path = save_random_model(tmp_path / "student", seed=2)
     (path / "generation_config.json").write_text(text)
     with pytest.raises(UserError, match=re.escape(said)) as caught:
         models.stop_ids_of(ModelConfig(model=str(path)))
