@@ -57,6 +57,10 @@ class Registry(Mapping[str, Any]):
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise ValueError(f"must be one of {', '.join(map(repr, self._homes))}{hint}; `plugins` brings others")
 
+    def suiting(self, what: Any) -> Any:
+        """The kind that says that it `suits`, where the configuration names none; those of plug-ins are asked first."""
+        return next(kind for kind in reversed(list(self.values())) if kind.suits(what))
+
     def __getitem__(self, name: str) -> Any:
         """The kind itself, its module imported.
 

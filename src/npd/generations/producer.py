@@ -221,5 +221,4 @@ def producer_kind(placed: Placement) -> type[Producer]:
     """
     if placed.producer is not None:
         return PRODUCERS[placed.producer]
-    kinds = reversed(list(PRODUCERS.values()))  # those of plug-ins first
-    return next(kind for kind in kinds if kind.suits(placed))
+    return PRODUCERS.suiting(placed)

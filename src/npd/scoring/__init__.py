@@ -197,8 +197,7 @@ def teacher_kind(config: TeacherConfig) -> type[Teacher]:
     """
     if config.kind is not None:
         return TEACHERS[config.kind]
-    kinds = reversed(list(TEACHERS.values()))  # those of plug-ins first
-    return next(kind for kind in kinds if kind.suits(config))
+    return TEACHERS.suiting(config)
 
 
 # -- stages
