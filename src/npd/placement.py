@@ -55,9 +55,15 @@ class Placement:
     why: str = ""
     """Why turns are taken though `lead` asks for none."""
 
-    def on(self, device: str) -> Placement:
-        """The same, with rollout and teacher of this process on one device."""
-        return replace(self, rollout=device, teacher=device)
+    def in_training(self, processes: int) -> Placement:
+        """As a process that trains, one of `processes`, sees it.
+
+        With several of them, and where others generate, a teacher that evaluates stands beside the process's own model.
+        """
+        if self.turns and processes == 1:
+            return self
+        here = "" if processes > 1 else self.train[0]
+        return replace(self, rollout=here, teacher=here)
 
     @property
     def shared_gpu(self) -> bool:

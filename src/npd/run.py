@@ -44,6 +44,7 @@ class Run:
 
     def __init__(self, config: Config, command: str, display: Display | None = None, *, take_turns: bool = False) -> None:
         self.setup: Setup = prepare(config, command, take_turns=take_turns)
+        self.trains = not take_turns
         self.config, self.store = self.setup.config, Store(config.run_dir)
         self.accelerator = make_accelerator(self.config, self.store)
         self.main, self.world = self.accelerator.is_main_process, self.accelerator.num_processes
@@ -79,17 +80,9 @@ class Run:
     def _workshop(self) -> Workshop:
         """What generations are made with in this process."""
         config, setup = self.config, self.setup
-        # With several trainers, and where others generate, a teacher that evaluates stands beside this process's model.
-        here = "" if self.world > 1 else self.placement.train[0]
-        placed = self.placement
-        if not (placed.turns and self.world == 1):
-            placed = placed.on(here)
+        placed = self.placement.in_training(self.world)
         generations = setup.generations
-        engine = (
-            config.rollout.engine
-            if generations.by_student and placed.turns
-            else engine_beside_training(config, placed, self.world)
-        )
+        engine = engine_beside_training(config, placed, self.world, trains=self.trains)
         tokens = setup.tokens
         kept = Models(
             config,
