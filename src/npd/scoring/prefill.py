@@ -7,6 +7,7 @@ predicted by positions P - 1 .. P + R - 2. Nothing predicts the first token of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ class Prefill:
     def hidden(self, packed: Packed) -> Tensor:
         """[T, D] hidden states that predict the packed responses."""
         device = self.model.device
-        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(device.type, self.autocast) if self.autocast is not None else nullcontext():
             hidden_RLD = hidden_states(self.model, packed.input_ids.to(device), packed.position_ids.to(device))
         hidden_TD = hidden_RLD.flatten(0, 1)[packed.predictors.to(device)]
         return hidden_TD if self.autocast is None else hidden_TD.to(self.autocast)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ Rows = tuple[list[list[int]], int]
 
 
 class MicroBatch(NamedTuple):
-    inputs: tuple[Tensor, ...]
-    """What `LossModel.forward` takes, in its order."""
+    inputs: tuple[Any, ...]
+    """What `LossModel.forward` takes, in its order: tensors, and what stays in CPU memory."""
     by_student: Tensor
     """[B] indices into the labels of those that a snapshot of the student wrote."""
     behavior: Tensor
@@ -42,14 +42,15 @@ class MicroBatch(NamedTuple):
 
     def pinned(self) -> MicroBatch:
         """In page-locked memory, from which a GPU copies while it computes."""
-        return MicroBatch(
-            tuple(t.pin_memory() for t in self.inputs), self.by_student.pin_memory(), self.behavior.pin_memory()
-        )
+        return self._with(Tensor.pin_memory)
 
     def to(self, device: torch.device) -> MicroBatch:
         """On a device; nobody waits for the copies."""
-        inputs = tuple(t.to(device, non_blocking=True) for t in self.inputs)
-        return MicroBatch(inputs, self.by_student.to(device, non_blocking=True), self.behavior.to(device, non_blocking=True))
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def _with(self, moved: Callable[[Tensor], Tensor]) -> MicroBatch:
+        inputs = tuple(moved(value) if isinstance(value, Tensor) else value for value in self.inputs)
+        return MicroBatch(inputs, moved(self.by_student), moved(self.behavior))
 
 
 def micro_batches(
