@@ -143,7 +143,10 @@ def loss_values(result: Result, *, compiled: bool = False) -> str:
                     labels, ids, logprobs = inputs[2:]
                     wanted = sparse_soft_cross_entropy(*theirs, labels, ids, logprobs.double(), **options, fused=False)
                     wanted.loss.backward()
-                    mine = hidden.to(DEVICE).requires_grad_(), weight.float().to(DEVICE).requires_grad_()
+                    mine = (
+                        hidden.to(DEVICE, copy=True).requires_grad_(),
+                        weight.float().to(DEVICE, copy=True).requires_grad_(),
+                    )
                     there = [t.to(DEVICE) for t in inputs[2:]]
                     out = sparse_soft_cross_entropy(*mine, *there, **options, fused=True, compiled=compiled, chunk_tokens=300)
                     out.loss.backward()
