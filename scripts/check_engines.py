@@ -1,8 +1,9 @@
 """Check, on this machine's GPU (or its CPU), every path that an engine or a served teacher takes, and say what works.
 
-    python scripts/check_engines.py [--student MODEL --teacher MODEL]
+    python scripts/check_engines.py [--student MODEL --teacher MODEL] [--only engines|step] [--out FILE.json]
 
-Without models it makes random ones. It starts vLLM in this process and a vLLM server on loopback; needs `npd[vllm]`.
+The training step is checked first (see check_step.py beside this file). Without models it makes random ones. It starts vLLM
+in this process and a vLLM server on loopback; needs `npd[vllm]`.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import check_step
 import numpy as np
 import torch
-import urllib3
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import npd
@@ -243,6 +244,8 @@ CHECKS: list[Check] = [
 @contextmanager
 def serving(bench: Bench) -> Iterator[str]:
     """The address of a vLLM server that serves the teacher as `big`."""
+    import urllib3
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -278,8 +281,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", help="model directory or Hub id [default: a random model]")
     parser.add_argument("--teacher", help="model directory or Hub id [default: a random model]")
-    parser.add_argument("--json", type=Path, help="write the results there as well")
+    parser.add_argument("--only", choices=["engines", "step"], help="check these alone")
+    parser.add_argument("--out", "--json", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
+    works = True
+    if options.only != "engines":
+        out = options.out if options.only == "step" or options.out is None else options.out.with_suffix(".step.json")
+        works = check_step.check(check_step.CHECKS, out)
+    if options.only != "step":
+        works = check_engines(options) and works
+    sys.exit(not works)
+
+
+def check_engines(options: argparse.Namespace) -> bool:
+    """Run the checks, print their table, write them as JSON; did all that could be made here work?"""
     device = torch.cuda.get_device_name() if GPUS else f"CPU ({os.cpu_count()} cores)"
     display = Display()
     results: list[dict[str, Any]] = []
@@ -298,9 +313,9 @@ def main() -> None:
             results.append({"check": check.__name__, "outcome": outcome, "seconds": time.monotonic() - began, "words": words})
     rows = [[r["check"], r["outcome"], f"{r['seconds']:.0f}", r["words"]] for r in results]
     display.table(f"Engines on {max(1, GPUS)} x {device}", ["check", "outcome", "s", "what was seen"], rows)
-    if options.json:
-        write_json(options.json, {"device": device, "gpus": GPUS, "torch": torch.__version__, "results": results})
-    sys.exit(any(result["outcome"] == "FAILS" for result in results))
+    if options.out:
+        write_json(options.out, {"device": device, "gpus": GPUS, "torch": torch.__version__, "results": results})
+    return all(result["outcome"] != "FAILS" for result in results)
 
 
 if __name__ == "__main__":
