@@ -18,6 +18,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 # From the ground up: a room imports only from rooms of lower floors, and from itself.
 FLOORS = (
     ("errors",),
+    ("inputs",),
     ("registry",),
     ("config",),
     ("intervals", "packing", "schedule", "prompts", "records", "result"),

@@ -3,15 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from npd.registry import DIVERGENCES, ENGINES, RULES, TEACHERS, Registry
 
+MANY = 1_000_000  # of what is counted one by one
+LONGEST_TEXT = 1 << 24  # tokens: more than any model reads
+LONGEST_NAME = 255  # bytes of a file's name, as file systems have it
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    """A part of the tree. Numbers are finite where the field does not say otherwise, and every one has bounds."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, str_max_length=4096
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("must be a number, which true and false (in YAML also yes, no, on and off) are not")
+        return value
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    return {annotation}.union(*map(_kinds, get_args(annotation)))
+
+
+def _named(place: str) -> str:
+    if any(len(name.encode()) > LONGEST_NAME for name in place.split("/")):
+        raise ValueError(f"has a name longer than a file's can be ({LONGEST_NAME} bytes)")
+    return place
+
+
+def _warm(temperature: float) -> float:
+    if 0 < temperature < 1e-6:
+        raise ValueError("must be 0, which is greedy, or at least 1e-6")
+    return temperature
+
+
+Place = Annotated[str, AfterValidator(_named)]
+"""A path, or whatever else may be looked for as one."""
+Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm)]
 
 
 @dataclass(frozen=True)

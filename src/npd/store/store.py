@@ -66,7 +66,7 @@ class Store:
             raise UserError(f"run_dir {self.path} is a file; choose a directory.")
         if file.exists():
             old = self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
-            theirs = old.pop("provenance", {}).get("command")
+            theirs = (old.pop("provenance", None) or {}).get("command")
             if theirs != command:
                 raise UserError(f"{self.path} holds a run of `npd {theirs}`; choose another run_dir for `npd {command}`.")
             changes = differing_keys(old, tree)
