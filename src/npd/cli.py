@@ -304,6 +304,13 @@ def demo(out: str, seed: int) -> None:
     run_demo(Path(out), seed, Display())
 
 
+def _show(error: click.ClickException) -> None:
+    """As click does, without what a word of the command line would do to the terminal."""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(error.ctx.get_usage(), err=True)
+    click.echo(f"Error: {foreign(error.format_message(), LONGEST_MESSAGE)}", err=True)
+
+
 def terminated(*_: object) -> None:
     """End in order when asked to, as by a batch system: a run then has it on record, and its refreshes end too."""
     raise SystemExit(128 + signal.SIGTERM)
@@ -318,8 +325,7 @@ def entry() -> None:
     try:
         main(prog_name="npd", standalone_mode=False)
     except click.ClickException as error:
-        error.message = foreign(error.message, LONGEST_MESSAGE)
-        error.show()
+        _show(error)
         sys.exit(error.exit_code)
     except NpdError as error:
         click.echo(f"npd: {foreign(error, LONGEST_MESSAGE)}", err=True)

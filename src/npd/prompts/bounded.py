@@ -137,7 +137,7 @@ def _watched(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 class _Watched(dict[str, Callable[..., Any]]):
     """Filters or tests by name, each of which counts."""
 
-    def __init__(self, functions: Mapping[str, Callable[..., Any]]) -> None:
+    def __init__(self, functions: Mapping[str, Any]) -> None:
         super().__init__()
         for name, function in functions.items():
             self[name] = function
@@ -166,8 +166,8 @@ class Bounded(ImmutableSandboxedEnvironment):
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, finalize=_written, **options)
-        self.filters = _Watched(self.filters)  # type: ignore[assignment]
-        self.tests = _Watched(self.tests)  # type: ignore[assignment]
+        self.filters: dict[str, Any] = _Watched(self.filters)
+        self.tests: dict[str, Any] = _Watched(self.tests)
         del self.globals["lipsum"]  # writes as much as it is asked for
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
@@ -178,7 +178,7 @@ class Bounded(ImmutableSandboxedEnvironment):
             loop.body.insert(0, nodes.ExprStmt(looks, lineno=line).set_environment(self))
         return tree
 
-    def concat(self, pieces: Iterable[str]) -> str:  # type: ignore[override]
+    def concat(self, pieces: Iterable[str]) -> str:
         made = []
         for piece in pieces:
             spend(len(piece))
@@ -233,8 +233,9 @@ def _install() -> None:
     """Make transformers compile templates in this sandbox from now on."""
     from transformers.utils import chat_template_utils
 
-    chat_template_utils.ImmutableSandboxedEnvironment = Bounded  # type: ignore[attr-defined]
-    chat_template_utils._compile_jinja_template.cache_clear()  # type: ignore[attr-defined]
+    library: Any = chat_template_utils
+    library.ImmutableSandboxedEnvironment = Bounded
+    library._compile_jinja_template.cache_clear()
 
 
 @contextmanager

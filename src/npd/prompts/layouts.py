@@ -350,7 +350,7 @@ def _shown(value: Any) -> str:
 
 def _history(where: str, history: Any) -> list[list[str]]:
     """Earlier turns as Alpaca's descendants have them: pairs of a question and its reply."""
-    pairs = history if isinstance(history, list) else [None]
+    pairs: list[Any] = history if isinstance(history, list) else [None]
     for pair in pairs:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
             raise UserError(f"{where}: `history` must be a list of pairs [question, reply], but it is {_shown(history)}.")

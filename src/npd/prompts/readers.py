@@ -280,12 +280,11 @@ def _csv(file: Path, name: str, columns: Collection[str]) -> Rows:
             _check_once(name, reader.fieldnames or (), columns)
             yield from _csv_rows(reader, name)
         except csv.Error as error:
-            remedy = (
-                "A quote that is opened must be closed."
-                if "field larger" in str(error) or "end of data" in str(error)
-                else ""
-            )
-            raise UserError(f"{name}, line {reader.line_num} cannot be read: {foreign(error)}.", remedy) from error
+            told = str(error)
+            remedy = "A quote that is opened must be closed." if "larger" in told or "end of data" in told else ""
+            raise UserError(
+                f"The data file {name} cannot be read: {foreign(told)}, at line {reader.line_num}.", remedy
+            ) from error
 
 
 def _csv_rows(reader: csv.DictReader[str], name: str) -> Rows:
