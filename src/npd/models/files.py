@@ -100,6 +100,9 @@ def check_config(file: Path) -> None:
         raise UserError(what, AGAIN) from error
     if not isinstance(tree, dict):
         raise UserError(f"{name} holds {type(tree).__name__}, not an object.", AGAIN)
+    kinds = tree.get("architectures")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise UserError(f"{name} says architectures: {foreign(kinds, 60)}, which is no list of names.", AGAIN)
     left = [("", tree)]
     while left:
         prefix, part = left.pop()

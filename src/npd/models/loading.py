@@ -135,6 +135,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     source = _source(config)
     with _explained(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer("1 + 1?")  # some damage shows here
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {config.model} has no eos_token, so a response could never stop; set one.")
     if tokenizer.pad_token_id is None:

@@ -290,7 +290,7 @@ def _answer(where: str, answer: Any) -> str | None:
     if answer is None or answer == []:
         return None
     entries = answer if isinstance(answer, list) else [answer]
-    if any(is_missing(entry) or isinstance(entry, list | dict) for entry in entries):
+    if any(is_missing(entry) or isinstance(entry, list | dict | tuple | bytes) for entry in entries):
         raise UserError(
             f"{where}: `answer` must be a text or a number, or a list of them, any of which is right, but it is "
             f"{_shown(answer)}."
