@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
 
 from npd.registry import DIVERGENCES, ENGINES, RULES, TEACHERS, Registry
+
+_USERINFO = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
+_SECRET = re.compile(r"(api[_-]?key|password|passwd|secret|(access|auth|hf)[_-]?token)$", re.IGNORECASE)
+
+
+def _secrets(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, what is there) of secrets in options."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if isinstance(inner, str) and inner and _SECRET.search(str(key)):
+                yield f"{name}{key}", "a key or a password"
+            else:
+                yield from _secrets(inner, f"{name}{key}.")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _secrets(inner, f"{name}{i}.")
+    elif isinstance(value, str) and _USERINFO.search(value):
+        yield name.removesuffix("."), "a user's name or password in a URL (in front of @)"
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, values: Any) -> Any:
+        """Before anything else: other messages repeat what is wrong, and options go into config.yaml and to trackers."""
+        found = next(_secrets(values), None)
+        if found is not None:
+            raise ValueError(
+                f"{found[0]} holds {found[1]}, and options are written into the run directory and told to trackers; leave it "
+                "out and give it through the environment (a server's key in the variable that teacher.api_key_env names)"
+            )
+        return values
 
 
 @dataclass(frozen=True)

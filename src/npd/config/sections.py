@@ -82,6 +82,12 @@ class TeacherConfig(ModelConfig):
             raise ValueError(f"{', '.join(wrong)} are the server's own affair; leave them out beside server")
         if self.server is not None and not re.match(r"https?://[^/]", self.server):
             raise ValueError(f"server is a URL such as http://localhost:8000, but it is {self.server!r}")
+        if self.server is not None and re.search(r"[?#\s\x00-\x1f\x7f]", self.server):
+            raise ValueError(
+                "server is a URL such as http://localhost:8000, without spaces, ? and #; a key is not part of it"
+            )
+        if not re.fullmatch(r"[A-Za-z_]\w{0,63}", self.api_key_env, re.ASCII):  # a key itself, for instance: not repeated
+            raise ValueError("api_key_env is the name of an environment variable, which what is given here can't be")
         return self
 
     def _is_default(self, name: str) -> bool:

@@ -26,6 +26,7 @@ from npd.scoring import ScoreStudent, ScoreTeacher, teacher_kind
 from npd.scoring.routed import Routed
 from npd.selection import Select
 from npd.store import REFERENCE, Store
+from npd.store.answers import wrong_part
 from npd.store.schema import NO_POLICY, count_tokens
 
 CHECKED_TOKENS = 64  # of each response by which an engine is compared with transformers
@@ -73,6 +74,11 @@ class Pipeline:
 
     def _store(self, generation: int, part: int, table: pa.Table) -> None:
         with self.events.span(SpanName.STORE, generation=generation, part=part):
+            if (wrong := wrong_part(table, self.store.vocabulary_size)) is not None:  # or it would be made again for ever
+                raise RunError(
+                    f"Part {part} of generation {generation} is not kept, as no part can be like that: {wrong}.",
+                    "See to the engine, the teacher or the rule that gave it (a plug-in?), then run the same command again.",
+                )
             self.store.write_part(generation, part, table)
 
     # -- the student writes
