@@ -66,7 +66,7 @@ class TeacherConfig(ModelConfig):
     concurrency: int = Field(default=32, ge=1)
     """Requests in flight at once."""
     timeout: float = Field(default=120.0, gt=0)
-    """Seconds a request may take before it is given up and sent again."""
+    """Seconds a request may take, all told, before it is given up and sent again."""
     retry_seconds: float = Field(default=600.0, ge=0)
     """How long a server may be away, overloaded or failing before the run stops."""
 

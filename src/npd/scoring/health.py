@@ -17,6 +17,7 @@ ONE_IN = 32  # responses of a part, for each that is kept
 BOUND = 0.25
 """Nats by which answers may differ: kernels, batches and eight-bit weights make less than 0.1, another model makes more."""
 EXACT = 5e-4  # nats: what rounding to four decimals makes
+STORED = 5e-3  # nats: what storing as float16 makes, and kernels of another machine
 
 Lists = Sequence[Sequence[int]]
 
@@ -59,6 +60,18 @@ class Health:
     def __init__(self) -> None:
         self._kept: tuple[list[list[int]], list[list[int]], Reading] | None = None
         self._between = self._repeated = 0.0
+        self._part = ""
+
+    @property
+    def begun(self) -> bool:
+        """Is there anything to compare with?"""
+        return self._kept is not None
+
+    def recall(self, part: str, contexts: Lists, responses: Lists, readings: Sequence[Reading], top_k: int) -> None:
+        """Compare with what it said earlier, as the file `part` has it, instead of with what it will say first."""
+        if all(reading.topk_ids.shape[1] == top_k for reading in readings):
+            self._kept = self._keep(contexts, responses, readings)
+            self._repeated, self._part = STORED, part
 
     def check(
         self,
@@ -92,14 +105,17 @@ class Health:
         # little that is.
         blind = found.nats > max(self._between / 2, 10 * noise, EXACT) and found.same_first < 0.5
         if another or blind:
-            when = "asked the same twice" if first else "asked again what it was asked first"
+            where = f" in {self._part}" if self._part else ""
+            when = "asked the same twice" if first else f"asked again what it was asked first{where}"
+            remedy = "Was its server restarted with other weights, another quantisation or another version? See to it"
+            if self._part:
+                remedy += ", or delete the run's generations if it was wrong then and is right now"
             raise RunError(
                 f"The teacher {name} can't be trusted: {when}, {sum(map(len, kept_responses))} tokens, its log-probabilities "
                 f"differ by {found.nats:.3g} nats a token (at the start {noise:.3g}; between one token and another "
                 f"{self._between:.3g}), it ranks the same token first at {found.same_first:.0%} of them, and its top {top_k} "
                 f"hold {found.mass_now:.3g} of all probability (before {found.mass:.3g}). What it read last is not kept.",
-                "Was its server restarted with other weights, another quantisation or another version? See to it, then run "
-                "the same command again.",
+                f"{remedy}; then run the same command again.",
             )
 
     def _keep(
@@ -108,7 +124,7 @@ class Health:
         count = min(QUESTIONS, max(1, len(responses) // ONE_IN))
         rows = np.linspace(0, len(responses) - 1, count).astype(int).tolist()  # from all over the part
         kept = _joined([Reading(*(values[:TOKENS] for values in readings[i])) for i in rows])
-        n = len(kept.logprobs)
+        n = len(kept.topk_ids)
         others = [Reading(*(np.roll(values, by, axis=0) for values in kept)) for by in {1 % n, n // 2} - {0}]
         self._between = float(np.mean([difference(kept, other).nats for other in others])) if others else 2 * BOUND
         return [list(contexts[i]) for i in rows], [list(responses[i][:TOKENS]) for i in rows], kept
