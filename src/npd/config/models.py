@@ -69,7 +69,7 @@ class TeacherConfig(ModelConfig):
     concurrency: int = Field(default=32, ge=1, le=4096)
     """Requests in flight at once."""
     timeout: float = Field(default=120.0, ge=1e-3, le=1e6)
-    """Seconds a request may take before it is given up and sent again."""
+    """Seconds a request may take, all told, before it is given up and sent again."""
     retry_seconds: float = Field(default=600.0, ge=0, le=1e9)
     """How long a server may be away, overloaded or failing before the run stops."""
 
@@ -85,6 +85,12 @@ class TeacherConfig(ModelConfig):
             raise ValueError(f"{', '.join(wrong)} are the server's own affair; leave them out beside server")
         if self.server is not None and not re.match(r"https?://[^/]", self.server):
             raise ValueError(f"server is a URL such as http://localhost:8000, but it is {self.server!r}")
+        if self.server is not None and re.search(r"[?#\s\x00-\x1f\x7f]", self.server):
+            raise ValueError(
+                "server is a URL such as http://localhost:8000, without spaces, ? and #; a key is not part of it"
+            )
+        if not re.fullmatch(r"[A-Za-z_]\w{0,63}", self.api_key_env, re.ASCII):  # a key itself, for instance: not repeated
+            raise ValueError("api_key_env is the name of an environment variable, which what is given here can't be")
         return self
 
     def _is_default(self, name: str) -> bool:

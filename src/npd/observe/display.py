@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -74,9 +75,12 @@ class Whole(io.TextIOBase):
             self.write("\n")
 
 
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
 def _plain(text: str) -> str:
     """Text as it is, for rich to print: no markup, and of data, names and templates nothing that a terminal would obey."""
-    return escape("".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text))
+    return escape(CONTROLS.sub("\ufffd", text))
 
 
 class Display:
