@@ -18,6 +18,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 # From the ground up: a room imports only from rooms of lower floors, and from itself.
 FLOORS = (
     ("errors",),
+    ("inputs",),
     ("registry",),
     ("config",),
     ("intervals", "packing", "schedule", "prompts", "records", "result"),
@@ -104,7 +105,7 @@ KINDS = [(registry, name) for registry in (ENGINES, TEACHERS, PRODUCERS, RULES, 
 OTHER_MEANINGS = {
     ("transformers", "npd.models.loading"),  # a logger
     ("transformers", "npd.store.provenance"),  # a package whose version is kept
-    ("vllm", "npd.config.sections"),  # what a teacher's server runs
+    ("vllm", "npd.config.models"),  # what a teacher's server runs
     ("vllm", "npd.scoring.server"),
     ("none", "npd.selection"),  # no quantiles
     ("none", "npd.dataview"),  # no teacher

@@ -341,7 +341,7 @@ def test_a_file_that_is_not_utf8(tmp_path, tokenizer, suffix):
     path.write_bytes(b'{"prompt": "caf\xe9="}\n')
     message = refusal(path, tokenizer)
     assert f"The data file {path} cannot be read" in message
-    assert "utf-8" in message
+    assert "UTF-8" in message
 
 
 def test_an_unreadable_row_of_a_parquet_file(tmp_path, tokenizer):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import signal
 import sys
@@ -15,8 +16,9 @@ import yaml
 from click.core import ParameterSource
 from pydantic_core import PydanticUndefined
 
-from npd.config import Config, KindOf, leaves, load_config
-from npd.errors import NpdError, UserError
+from npd.config import Config, KindOf, leaves, load_config, parse_yaml
+from npd.errors import NpdError, UserError, foreign
+from npd.inputs import Unreadable
 from npd.observe.display import Display
 from npd.report.command import report
 
@@ -24,6 +26,9 @@ EPILOG = (
     "Exit status: 0 done; 2 what you gave is wrong (the message says how to mend it); 130 and 143 stopped by SIGINT (Ctrl-C) "
     "and SIGTERM; 1 anything else."
 )
+
+
+LONGEST_MESSAGE = 4000  # characters
 
 
 class ConfigOption(click.Option):
@@ -83,15 +88,15 @@ def _overrides(ctx: click.Context) -> dict[str, Any]:
         if isinstance(param, ConfigOption) and ctx.get_parameter_source(param.name or "") == ParameterSource.COMMANDLINE:
             text = ctx.params[param.name or ""]
             try:
-                values[param.key] = yaml.safe_load(text)
-            except yaml.YAMLError:
+                values[param.key] = parse_yaml(text)
+            except Unreadable:  # for the option itself to judge
                 values[param.key] = text
     return values
 
 
 def _config(ctx: click.Context) -> Config:
     path = Path(ctx.params["config"])
-    if path.is_dir():  # a run directory, which may have been moved since
+    if os.path.isdir(path):  # a run directory, which may have been moved since
         return load_config(path / "config.yaml", {"run_dir": str(path)} | _overrides(ctx))
     return load_config(path, _overrides(ctx))
 
@@ -192,7 +197,9 @@ def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
         match = re.fullmatch(r"(\d+)/(\d+)", share)
         part, whole = (int(match[1]), int(match[2])) if match else (0, 0)
         if not 1 <= part <= whole:
-            raise UserError(f"--share is {share!r}; give I/N with I from 1 to N, such as 1/2 and 2/2 for two machines.")
+            raise UserError(
+                f"--share is {foreign(share, 80)!r}; give I/N with I from 1 to N, such as 1/2 and 2/2 for two machines."
+            )
         follow_run(Path(config.run_dir), None, part - 1, whole, display, 1.0, config=config)
         click.echo(f"All that {config.run_dir} asks for is made.")
         return
@@ -251,7 +258,7 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
     if config.teacher is None or config.teacher.server is not None:
         raise UserError("`npd init-student` cuts the student out of a teacher that lies here; set teacher.model.")
     target = Path(config.student.model)
-    if target.exists():
+    if os.path.lexists(target):
         raise UserError(f"student.model is {target}, which exists already; name a new directory, or delete that one.")
     if layers is not None and keep is not None:
         raise UserError("--layers and --keep both say which layers stay; give one of them.")
@@ -262,7 +269,7 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
         try:
             kept = [int(index) for index in keep.split(",")]
         except ValueError:
-            raise UserError(f"--keep must be layer indices such as 0,2,5, but it is {keep!r}.") from None
+            raise UserError(f"--keep must be layer indices such as 0,2,5, but it is {foreign(keep, 80)!r}.") from None
     else:
         if layers is not None and layers > total:
             raise UserError(f"--layers is {layers}, but the teacher has only {total} layers.")
@@ -297,6 +304,13 @@ def demo(out: str, seed: int) -> None:
     run_demo(Path(out), seed, Display())
 
 
+def _show(error: click.ClickException) -> None:
+    """As click does, without what a word of the command line would do to the terminal."""
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        click.echo(error.ctx.get_usage(), err=True)
+    click.echo(f"Error: {foreign(error.format_message(), LONGEST_MESSAGE)}", err=True)
+
+
 def terminated(*_: object) -> None:
     """End in order when asked to, as by a batch system: a run then has it on record, and its refreshes end too."""
     raise SystemExit(128 + signal.SIGTERM)
@@ -311,10 +325,10 @@ def entry() -> None:
     try:
         main(prog_name="npd", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        _show(error)
         sys.exit(error.exit_code)
     except NpdError as error:
-        click.echo(f"npd: {error}", err=True)
+        click.echo(f"npd: {foreign(error, LONGEST_MESSAGE)}", err=True)
         sys.exit(error.exit_status)
     except (click.Abort, KeyboardInterrupt):  # click makes the first of the second
         click.echo("npd: stopped. Run the same command again to go on.", err=True)

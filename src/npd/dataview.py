@@ -73,7 +73,7 @@ def describe_rows(
     """
     data = config.data
     columns = {str(ours): theirs for ours, theirs in data.columns.items()}
-    for where, record in itertools.islice(Source(data.train, data.split, data.config).rows(), first, end):
+    for where, record in itertools.islice(Source(data.train, data.split, data.config, columns.values()).rows(), first, end):
         said: list[str] = []
         lines = [where]
         try:

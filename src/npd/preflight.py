@@ -10,7 +10,7 @@ from typing import Any
 
 from npd import models
 from npd.config import Config, load_config
-from npd.errors import UserError
+from npd.errors import UserError, foreign
 from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.models import Tokens, load_tokenizers
@@ -75,7 +75,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     needs_teacher = command == DISTILL or (command == SFT and config.data.references == "teacher")
     if needs_teacher and not config.has_teacher:
         raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = _processes()
     generates = command == DISTILL
     placed = resolve_placement(
         config, take_turns=take_turns or command == EVAL, processes=processes, generates=generates or command == EVAL
@@ -128,6 +128,17 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     return Setup(config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, notes)
 
 
+def _processes() -> int:
+    """How many train together, as a launcher says."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not (said.isascii() and said.isdigit() and 1 <= int(said[:9]) <= 65536):
+        raise UserError(
+            f"The environment variable WORLD_SIZE is {foreign(said, 60)!r}, which is no number of processes.",
+            "Start with `accelerate launch`, or unset it.",
+        )
+    return int(said)
+
+
 def chat_of(config: Config, tokens: Tokens) -> Chat:
     """How a run's tokenizer writes conversations: with its options, its stop tokens, and the date when the run began."""
     now = Store(config.run_dir).began
@@ -152,10 +163,10 @@ def check_sources(config: Config, prompts: Prompts, name: str) -> list[str]:
     counts = count_sources(prompts.table)
     without = {source: n for source, n in sorted(counts.items()) if config.teacher_of(source) not in config.all_teachers}
     if without:
-        shown = ", ".join(f"{source or '(none)'!r} ({n:,} prompts)" for source, n in list(without.items())[:5])
+        shown = ", ".join(f"{foreign(source or '(none)', 60)!r} ({n:,} prompts)" for source, n in list(without.items())[:5])
         raise UserError(
             f"{name} has prompts whose source has no teacher: {shown}{', ...' if len(without) > 5 else ''}. teachers has "
-            f"{', '.join(config.teachers)}; add the source there, or set teacher for all others."
+            f"{foreign(', '.join(config.teachers), 200)}; add the source there, or set teacher for all others."
         )
     idle = [source for source in config.teachers if source not in counts]
     return [f"No prompt of {name} has the source {source!r}, which teachers has a teacher for." for source in idle]

@@ -10,11 +10,13 @@ import difflib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from npd.errors import UserError
+from npd.errors import UserError, foreign
+from npd.inputs import Unreadable, check_file
 
 
 class Registry(Mapping[str, Any]):
@@ -155,6 +157,7 @@ def load_plugins(modules: Sequence[str]) -> None:
             known = f"npd_plugin_{path.stem}"
             if known in sys.modules and getattr(sys.modules[known], "__file__", None) == str(path):
                 continue
+            check_file(path)
             spec = importlib.util.spec_from_file_location(known, path)
             if spec is None or spec.loader is None:
                 raise ImportError("no Python file")
@@ -164,7 +167,32 @@ def load_plugins(modules: Sequence[str]) -> None:
             sys.modules.pop(f"npd_plugin_{Path(name).stem}", None)
             if isinstance(error, UserError):  # it says what is wrong
                 raise UserError(f"plugins names {name!r}, but {error.what}", error.remedy) from error
+            shown = repr(foreign(name, 200))
+            missing = isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}.")
+            if missing or (isinstance(error, FileNotFoundError | Unreadable) and not _frames(error)):
+                raise UserError(
+                    f"plugins names {shown}, which cannot be imported ({foreign(error)}).",
+                    "Give the name of an installed module, or the path of a .py file.",
+                ) from error
             raise UserError(
-                f"plugins names {name!r}, which cannot be imported ({type(error).__name__}: {error}). Give the name of an "
-                "installed module, or the path of a .py file."
+                f"plugins names {shown}, which cannot be imported: it fails {own_fault(error)}.", "Mend it there."
             ) from error
+
+
+def own_fault(error: BaseException) -> str:
+    """Where somebody's code failed, and with what: "at FILE, line N (ValueError: ...)"."""
+    what = f"{type(error).__name__}: {foreign(error)}".removesuffix(": ")
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"at {foreign(error.filename, 200)}, line {error.lineno} ({type(error).__name__}: {foreign(error.msg)})"
+    frames = _frames(error)
+    return f"at {foreign(frames[-1].filename, 200)}, line {frames[-1].lineno} ({what})" if frames else f"({what})"
+
+
+def _frames(error: BaseException) -> list[traceback.FrameSummary]:
+    """Where an error passed through code that is neither npd's nor Python's own way to import."""
+    own = str(Path(__file__).parent)
+    return [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__, limit=-50)
+        if not frame.filename.startswith(("<frozen", own)) and Path(frame.filename).name != "pathlib.py"
+    ]

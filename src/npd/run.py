@@ -84,6 +84,7 @@ class Run:
         generations = setup.generations
         engine = engine_beside_training(config, placed, self.world, trains=self.trains)
         tokens = setup.tokens
+        self.store.vocabulary_size = tokens.vocabulary.size
         kept = Models(
             config,
             self.store,

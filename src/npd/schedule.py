@@ -31,7 +31,7 @@ def prompts_of_generation(count: int, generation: int, schedule: ScheduleConfig,
     sample of the prompts, in whatever order the file has them.
     """
     size = generation_size(count, schedule)
-    positions = np.arange(size)[part] + generation * size
+    positions = np.arange(*part.indices(size)) + generation * size
     laps, offsets = np.divmod(positions, count)
     indices = np.empty(len(positions), np.int64)
     for lap in np.unique(laps):

@@ -1,27 +1,25 @@
-"""One tree of options (`sections`), and how it is read, compared and explained (`loading`)."""
+"""One tree of options (`sections`), and how it is read (`trees`), compared and explained (`loading`)."""
 
 from npd.config.base import KindOf, Sampling, Section
 from npd.config.loading import config_tree, differing_keys, flat, leaves, load_config, section_of
+from npd.config.models import LoraConfig, ModelConfig, StudentConfig, TeacherConfig
 from npd.config.sections import (
     CheckpointConfig,
     Config,
     DataConfig,
     EvaluationConfig,
-    LoraConfig,
     LossConfig,
-    ModelConfig,
     PackingConfig,
     PlacementConfig,
     RolloutConfig,
     ScheduleConfig,
     ScoringConfig,
     SelectionConfig,
-    StudentConfig,
     TaskConfig,
-    TeacherConfig,
     TrackingConfig,
     TrainingConfig,
 )  # fmt: skip
+from npd.config.trees import parse_yaml, read_yaml
 
 __all__ = [
     "CheckpointConfig",
@@ -50,5 +48,7 @@ __all__ = [
     "flat",
     "leaves",
     "load_config",
+    "parse_yaml",
+    "read_yaml",
     "section_of",
 ]

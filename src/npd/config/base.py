@@ -2,16 +2,84 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from npd.registry import DIVERGENCES, ENGINES, RULES, TEACHERS, Registry
 
+MANY = 1_000_000  # of what is counted one by one
+LONGEST_TEXT = 1 << 24  # tokens: more than any model reads
+LONGEST_NAME = 255  # bytes of a file's name, as file systems have it
+_USERINFO = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
+_SECRET = re.compile(r"(api[_-]?key|password|passwd|secret|(access|auth|hf)[_-]?token)$", re.IGNORECASE)
+
+
+def _secrets(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted name, what is there) of secrets in options."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if isinstance(inner, str) and inner and _SECRET.search(str(key)):
+                yield f"{name}{key}", "a key or a password"
+            else:
+                yield from _secrets(inner, f"{name}{key}.")
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _secrets(inner, f"{name}{i}.")
+    elif isinstance(value, str) and _USERINFO.search(value):
+        yield name.removesuffix("."), "a user's name or password in a URL (in front of @)"
+
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    """A part of the tree. Numbers are finite where the field does not say otherwise, and every one has bounds."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False, str_max_length=4096
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        kinds = _kinds(cls.model_fields[info.field_name or ""].annotation)
+        if isinstance(value, bool) and kinds & {int, float} and bool not in kinds:
+            raise ValueError("must be a number, which true and false (in YAML also yes, no, on and off) are not")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_secrets(cls, values: Any) -> Any:
+        """Before anything else: other messages repeat what is wrong, and options go into config.yaml and to trackers."""
+        found = next(_secrets(values), None)
+        if found is not None:
+            raise ValueError(
+                f"{found[0]} holds {found[1]}, and options are written into the run directory and told to trackers; leave it "
+                "out and give it through the environment (a server's key in the variable that teacher.api_key_env names)"
+            )
+        return values
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    return {annotation}.union(*map(_kinds, get_args(annotation)))
+
+
+def _named(place: str) -> str:
+    if any(len(name.encode()) > LONGEST_NAME for name in place.split("/")):
+        raise ValueError(f"has a name longer than a file's can be ({LONGEST_NAME} bytes)")
+    return place
+
+
+def _warm(temperature: float) -> float:
+    if 0 < temperature < 1e-6:
+        raise ValueError("must be 0, which is greedy, or at least 1e-6")
+    return temperature
+
+
+Place = Annotated[str, AfterValidator(_named)]
+"""A path, or whatever else may be looked for as one."""
+Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm)]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from npd.config.base import Section
 from npd.config.sections import Config
-from npd.errors import UserError
-from npd.registry import RULES, load_plugins
+from npd.config.trees import copied, read_yaml
+from npd.errors import UserError, foreign
+from npd.registry import RULES, load_plugins, own_fault
 
 # Keys that may differ when a run is continued: they do not change what is computed.
 FREE_KEYS: tuple[tuple[str, ...], ...] = (
@@ -68,11 +68,12 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         UserError: a missing or unreadable file, an unknown key (the nearest right one is named), a wrong value.
     """
     if isinstance(source, Mapping):
-        tree, where = _copy(source), "the configuration"
+        tree, where = source, "the configuration"
     else:
-        tree, where = _read_yaml(Path(source)), str(source)
+        tree, where = read_yaml(Path(source)), foreign(source, 200)
+    tree = copied(tree, where)
     for key, value in (overrides or {}).items():
-        _set(tree, key, value)
+        _set(tree, key, copied({key: value}, where)[key])
     plugins = tree.get("plugins")
     if isinstance(plugins, list):  # before kinds are looked up by name
         load_plugins([str(name) for name in plugins])
@@ -84,7 +85,11 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         try:
             RULES[config.selection.rule]().check(config.selection)
         except ValueError as error:
-            raise UserError(f"{where} is not a valid configuration: selection: {error}.") from None
+            raise UserError(f"{where} is not a valid configuration: selection: {foreign(error, 400)}.") from None
+        except Exception as error:
+            raise UserError(
+                f"selection.rule {config.selection.rule!r} fails {own_fault(error)}.", "Mend it there."
+            ) from error
     return config
 
 
@@ -99,14 +104,14 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[s
     A key that an older version did not have yet is what its default says: that is what the version did.
     """
     lines = []
-    for key in sorted(old.keys() | new.keys()):
+    for key in sorted(old.keys() | new.keys(), key=str):
         here, a, b = (*path, key), old.get(key), new.get(key)
         if a == b or _is_free(here) or (key not in old and b == _default(here)):
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differing_keys(a, b, here)
         else:
-            lines.append(f"{'.'.join(here)}: {a!r} -> {b!r}")
+            lines.append(f"{'.'.join(map(str, here))}: {foreign(repr(a), 200)} -> {foreign(repr(b), 200)}")
     return lines
 
 
@@ -148,26 +153,6 @@ def _matches(path: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     return len(path) == len(pattern) and all(b in ("*", a) for a, b in zip(path, pattern, strict=True))
 
 
-def _copy(tree: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _copy(value) if isinstance(value, Mapping) else value for key, value in tree.items()}
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"There is no configuration file {path}; give the path of a YAML file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The configuration file {path} cannot be read: {error}.") from None
-    try:
-        tree = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} must hold options as `key: value`, but it holds {type(tree).__name__}.")
-    return tree
-
-
 def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     *sections, last = dotted.split(".")
     for section in sections:
@@ -178,6 +163,8 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
     tree[last] = value
 
 
+SHOWN = 8  # faults of one configuration that a message names
+
 # pydantic names the branch of a union that failed as a last part of the place, such as "int" or "literal['all']".
 _UNION_BRANCH = re.compile(r"(int|str|float|bool|list|literal)(\[.*\])?")
 
@@ -186,21 +173,34 @@ def _explain(error: ValidationError, where: str) -> str:
     lines: list[str] = []
     wrong: dict[tuple[str, str], list[str]] = {}
     for item in error.errors():
-        location = [str(part) for part in item["loc"]]
+        location = [foreign(part, 80) for part in item["loc"]]
         if item["type"] not in ("extra_forbidden", "missing") and location and _UNION_BRANCH.fullmatch(location[-1]):
             location.pop()
         name = ".".join(location) or "the options together"
         if item["type"] == "extra_forbidden":
             near = _nearest(location)
             lines.append(f"unknown key {name!r}" + (f" (did you mean {near!r}?)" if near else ""))
+        elif item["type"] == "invalid_key":
+            lines.append(f"{'.'.join(location[:-1])}: a key is {foreign(repr(item['input']), 80)}, which is no text")
         elif item["type"] == "missing":
             lines.append(f"{name} is missing and has no default")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = "" if isinstance(item["input"], dict | BaseModel) else f", but it is {item['input']!r}"
+            message = foreign(item["msg"].removeprefix("Value error, "), 400)
+            given = "" if isinstance(item["input"], dict | BaseModel) else f", but it is {_shown(item['input'])}"
             wrong.setdefault((name, given), []).append(f"{message[0].lower()}{message[1:]}")
     lines += [f"{name}: {' or '.join(messages)}{given}" for (name, given), messages in wrong.items()]
-    return f"{where} is not a valid configuration: " + "; ".join(lines) + "."
+    more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
+    return foreign(f"{where} is not a valid configuration: {'; '.join(lines[:SHOWN])}{more}.", 1200)
+
+
+def _shown(value: Any) -> str:
+    """A value as Python writes it, if that is short."""
+    if isinstance(value, str):
+        return repr(foreign(value, 80))
+    try:
+        return foreign(repr(value), 80)
+    except Exception as error:
+        return f"a {type(value).__name__} that can't be shown ({type(error).__name__})"
 
 
 def _nearest(location: list[str]) -> str | None:

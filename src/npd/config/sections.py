@@ -5,94 +5,34 @@ Defaults marked (paper) are those of arXiv:2605.05940 as METHOD reports them; al
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from npd.config.base import VLLM_FREE, DivergenceName, EngineName, RuleName, Sampling, Section, TeacherKind
+from npd.config.base import (
+    LONGEST_TEXT,
+    MANY,
+    VLLM_FREE,
+    DivergenceName,
+    EngineName,
+    Place,
+    RuleName,
+    Sampling,
+    Section,
+    Temperature,
+)
+from npd.config.models import StudentConfig, TeacherConfig
 from npd.registry import DIVERGENCES, ENGINES, RULES
 
+MOST_PROMPTS = 100 * MANY
 DataColumn = Literal["prompt", "completion", "messages", "answer", "source", "tools"]
 
 
-class LoraConfig(Section):
-    r: int = Field(default=16, ge=1)
-    """Rank of the adapters."""
-    alpha: float = Field(default=32.0, gt=0)
-    """Scale of the adapters; the update is multiplied by alpha / r."""
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout in front of the adapters."""
-    target_modules: str | list[str] = "all-linear"
-    """Module names that get adapters, as peft takes them."""
-
-
-class ModelConfig(Section):
-    model: str
-    """Directory, Hub id, .gguf file, or package:NAME/PATH for weights inside an installed Python package."""
-    revision: str | None = None
-    """Branch, tag or commit on the Hub."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of the weights in memory. auto: on CPU float32; on CUDA bfloat16 for whatever is not itself trained. Weights that
-    the optimiser updates are float32 whatever is said here: a smaller type would round most updates away. The finished
-    student is saved in the type that is named, auto: in that of the checkpoint that it began as."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation; auto is sdpa, or eager for models that have none. However it is read, a sample must equal
-    itself alone: that is checked at load."""
-    trust_remote_code: bool = False
-    """Run Python code that comes with the model. Off unless you trust its authors."""
-
-
-class StudentConfig(ModelConfig):
-    lora: LoraConfig | None = None
-    """Train low-rank adapters instead of all weights; null trains all. Snapshots and student/ hold merged weights."""
-
-
-class TeacherConfig(ModelConfig):
-    kind: TeacherKind | None = None
-    """What it is; null: what the other options say (loaded here, or served where `server` is set). `plugins` bring others."""
-    options: dict[str, Any] = {}
-    """Options of a kind that a plug-in brings, by its own names."""
-    server: str | None = None
-    """URL of a running vLLM or SGLang server (http://host:8000) that serves the teacher; `model` is then its name there.
-    null: the teacher is loaded here. The key, if the server wants one, is read from the environment (api_key_env)."""
-    tokenizer: str | None = None
-    """Tokenizer of a served teacher (directory or Hub id), to be compared with the student's; null: the server is asked to
-    turn a few texts into ids instead."""
-    api: Literal["auto", "vllm", "sglang"] = "auto"
-    """What kind of server it is; auto asks it."""
-    api_key_env: str = "NPD_TEACHER_API_KEY"
-    """Environment variable that holds the server's API key; the key itself is never written anywhere."""
-    concurrency: int = Field(default=32, ge=1)
-    """Requests in flight at once."""
-    timeout: float = Field(default=120.0, gt=0)
-    """Seconds a request may take before it is given up and sent again."""
-    retry_seconds: float = Field(default=600.0, ge=0)
-    """How long a server may be away, overloaded or failing before the run stops."""
-
-    @model_validator(mode="after")
-    def _here_or_served(self) -> TeacherConfig:
-        served = ("tokenizer", "api", "api_key_env", "concurrency", "timeout", "retry_seconds")
-        local = ("revision", "dtype", "attention", "trust_remote_code")
-        given = self.model_fields_set
-        wrong = [name for name in (served if self.server is None else local) if name in given and not self._is_default(name)]
-        if wrong and self.server is None:
-            raise ValueError(f"{', '.join(wrong)} belong to a teacher that is served; set server, or leave them out")
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} are the server's own affair; leave them out beside server")
-        if self.server is not None and not re.match(r"https?://[^/]", self.server):
-            raise ValueError(f"server is a URL such as http://localhost:8000, but it is {self.server!r}")
-        return self
-
-    def _is_default(self, name: str) -> bool:
-        return getattr(self, name) == type(self).model_fields[name].default
-
-
 class DataConfig(Section):
-    train: str
+    train: Place
     """Prompts: a .jsonl, .json, .parquet or .csv file (also .gz or .zst), a directory of them or of a saved dataset, or a
     Hub dataset."""
-    eval: str | None = None
+    eval: Place | None = None
     """Held-out prompts, for the KL to the teacher and for `answer` accuracy."""
     split: str = "train"
     """Split to read when `train` or `eval` is a dataset, also a slice of it: train[:10%]. Of a file, rows: train[:1000]."""
@@ -105,7 +45,7 @@ class DataConfig(Section):
     and tools."""
     template_options: dict[str, Any] = {}
     """Variables for the chat template, such as {enable_thinking: false}: in training, references and evaluation alike."""
-    max_prompt_tokens: int = Field(default=1024, ge=1)
+    max_prompt_tokens: int = Field(default=1024, ge=1, le=LONGEST_TEXT)
     """Longer prompts are left out, counted and named; none is cut."""
     references: Literal["given", "teacher"] = "given"
     """Reference responses, for `npd sft` and schedule.references: the data's own completions, or the teacher's answers
@@ -113,29 +53,29 @@ class DataConfig(Section):
 
 
 class ScheduleConfig(Section):
-    generations: int = Field(default=2, ge=1)
+    generations: int = Field(default=2, ge=1, le=MANY)
     """How often the student writes a new set of responses. 2 is the paper's single student update inside a cycle."""
     prompts: Literal["all"] | int = "all"
     """Prompts a generation answers: all (paper), or a number, taken in turn from a shuffled list. Strict on-policy
     distillation is one batch of prompts and passes 1."""
-    passes: int = Field(default=5, ge=1)
+    passes: int = Field(default=5, ge=1, le=MANY)
     """Passes over one generation's responses. 2 generations x 5 are the paper's K = 10 epochs (paper)."""
-    kl_budget: float | None = Field(default=None, gt=0)
+    kl_budget: float | None = Field(default=None, gt=0, le=1e6)
     """End a generation as soon as its smoothed near-policy KL passes this many nats per token; `passes` is then the most
     it may last. The paper bounds the KL by about 0.10. Set training.max_steps with it: the learning rate then follows the
     steps; otherwise it jumps where a generation ends early."""
-    lead: float = Field(default=1.0, ge=0)
+    lead: float = Field(default=1.0, ge=0, le=MANY)
     """Passes before the end of a generation at which the next snapshot is taken; the next generation is then made in the
     background. 0: take turns, with every response from the newest weights. At most `passes`."""
-    references: float = Field(default=0.0, ge=0, lt=1)
+    references: float = Field(default=0.0, ge=0, le=0.99)
     """Share of each pass's response tokens that come from reference responses (data.references says whose), read by the
     teacher and trained with the same loss (paper: 0)."""
 
     @field_validator("prompts")
     @classmethod
     def _positive(cls, value: str | int) -> str | int:
-        if isinstance(value, int) and value < 1:
-            raise ValueError("must be 'all' or at least 1")
+        if isinstance(value, int) and not 1 <= value <= MOST_PROMPTS:
+            raise ValueError(f"must be 'all', or from 1 to {MOST_PROMPTS:,}")
         return value
 
     @model_validator(mode="after")
@@ -155,21 +95,21 @@ class RolloutConfig(Section):
     """Options of the vLLM engine by vLLM's own names, such as {gpu_memory_utilization: 0.6, tensor_parallel_size: 2}."""
     options: dict[str, Any] = {}
     """Options of any other engine, by its own names."""
-    samples_per_prompt: int = Field(default=1, ge=1)
+    samples_per_prompt: int = Field(default=1, ge=1, le=65536)
     """Responses per prompt and generation."""
-    max_new_tokens: int = Field(default=1024, ge=1)
+    max_new_tokens: int = Field(default=1024, ge=1, le=LONGEST_TEXT)
     """A response that has not stopped by then is kept with finish_reason "length"."""
-    temperature: float = Field(default=1.0, ge=0)
+    temperature: Temperature = 1.0
     """Sampling temperature; 0 decodes greedily. The near-policy KL is exact in expectation only at 1."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Nucleus sampling; 1 switches it off. Below 1 the near-policy KL is a proxy."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=65536)
     """Sequences decoded at once (vllm: max_num_seqs, unless rollout.vllm says otherwise)."""
-    part_size: int = Field(default=1024, ge=1)
+    part_size: int = Field(default=1024, ge=1, le=MANY)
     """Prompts a part file holds: what a crash can lose, at most."""
-    check_samples: int = Field(default=8, ge=0)
+    check_samples: int = Field(default=8, ge=0, le=65536)
     """Short responses by which an engine other than transformers is compared with it before it answers; 0 compares none."""
-    check_bound: float = Field(default=0.05, gt=0)
+    check_bound: float = Field(default=0.05, gt=0, le=1e6)
     """Mean absolute difference in nats per token above which that check warns. Other kernels and bfloat16 make some 0.01;
     weights of another snapshot make far more."""
 
@@ -193,9 +133,9 @@ class RolloutConfig(Section):
 
 
 class ScoringConfig(Section):
-    top_k: int = Field(default=10, ge=1)
+    top_k: int = Field(default=10, ge=1, le=MANY)
     """Teacher log-probabilities kept per response token (paper: 10, best of its sweep)."""
-    batch_tokens: int = Field(default=8192, ge=1)
+    batch_tokens: int = Field(default=8192, ge=1, le=1 << 31)
     """Tokens in one packed prefill batch."""
 
 
@@ -205,11 +145,11 @@ class SelectionConfig(Section):
     are 200 samples of it; none keeps everything."""
     ifd: Literal["loss_ratio", "perplexity_ratio"] = "loss_ratio"
     """IFD as a ratio of mean NLLs, or of perplexities (Superfiltering); the paper does not settle which."""
-    lower: float = 0.0
+    lower: float = Field(default=0.0, allow_inf_nan=True)
     """Below it a response is "degenerate" (paper: 0)."""
-    upper: float = 0.8
+    upper: float = Field(default=0.8, allow_inf_nan=True)
     """Above it a response is "disconnect" (paper: 0.8, best of its sweep). The adaptive rule never goes above it."""
-    adaptive_lower: float = -0.4
+    adaptive_lower: float = Field(default=-0.4, allow_inf_nan=True)
     """The adaptive rule never goes below it."""
     options: dict[str, Any] = {}
     """Options of a rule that a plug-in brings, by its own names."""
@@ -222,7 +162,7 @@ class SelectionConfig(Section):
 
 
 class PackingConfig(Section):
-    length: int = Field(default=32768, ge=2)
+    length: int = Field(default=32768, ge=2, le=2 * LONGEST_TEXT)
     """Tokens in a training row (paper: 32,768)."""
 
 
@@ -237,21 +177,21 @@ class LossConfig(Section):
 
 
 class TrainingConfig(Section):
-    batch_tokens: int = Field(default=131072, ge=1)
+    batch_tokens: int = Field(default=131072, ge=1, le=1 << 31)
     """Tokens (prompt and response) per optimiser step, over all processes; rounded down to whole rows, at least one."""
-    micro_batch_rows: int = Field(default=1, ge=1)
+    micro_batch_rows: int = Field(default=1, ge=1, le=MANY)
     """Rows' worth of tokens in one forward pass, in which they are laid into rows as short as the samples allow; the rest
     of a step is accumulated. Changes speed and memory, not the mathematics."""
-    learning_rate: float = Field(default=1.0e-5, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(default=1.0e-5, gt=0, le=1000)
     """Peak rate (paper)."""
-    final_learning_rate: float = Field(default=1.0e-6, ge=0)
+    final_learning_rate: float = Field(default=1.0e-6, ge=0, le=1000)
     """Rate at the end of the cosine (paper)."""
     warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
     """Share of the run in which the rate rises linearly."""
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, le=1000)
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are clipped to this norm (paper)."""
+    max_grad_norm: float = Field(default=1.0, ge=1e-6, allow_inf_nan=True)
+    """Gradients are clipped to this norm (paper); .inf clips none."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the training forward pass. auto: bfloat16 where the device is fast at it, else float32."""
     dropout: bool = False
@@ -262,9 +202,9 @@ class TrainingConfig(Section):
     would not fit otherwise, by the count that `--dry-run` shows; never on a CPU."""
     compile: bool = False
     """Compile the student's decoder with torch.compile: faster steps, once compiling has taken its minutes."""
-    max_steps: int | None = Field(default=None, ge=1)
+    max_steps: int | None = Field(default=None, ge=1, le=1000 * MANY)
     """Stop after this many optimiser steps; the cosine then ends there."""
-    max_tokens: int | None = Field(default=None, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1, le=10**15)
     """Stop once this many response tokens have been trained; the cosine then ends there."""
 
 
@@ -277,28 +217,28 @@ class PlacementConfig(Section):
     turns with it; without a GPU the CPU. external: none here, `npd refresh --follow` makes the generations elsewhere."""
     teacher: str | list[str] = "auto"
     """Devices of the teacher, one for each of `rollout` or one for all. auto: beside the rollout."""
-    train_threads: int | None = Field(default=None, ge=1)
+    train_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the trainer while a refresh runs beside it; null: half of the cores, all where it has its own GPU."""
-    rollout_threads: int | None = Field(default=None, ge=1)
+    rollout_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of a refresh while it generates; null: its share of what the trainer leaves, and of all cores for
     generation 0, which the trainer waits for."""
-    teacher_threads: int | None = Field(default=None, ge=1)
+    teacher_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of a refresh while it scores; null: as rollout_threads."""
 
 
 class CheckpointConfig(Section):
-    every_steps: int = Field(default=200, ge=1)
+    every_steps: int = Field(default=200, ge=1, le=1000 * MANY)
     """Optimiser steps between checkpoints; what a crash can lose of training."""
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=1, le=MANY)
     """Newest checkpoints, student snapshots and generations kept, besides the first snapshot and whatever is still read."""
-    restarts: int = Field(default=3, ge=0)
+    restarts: int = Field(default=3, ge=0, le=MANY)
     """How often a background refresh that died is started again; one that finishes a part in between starts afresh."""
 
 
 class TaskConfig(Section):
     name: str
     """A reasoning-gym task, or `answer` for the `answer` column of data.eval."""
-    size: int | None = Field(default=None, ge=1)
+    size: int | None = Field(default=None, ge=1, le=MANY)
     """Problems asked; null asks 128 of a reasoning-gym task, and for `answer` every row of data.eval."""
     seed: int = 0
     """Seed of a reasoning-gym task's problems."""
@@ -309,17 +249,17 @@ class TaskConfig(Section):
 class EvaluationConfig(Section):
     tasks: list[TaskConfig] = []
     """Tasks with a verifier: names, or {name, size, seed, options}."""
-    every_passes: int = Field(default=1, ge=1)
+    every_passes: int = Field(default=1, ge=1, le=MANY)
     """Evaluate before training, after each so many passes, and at the end."""
-    samples: int = Field(default=1, ge=1)
+    samples: int = Field(default=1, ge=1, le=65536)
     """Responses per problem; pass@k is estimated for every power of two up to it."""
-    temperature: float = Field(default=0.0, ge=0)
+    temperature: Temperature = 0.0
     """Sampling temperature for tasks; 0 is greedy."""
-    max_new_tokens: int | None = Field(default=None, ge=1)
+    max_new_tokens: int | None = Field(default=None, ge=1, le=LONGEST_TEXT)
     """Length of a response; null: as rollout.max_new_tokens."""
     teacher: bool = False
     """Ask the teacher the same tasks once, as the ceiling; a large one takes its time. Not with a served teacher."""
-    kl_prompts: int = Field(default=128, ge=0)
+    kl_prompts: int = Field(default=128, ge=0, le=MOST_PROMPTS)
     """Prompts of data.eval on which the KL to the teacher is measured; 0 switches it off."""
 
     @field_validator("tasks", mode="before")
@@ -347,7 +287,7 @@ class TrackingConfig(Section):
 
 
 class Config(Section):
-    run_dir: str
+    run_dir: Place
     """Where the run lives: configuration, snapshots, responses, checkpoints, metrics, the finished student."""
     seed: int = 0
     """The same seed gives the same run."""
@@ -382,7 +322,7 @@ class Config(Section):
     """What is measured along the way."""
     tracking: TrackingConfig = TrackingConfig()
     """Who else hears the figures."""
-    plugins: list[str] = []
+    plugins: list[Place] = []
     """Python modules to import first, by name or as paths of .py files: they bring engines, teachers, rules, divergences,
     producers and benchmarks of your own (docs/extending.md). Their code runs; name only what you trust."""
     provenance: dict[str, Any] | None = None
@@ -408,6 +348,12 @@ class Config(Section):
             raise ValueError(
                 "evaluation.teacher asks the teacher to answer tasks, which only one that is loaded here can: set "
                 "teacher.model without a server, or evaluation.teacher: false"
+            )
+        prompts = self.schedule.prompts
+        if isinstance(prompts, int) and prompts > self.rollout.part_size * MANY:
+            raise ValueError(
+                f"a generation of {prompts:,} prompts (schedule.prompts) in parts of {self.rollout.part_size:,} "
+                f"(rollout.part_size) would have more than {MANY:,} of them; raise rollout.part_size"
             )
         longest = self.data.max_prompt_tokens + self.rollout.max_new_tokens
         if longest > self.packing.length:

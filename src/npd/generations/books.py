@@ -62,9 +62,9 @@ class Books:
             self.display.say(f"{self.store.generation(generation) / name} was damaged; it is made again.")
 
     def drop_if_damaged(self, generation: int, part: int) -> None:
-        """Delete a part that can't be read."""
+        """Delete a part that can't be read, or holds what no part can."""
         try:
-            self.store.read_part(generation, part)
+            self.store.read_part(generation, part, check=True)
         except FileNotFoundError:
             return
         except UserError:
@@ -81,14 +81,15 @@ class Books:
         count = len(self.generations.parts(generation))
         prompts = self.generations.prompts
         with self.events.span(SpanName.FINISH, generation=generation):
+            # Before they are read: what is damaged meanwhile is not what the manifest says, and is found by that.
+            parts = self.store.part_entries(generation, count)
             summary, tokens, stops = Summary(self.selection()), 0, 0
             for part in range(count):
-                table = self.store.read_part(generation, part, [*SCALARS, "response_ids"])
+                table = self.store.read_part(generation, part, [*SCALARS, "response_ids"], check=True)
                 summary.add(table)
                 tokens += count_tokens(table["response_ids"])
                 stops += int(pc.sum(pc.equal(table["finish_reason"], "length")).as_py())
             selection, version = summary.result(), self.begun_by(generation)
-            parts = self.store.part_entries(generation, count)
             manifest = Manifest(
                 generation=generation,
                 rows=sum(part.rows for part in parts),

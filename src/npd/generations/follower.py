@@ -156,6 +156,7 @@ def _workshop(config: Config, placement: Placement | None, rank: int, world: int
     """What makes the generations of a run from its directory alone, on devices of this machine."""
     store = Store(config.run_dir)
     loaded = load_tokenizers(config)
+    store.vocabulary_size = loaded.vocabulary.size
     if placement is None:  # the trainer's device is another machine's
         anywhere = config.placement.model_copy(update={"train": "auto"})
         placement = resolve_placement(config.model_copy(update={"placement": anywhere}), take_turns=True)

@@ -14,6 +14,7 @@ import torch
 from npd.config import Config, Sampling
 from npd.errors import RunError
 from npd.generations.books import Books
+from npd.generations.earlier import earlier_answers
 from npd.generations.generation import Generations
 from npd.generations.models import Models, engine_difference, routed_writer
 from npd.observe.console import warn_of_engine
@@ -22,10 +23,11 @@ from npd.observe.events import Events, SpanName
 from npd.placement import Placement
 from npd.rollout import Engine, Request
 from npd.schedule import derive_seed
-from npd.scoring import ScoreStudent, ScoreTeacher, teacher_kind
+from npd.scoring import ScoreStudent, ScoreTeacher, Teacher, teacher_kind
 from npd.scoring.routed import Routed
 from npd.selection import Select
 from npd.store import REFERENCE, Store
+from npd.store.answers import wrong_part
 from npd.store.schema import NO_POLICY, count_tokens
 
 CHECKED_TOKENS = 64  # of each response by which an engine is compared with transformers
@@ -73,6 +75,11 @@ class Pipeline:
 
     def _store(self, generation: int, part: int, table: pa.Table) -> None:
         with self.events.span(SpanName.STORE, generation=generation, part=part):
+            if (wrong := wrong_part(table, self.store.vocabulary_size)) is not None:  # or it would be made again for ever
+                raise RunError(
+                    f"Part {part} of generation {generation} is not kept, as no part can be like that: {wrong}.",
+                    "See to the engine, the teacher or the rule that gave it (a plug-in?), then run the same command again.",
+                )
             self.store.write_part(generation, part, table)
 
     # -- the student writes
@@ -162,9 +169,9 @@ class Pipeline:
             with self.events.span(SpanName.LOAD):
                 student = self.models.student(version)
                 for source in table["source"].unique().to_pylist():
-                    self.models.teacher(self.config.teacher_of(source))
+                    self._teacher(self.config.teacher_of(source), generation)
             with self._step(SpanName.SCORE, generation, part, 3 * count_tokens(table["response_ids"])) as advance:
-                table = ScoreStudent(self.models.prefill(student))(self._score_teacher()(table, advance), advance)
+                table = ScoreStudent(self.models.prefill(student))(self._score_teacher(generation)(table, advance), advance)
             self._store(generation, part, Select(self.books.selection())(table))
 
     @contextmanager
@@ -205,9 +212,16 @@ class Pipeline:
         elsewhere = self.placement.teacher != self.placement.rollout or all(teacher_kind(t).elsewhere for t in teachers)
         return self.models.engine_kind.continuous and elsewhere
 
-    def _score_teacher(self) -> Routed:
+    def _teacher(self, key: str | None, generation: int) -> Teacher:
+        """A teacher, which is to answer as it did in the parts that are there already."""
+        teacher = self.models.teacher(key)
+        if not teacher.health.begun and (earlier := earlier_answers(self.config, self.store, key, generation)) is not None:
+            teacher.health.recall(*earlier, self.config.scoring.top_k)
+        return teacher
+
+    def _score_teacher(self, generation: int) -> Routed:
         top_k = self.config.scoring.top_k
-        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self.models.teacher(key), top_k))
+        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self._teacher(key, generation), top_k))
 
     # -- references
 
@@ -225,7 +239,7 @@ class Pipeline:
             )
         if generation == REFERENCE:  # mixed in, and so trained with the same loss as the student's own responses
             with self._step(SpanName.SCORE, generation, part, 2 * count_tokens(table["response_ids"])) as advance:
-                table = self._score_teacher()(table, advance)
+                table = self._score_teacher(generation)(table, advance)
         table = identify(table, generation, part, NO_POLICY)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 

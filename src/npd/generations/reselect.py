@@ -55,7 +55,7 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
     select, summary = Select(config.selection), Summary(config.selection)
 
     def judged(part: int) -> pa.Table:
-        return select(store.read_part(generation, part).drop_columns(JUDGED))
+        return select(store.read_part(generation, part, check=True).drop_columns(JUDGED))
 
     for part in parts:
         summary.add(judged(part))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-import json
+import math
 import struct
 from collections import Counter
 from pathlib import Path
@@ -13,7 +13,8 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from npd.errors import UserError
+from npd.errors import UserError, foreign
+from npd.inputs import Unreadable, check_file, parse_json, read_json, reason
 
 # Safetensors' names of the types that weights are computed with; all others are packed or scaled.
 PLAIN = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -32,6 +33,28 @@ PACKAGES = {
     "mxfp4": "kernels",
 }
 INDEX = "model.safetensors.index.json"
+AGAIN = "Fetch or copy it again."
+LONGEST_HEADER = 100_000_000  # bytes, as the format has it
+LONGEST_CONFIG = 64 << 20  # bytes of a configuration or an index
+READ = {".json", ".jinja", ".model", ".txt", ".safetensors", ".gguf", ".py"}  # what libraries open in a model's directory
+# Most of what a configuration may ask for: more than any model has, and less than takes long to describe.
+LAYERS, EXPERTS, WIDTH = 4096, 1 << 16, (1 << 31) - 1
+LAYER_KEYS = {"num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers"}
+EXPERT_KEYS = {"num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"}
+SIZE_KEYS = {"hidden_size", "n_embd", "d_model", "vocab_size", "num_attention_heads", "n_head", "n_heads", "head_dim"}
+WIDE = (
+    "_size",
+    "_dim",
+    "_heads",
+    "_embeddings",
+    "_experts",
+    "_rank",
+    "_layers",
+    "n_embd",
+    "d_model",
+    "n_head",
+    "n_positions",
+)
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -40,20 +63,115 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         UserError: it is cut off, or no safetensors file.
     """
-    size = path.stat().st_size
+    name = foreign(path, 200)
     try:
+        size = check_file(path).st_size
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header: dict[str, Any] = json.loads(file.read(length))
+            if length > min(size, LONGEST_HEADER):
+                raise ValueError("its header is longer than the file, or than any header")
+            header: dict[str, Any] = parse_json(file.read(length).decode())
         header.pop("__metadata__", None)
-        end = 8 + length + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no whole safetensors file ({error}).", "Fetch or copy it again.") from error
-    if size != end:
-        raise UserError(f"{path} has {size:,} bytes, but its header says {end:,}.", "Fetch or copy it again.")
+        for tensor, said in header.items():
+            begin, end = said["data_offsets"]
+            if not all(type(n) is int and 0 <= n < 1 << 62 for n in (begin, end, *said["shape"])) or begin > end:
+                raise ValueError(f"{tensor} has no shape or no place")
+            if said["dtype"] in PLAIN and math.prod(said["shape"]) * PLAIN[said["dtype"]].itemsize != end - begin:
+                raise ValueError(f"{tensor} has another shape than its bytes")
+        whole = 8 + length + max((said["data_offsets"][1] for said in header.values()), default=0)
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError, OSError) as error:
+        raise UserError(f"{name} is no whole safetensors file ({foreign(reason(error))}).", AGAIN) from error
+    if size != whole:
+        raise UserError(f"{name} has {size:,} bytes, but its header says {whole:,}.", AGAIN)
     return header
+
+
+def check_config(file: Path) -> None:
+    """See that a model's configuration is one, and asks for no model that nobody could describe, let alone hold.
+
+    Raises:
+        UserError: it is not, or it does; the key is named.
+    """
+    name = foreign(file, 200)
+    try:
+        tree = read_json(file, LONGEST_CONFIG)
+    except (FileNotFoundError, Unreadable) as error:
+        what = f"The configuration of {foreign(file.parent, 200)} cannot be loaded: {file.name}: {foreign(reason(error))}."
+        raise UserError(what, AGAIN) from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{name} holds {type(tree).__name__}, not an object.", AGAIN)
+    kinds = tree.get("architectures")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise UserError(f"{name} says architectures: {foreign(kinds, 60)}, which is no list of names.", AGAIN)
+    left = [("", tree)]
+    while left:
+        prefix, part = left.pop()
+        for key, value in part.items():
+            where = foreign(f"{prefix}{key}", 100)
+            if isinstance(value, dict):
+                left.append((f"{where}.", value))
+            elif (most := _most(key)) is not None and not _is_size(value, most, exact=key in LAYER_KEYS | SIZE_KEYS):
+                raise UserError(
+                    f"{name} says {where}: {foreign(repr(value) if isinstance(value, str) else value, 60)}; a model has at "
+                    f"least 1 and at most {most:,}.",
+                    AGAIN,
+                )
+        layers = max([n for key in LAYER_KEYS if type(n := part.get(key)) is int], default=1)
+        experts = max([n for key in EXPERT_KEYS if type(n := part.get(key)) is int], default=1)
+        if layers * experts > 1 << 18:
+            raise UserError(f"{name} says {layers:,} layers of {experts:,} experts, which no model has.", AGAIN)
+
+
+def _most(key: str) -> int | None:
+    """The most that an option of a model's configuration may be; None where it is no size."""
+    if key in LAYER_KEYS:
+        return LAYERS
+    if key in EXPERT_KEYS:
+        return EXPERTS
+    return WIDTH if key in SIZE_KEYS or key.endswith(WIDE) else None
+
+
+def _is_size(value: Any, most: int, *, exact: bool) -> bool:
+    """Is it one? Some options may also be null, a list, a truth or -1 (`exact`: not those that every model has)."""
+    if type(value) is int:
+        return (1 if exact else -most) <= value <= most
+    return value is None or (not exact and not (isinstance(value, float) and abs(value) > most))
+
+
+def check_ordinary(directory: Path) -> None:
+    """See that what libraries will open in a model's directory are files: a pipe, or a device, may never end.
+
+    Raises:
+        UserError: one is something else.
+    """
+    for path in directory.iterdir():
+        if path.suffix in READ:
+            try:
+                check_file(path)
+            except FileNotFoundError:  # a link to nothing: whoever needs it will say so
+                continue
+            except Unreadable as error:
+                raise UserError(f"{foreign(path, 200)} cannot be read: {foreign(error)}.", AGAIN) from error
+
+
+def check_claims(model: str, files: list[Path], parameters: int, *, quantised: bool) -> None:
+    """See that a model's files hold about as many parameters as its configuration describes, before any is allocated.
+
+    Raises:
+        UserError: they hold far fewer.
+    """
+    there = 0
+    for path in files:
+        for tensor in read_header(path).values():
+            begin, end = tensor["data_offsets"]
+            there += 16 * (end - begin) if quantised else math.prod(tensor["shape"])
+    if parameters > 2 * there + (1 << 20):
+        held = "at most " * quantised + f"{there:,}"
+        raise UserError(
+            f"The config.json of {foreign(model, 200)} describes a model of {parameters:,} parameters, but its files hold "
+            f"{held}: they do not belong together.",
+            "Restore the directory.",
+        )
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -65,14 +183,19 @@ def weight_files(directory: Path) -> list[Path]:
     index = directory / INDEX
     if index.is_file() and not (directory / "model.safetensors").is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            names = sorted(set(read_json(index, LONGEST_CONFIG)["weight_map"].values()))
+            outside = next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None)
         except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise UserError(f"{index} cannot be read ({error}).", "Fetch or copy it again.") from error
+            raise UserError(f"{foreign(index, 200)} cannot be read ({foreign(reason(error))}).", AGAIN) from error
+        if outside is not None:
+            raise UserError(
+                f"{foreign(index, 200)} names the file {foreign(outside, 100)!r}, outside of its directory.", AGAIN
+            )
         gone = [name for name in names if not (directory / name).is_file()]
         if gone:
             raise UserError(
-                f"The weights of {directory} are not whole: {len(gone)} of {len(names)} files that {INDEX} names are missing "
-                f"({', '.join(gone[:3])}).",
+                f"The weights of {foreign(directory, 200)} are not whole: {len(gone)} of {len(names)} files that {INDEX} "
+                f"names are missing ({foreign(', '.join(gone[:3]), 200)}).",
                 "Fetch or copy the directory again.",
             )
         return [directory / name for name in names]
@@ -106,7 +229,7 @@ def check_names(model: str, names: list[str]) -> None:
             "Convert them where you trust them: AutoModelForCausalLM.from_pretrained(..., use_safetensors=False), then "
             "save_pretrained.",
         )
-    raise UserError(f"{model} holds no weights (no .safetensors file).", "Fetch or copy it again.")
+    raise UserError(f"{model} holds no weights (no .safetensors file).", AGAIN)
 
 
 def stored_dtype(files: list[Path]) -> torch.dtype | None:
@@ -174,11 +297,15 @@ def check_files(directory: Path | None, gguf: Path | None, model: str, revision:
         UserError: they are not.
     """
     if gguf is not None:
+        try:
+            check_file(gguf)
+        except (FileNotFoundError, Unreadable) as error:
+            raise UserError(f"{foreign(gguf, 200)} cannot be read: {foreign(reason(error))}.", AGAIN) from error
         if importlib.util.find_spec("gguf") is None:
             raise UserError(f"{gguf} needs the package gguf.", "pip install 'npd[gguf]'.")
         with gguf.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise UserError(f"{gguf} is no GGUF file.", "Fetch or copy it again.")
+                raise UserError(f"{gguf} is no GGUF file.", AGAIN)
     elif directory is not None:
         for path in weight_files(directory):
             read_header(path)

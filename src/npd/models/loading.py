@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 import re
 import threading
@@ -26,11 +25,15 @@ from transformers import (
 )
 
 from npd.config import ModelConfig, StudentConfig
-from npd.errors import UserError
+from npd.errors import UserError, foreign
+from npd.inputs import Unreadable, read_json
 from npd.models.devices import device, resolve_dtype
 from npd.models.files import (
+    check_claims,
+    check_config,
     check_files,
     check_names,
+    check_ordinary,
     check_quantisation,
     plain_quantisation,
     quantisation_of,
@@ -48,10 +51,13 @@ def _source(config: ModelConfig) -> dict[str, Any]:
         package, _, inner = name.removeprefix("package:").partition("/")
         spec = importlib.util.find_spec(package) if package.isidentifier() else None
         if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"{name} names the Python package {package!r}, which is not installed; pip install it.")
+            raise UserError(
+                f"{foreign(name, 200)} names the Python package {foreign(package, 80)!r}, which is not installed; "
+                "pip install it."
+            )
         name = str(Path(next(iter(spec.submodule_search_locations))) / inner)
         if not Path(name).exists():
-            raise UserError(f"{config.model}: the package {package!r} holds no {inner!r}.")
+            raise UserError(f"{foreign(config.model, 200)}: the package {package!r} holds no {foreign(inner, 100)!r}.")
     path = Path(name)
     common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
     if path.suffix == ".gguf":
@@ -61,7 +67,11 @@ def _source(config: ModelConfig) -> dict[str, Any]:
     # Two words with a slash may be a Hub id, unless the first is a directory here.
     local = path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.parent.is_dir()
     if local and not path.is_dir():
-        raise UserError(f"There is no model directory {path}; give a directory, a .gguf file, or a Hub id (owner/name).")
+        raise UserError(
+            f"There is no model directory {foreign(path, 200)}; give a directory, a .gguf file, or a Hub id (owner/name)."
+        )
+    if path.is_dir():
+        check_ordinary(path)
     return common | {"pretrained_model_name_or_path": name}
 
 
@@ -103,12 +113,17 @@ def _explained(config: ModelConfig, what: str) -> Iterator[None]:
             yield
     except UserError:
         raise
-    except Exception as error:
-        detail = " ".join(str(error).split())[:500]
+    except BaseException as error:
+        # Libraries written in Rust panic with what is no Exception.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        detail = foreign(error, 500)
         hint = "If it is a Hub id, check its name, your network and `hf auth login`; if a directory, that it is whole."
         if "trust_remote_code" in detail:
             hint = "It needs code of its own; set trust_remote_code: true if you trust its authors."
-        raise UserError(f"The {what} of {config.model} cannot be loaded: {type(error).__name__}: {detail} {hint}") from error
+        raise UserError(
+            f"The {what} of {foreign(config.model, 200)} cannot be loaded: {type(error).__name__}: {detail} {hint}"
+        ) from error
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -120,6 +135,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     source = _source(config)
     with _explained(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
+        tokenizer("1 + 1?")  # some damage shows here
     if tokenizer.eos_token_id is None:
         raise UserError(f"The tokenizer of {config.model} has no eos_token, so a response could never stop; set one.")
     if tokenizer.pad_token_id is None:
@@ -137,6 +153,9 @@ def load_model_config(config: ModelConfig) -> transformers.PreTrainedConfig:
     path = Path(source["pretrained_model_name_or_path"])
     if path.is_dir() and "gguf_file" not in source and not (path / "config.json").is_file():
         check_names(config.model, [each.name for each in path.iterdir()])
+    directory = directory_of(config)
+    if directory is not None and (directory / "config.json").is_file():
+        check_config(directory / "config.json")
     with _explained(config, "configuration"):
         loaded = AutoConfig.from_pretrained(**source)
     if loaded.is_encoder_decoder:
@@ -145,6 +164,9 @@ def load_model_config(config: ModelConfig) -> transformers.PreTrainedConfig:
             "the other, which npd does not support.",
             "Choose a decoder-only language model.",
         )
+    words = getattr(loaded.get_text_config(), "vocab_size", None)
+    if type(words) is not int or words < 1:
+        raise UserError(f"The configuration of {foreign(config.model, 200)} has no vocab_size.", "Fetch or copy it again.")
     return loaded
 
 
@@ -161,8 +183,12 @@ def check_weights(config: ModelConfig, model_config: transformers.PreTrainedConf
     path = Path(source["pretrained_model_name_or_path"])
     gguf = path / source["gguf_file"] if "gguf_file" in source else None
     check_files(path if path.is_dir() else None, gguf, config.model, config.revision)
-    _auto_class(config.model, model_config, trust_remote_code=config.trust_remote_code)
-    return check_quantisation(config.model, model_config, trained=trained)
+    kind = _auto_class(config.model, model_config, trust_remote_code=config.trust_remote_code)
+    seen = check_quantisation(config.model, model_config, trained=trained)
+    if path.is_dir() and gguf is None and type(model_config) in kind._model_mapping:
+        quantised = quantisation_of(model_config) is not None
+        check_claims(config.model, weight_files(path), parameter_count(model_config), quantised=quantised)
+    return seen
 
 
 def _auto_class(name: str, model_config: transformers.PreTrainedConfig, *, trust_remote_code: bool) -> Any:
@@ -312,7 +338,8 @@ def saved_dtype(config: ModelConfig) -> torch.dtype | None:
 
 def context_length(config: transformers.PreTrainedConfig) -> int | None:
     """Most tokens a model reads, if its configuration says."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) else None
 
 
 def check_context(name: str, config: transformers.PreTrainedConfig, prompt: int, response: int, option: str) -> None:
@@ -355,9 +382,16 @@ def shape_of(
 ) -> PreTrainedModel:
     """A model with no weights of a checkpoint, by default without any, on the meta device."""
     kind = _auto_class("a model", config, trust_remote_code=trust_remote_code)
-    with torch.device(on):
-        model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
-    model.tie_weights()
+    try:
+        with torch.device(on), quiet_transformers():
+            model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
+        model.tie_weights()
+    except Exception as error:  # whatever a family's code makes of options that do not go together
+        raise UserError(
+            f"The configuration of a {foreign(config.model_type, 60)} model describes none that can be built "
+            f"({type(error).__name__}: {foreign(error)}).",
+            "Restore its config.json.",
+        ) from error
     return model
 
 
@@ -387,11 +421,9 @@ def _check_generation_config(file: Path) -> None:
         return
     remedy = "Restore it, or delete it: npd asks the tokenizer, its chat template and config.json for stop tokens as well."
     try:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(
-            f"{file} is no JSON ({type(error).__name__}: {' '.join(str(error).split())[:200]}).", remedy
-        ) from None
+        tree = read_json(file, 1 << 20)
+    except Unreadable as error:
+        raise UserError(f"{foreign(file, 200)} cannot be read: {foreign(error)}.", remedy) from None
     if not isinstance(tree, dict):
         raise UserError(f"{file} holds {type(tree).__name__}, not an object.", remedy)
     named = tree.get("eos_token_id")

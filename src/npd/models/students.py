@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from npd.config import ModelConfig, StudentConfig
-from npd.errors import UserError
+from npd.errors import UserError, foreign
 from npd.models.devices import resolve_dtype
 from npd.models.files import stored_dtype, weight_files
 from npd.models.layout import layout_of, probe_ids
@@ -28,6 +32,9 @@ def evenly_spaced(layers: int, total: int) -> list[int]:
         return [0]
     return [round(i * (total - 1) / (layers - 1)) for i in range(layers)]
 
+
+MATCH = "import json, re, sys; pattern, names = json.load(sys.stdin); [re.fullmatch(pattern, name) for name in names]"
+MATCH_SECONDS = 2
 
 # Options that name layers by their indices, and those that say how many of the first are of another kind.
 INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "no_rope_layer_ids")
@@ -148,10 +155,32 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
     return wrapped
 
 
+def _check_pattern(pattern: str | list[str], names: Sequence[str]) -> None:
+    """See that a pattern is soon done with a model's modules: some try every way to divide a name, which takes for ever.
+
+    Python cannot be interrupted while it matches, so another one tries.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(pattern, str) or not re.search(r"[*+{?]", pattern):
+        return
+    command = [sys.executable, "-I", "-S", "-c", MATCH]
+    try:
+        subprocess.run(command, input=json.dumps([pattern, list(names)]).encode(), timeout=MATCH_SECONDS, capture_output=True)
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            f"student.lora.target_modules {foreign(pattern, 100)!r} takes more than {MATCH_SECONDS} seconds to be compared "
+            f"with the {len(names):,} names of the model's modules.",
+            "Write it without repetitions inside of repetitions, or give a list of names.",
+        ) from None
+
+
 def _with_adapters(model: PreTrainedModel, config: StudentConfig, unread: Sequence[str]) -> nn.Module:
     import peft
 
     assert config.lora is not None
+    _check_pattern(config.lora.target_modules, [name for name, _ in model.named_modules()])
     options = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes floats
@@ -166,8 +195,8 @@ def _with_adapters(model: PreTrainedModel, config: StudentConfig, unread: Sequen
             warnings.simplefilter("ignore", UserWarning)
             wrapped = peft.get_peft_model(model, options)
     except ValueError as error:  # peft's own error for modules that do not exist is one
-        detail = " ".join(str(error).split())[:300]
-        raise UserError(f"student.lora.target_modules {config.lora.target_modules!r} does not fit: {detail}") from error
+        given = foreign(repr(config.lora.target_modules), 100)
+        raise UserError(f"student.lora.target_modules {given} does not fit: {foreign(error)}") from error
     if model.get_output_embeddings() is not head:
         raise UserError(
             "student.lora.target_modules names the language-model head, which npd reads as one plain matrix; leave it out."

@@ -9,7 +9,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedTokenizerBase
 
-from npd.errors import UserError
+from npd.errors import UserError, foreign
 from npd.prompts.templates import Chat, shared, turn_end
 
 PROBES = (
@@ -54,7 +54,7 @@ def check_compatible(
         shown = ", ".join(f"{t!r} is {ours.get(t)} / {theirs.get(t)}" for t in different[:3])
         raise UserError(
             f"The tokenizers of {names[0]} and {names[1]} differ in {len(different)} tokens (student's id / teacher's id: "
-            f"{shown}). {remedy}"
+            f"{foreign(shown)}). {remedy}"
         )
     for role in ("bos_token", "eos_token", "unk_token"):
         mine, other = getattr(student, role), getattr(teacher, role)
@@ -121,7 +121,7 @@ def shared_vocabulary(
     All that says what ends one is joined: the tokenizer, its chat template, the models' configurations, and `stop_ids`.
     """
     size = min(config.get_text_config().vocab_size for config in configs)
-    highest = max(tokenizer.get_vocab().values())
+    highest = max(tokenizer.get_vocab().values(), default=-1)
     if highest >= size:
         raise UserError(
             f"The tokenizer has token id {highest}, but one of the models has only {size} embeddings: "

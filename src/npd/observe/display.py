@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import sys
 import threading
 import time
@@ -74,6 +75,14 @@ class Whole(io.TextIOBase):
             self.write("\n")
 
 
+CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def _plain(text: str) -> str:
+    """Text as it is, for rich to print: no markup, and of data, names and templates nothing that a terminal would obey."""
+    return escape(CONTROLS.sub("\ufffd", text))
+
+
 class Display:
     """One console for a command.
 
@@ -98,7 +107,7 @@ class Display:
         return self.console.is_interactive and self.console.file.isatty()
 
     def say(self, text: str) -> None:
-        self.console.print(escape(text), soft_wrap=True)  # a path that is broken in two can't be copied
+        self.console.print(_plain(text), soft_wrap=True)  # a path that is broken in two can't be copied
 
     def table(self, title: str, columns: list[str], rows: list[list[str]]) -> None:
         """A table; the first column is left-aligned, the others right."""
@@ -106,7 +115,7 @@ class Display:
         for i, column in enumerate(columns):
             table.add_column(column, justify="right" if i else "left", overflow="fold")
         for row in rows:
-            table.add_row(*map(escape, row))
+            table.add_row(*map(_plain, row))
         self.console.print(table)
 
     @contextmanager

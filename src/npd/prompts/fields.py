@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from npd.errors import UserError
+from npd.errors import UserError, foreign
+from npd.inputs import parse_json
 
 Message = dict[str, Any]
 
@@ -133,8 +134,8 @@ def _json(said: str) -> Any:
     """What a text that is JSON holds, as arguments of calls are written; else the text itself."""
     if said.lstrip()[:1] in ("{", "["):
         try:
-            return json.loads(said)
-        except json.JSONDecodeError:
+            return parse_json(said)
+        except ValueError:
             pass
     return said
 
@@ -146,8 +147,8 @@ def _called(earlier: list[Message], name: Any) -> bool:
 
 
 def _not_shown(where: str, what: str, value: Any) -> UserError:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
     return UserError(
-        f"{where}: the chat template does not show {what}: {shown[:80]}{'...' if len(shown) > 80 else ''}",
+        f"{where}: the chat template does not show {foreign(what, 120)}: "
+        f"{foreign(json.dumps(value, ensure_ascii=False, default=str), 80)}",
         "Take it out of the row, or give the student's tokenizer a template that writes it.",
     )

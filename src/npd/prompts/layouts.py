@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from npd.errors import UserError
+from npd.errors import UserError, foreign
+from npd.inputs import Unreadable, is_deeper, is_missing, is_text, parse_json, reason
 from npd.prompts.fields import Message
 from npd.prompts.table import SEPARATOR
 
@@ -24,6 +25,9 @@ ROLES = {
     **dict.fromkeys(("tool", "observation", "function_response", "function"), "tool"),
     "system": "system",
 }
+# Every name that a layout looks for. Of other columns only the name is read, whatever type they have.
+USED = frozenset((*COLUMNS, *CONVERSATIONS, *QUESTIONS, *INPUTS, *REPLIES, "system", "history", "chat_template_kwargs"))
+DEEPEST = 64  # lists and objects in each other, in what a template is given
 
 PYTHON_NOTATION = (
     "It is written in Python's own notation, as pandas writes lists to CSV: write it with json.dumps, or save Parquet."
@@ -63,6 +67,7 @@ def read_row(where: str, record: Mapping[str, Any], columns: Mapping[str, str], 
     Raises:
         UserError: it has another shape.
     """
+    record = {key: None if is_missing(value) else value for key, value in record.items()}
     if columns:
         record = {**record, **{ours: record.get(theirs) for ours, theirs in columns.items()}}
     if record.get("prompt") is None and record.get("messages") is None:
@@ -98,7 +103,46 @@ def read_row(where: str, record: Mapping[str, Any], columns: Mapping[str, str], 
         raise UserError(f"{where}: `chat_template_kwargs` must be an object, but it is {_shown(options)}.")
     source = record.get("source")
     answer = _answer(where, record.get("answer"))
-    return Row(where, prompt, reply, answer, "" if source is None else str(source), tools or None, options)
+    row = Row(where, prompt, reply, answer, "" if source is None else _plain(where, "source", source), tools or None, options)
+    _check_text(row)
+    return row
+
+
+def _check_text(row: Row) -> None:
+    """See that all that a row says can be written down.
+
+    Raises:
+        UserError: it can't.
+    """
+    parts = {"prompt": row.prompt, "completion": row.completion, "answer": row.answer, "source": row.source}
+    for name, value in (parts | {"tools": row.tools, "chat_template_kwargs": row.options}).items():
+        if is_deeper(value, DEEPEST):
+            raise UserError(f"{row.where}: `{name}` is nested more than {DEEPEST} deep.")
+        if not all(map(is_text, _texts(value))):
+            raise UserError(
+                f"{row.where} can't be turned into tokens: `{name}` holds half of a surrogate pair (such as \\ud83d).",
+                "Mend or delete the row.",
+            )
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+def _plain(where: str, name: str, value: Any) -> str:
+    """A value of one piece as text."""
+    try:
+        return str(value)
+    except ValueError:  # an integer of thousands of digits
+        raise UserError(f"{where}: `{name}` is {_shown(value)}.") from None
 
 
 def _reply(where: str, completion: Any, prompt: str | list[Message]) -> Message:
@@ -110,7 +154,7 @@ def _reply(where: str, completion: Any, prompt: str | list[Message]) -> Message:
     extra = turns[0].keys() - {"role", "content"}
     if isinstance(prompt, str) and extra:
         raise UserError(
-            f"{where}: beside a prompt that is a string, `completion` cannot show {', '.join(sorted(extra))}.",
+            f"{where}: beside a prompt that is a string, `completion` cannot show {foreign(', '.join(sorted(extra)), 100)}.",
             "Give the prompt as messages.",
         )
     return turns[0]
@@ -137,10 +181,13 @@ def _listed(where: str, key: str, value: Any) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return parse_json(value, deepest=DEEPEST)
     except json.JSONDecodeError as error:
         remedy = PYTHON_NOTATION if value.lstrip().startswith(("[{'", "{'")) else ""
-        raise UserError(f"{where}: `{key}` is a string that is no JSON ({error.msg}): {value[:60]!r}.", remedy) from None
+        shown = foreign(value, 60)
+        raise UserError(f"{where}: `{key}` is a string that is no JSON ({error.msg}): {shown!r}.", remedy) from None
+    except Unreadable as error:
+        raise UserError(f"{where}: `{key}` is a string of JSON that cannot be read: {foreign(error)}.") from None
 
 
 def _first_words(messages: Any) -> str | None:
@@ -198,7 +245,7 @@ def _text_of_parts(where: str, parts: list[Any]) -> str | list[Any] | None:
     for part in parts:
         if isinstance(part, dict) and part.get("type", "text") != "text":
             raise UserError(
-                f"{where}: a message has content of type {part['type']!r}; npd reads text alone.",
+                f"{where}: a message has content of type {foreign(part['type'], 60)!r}; npd reads text alone.",
                 "Take such parts out, or leave such rows away.",
             )
         if not isinstance(part, dict) or not isinstance(part.get("text"), str):
@@ -213,8 +260,8 @@ def _call(call: Any) -> Any:
     function = call.get("function", call)
     if isinstance(function, dict) and isinstance(function.get("arguments"), str):
         try:
-            arguments = json.loads(function["arguments"])
-        except json.JSONDecodeError:
+            arguments = parse_json(function["arguments"], deepest=DEEPEST)
+        except ValueError:
             return call
         if isinstance(arguments, dict):
             function = {**function, "arguments": arguments}
@@ -227,12 +274,12 @@ def _of_sharegpt(where: str, message: Message) -> Message:
     who, said = message.pop("from"), message.pop("value", "")
     role = ROLES.get(who) if isinstance(who, str) else None
     if role is None:
-        raise UserError(f"{where}: a message is from {who!r}; it can be from {', '.join(ROLES)}.")
+        raise UserError(f"{where}: a message is from {foreign(who, 60)!r}; it can be from {', '.join(ROLES)}.")
     if who == "function_call":
         try:
-            calls = json.loads(said)
-        except (TypeError, json.JSONDecodeError) as error:
-            raise UserError(f"{where}: a function_call holds no JSON ({error}): {_shown(said)}.") from None
+            calls = parse_json(said, deepest=DEEPEST)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: a function_call holds no JSON ({foreign(reason(error))}): {_shown(said)}.") from None
         calls = calls if isinstance(calls, list) else [calls]
         return {"role": role, "tool_calls": [{"type": "function", "function": call} for call in calls], **message}
     return {"role": role, "content": said, **message}
@@ -243,12 +290,12 @@ def _answer(where: str, answer: Any) -> str | None:
     if answer is None or answer == []:
         return None
     entries = answer if isinstance(answer, list) else [answer]
-    if any(entry is None or isinstance(entry, list | dict) for entry in entries):
+    if any(is_missing(entry) or isinstance(entry, list | dict | tuple | bytes) for entry in entries):
         raise UserError(
             f"{where}: `answer` must be a text or a number, or a list of them, any of which is right, but it is "
             f"{_shown(answer)}."
         )
-    return SEPARATOR.join(str(entry) for entry in entries)
+    return SEPARATOR.join(_plain(where, "answer", entry) for entry in entries)
 
 
 def _layout(where: str, record: Mapping[str, Any], chat: bool, remark: Remark) -> Mapping[str, Any]:
@@ -264,8 +311,9 @@ def _layout(where: str, record: Mapping[str, Any], chat: bool, remark: Remark) -
     question = next((name for name in QUESTIONS if isinstance(record.get(name), str)), None)
     reply = next((name for name in REPLIES if record.get(name) is not None), None)
     if question is None:
+        names = foreign(", ".join(sorted(map(str, record))))
         raise UserError(
-            f"{where} has neither `prompt` nor `messages`; it has {', '.join(sorted(map(str, record))) or 'nothing'}.",
+            f"{where} has neither `prompt` nor `messages`; it has {names or 'nothing'}.",
             "Say by data.columns which columns to read, such as {prompt: body}." if record else "",
         )
     more = next((name for name in INPUTS if isinstance(record.get(name), str) and record[name].strip()), None)
@@ -275,7 +323,7 @@ def _layout(where: str, record: Mapping[str, Any], chat: bool, remark: Remark) -
     mine: dict[str, Any] = {**record, "prompt": text + "\n" if not chat else None}
     if chat:
         turns = [{"role": "user", "content": text}]
-        for earlier in reversed(record.get("history") or []):
+        for earlier in reversed(_history(where, record.get("history") or [])):
             turns = [*({"role": r, "content": c} for r, c in zip(("user", "assistant"), earlier, strict=True)), *turns]
         if record.get("system"):
             turns = [{"role": "system", "content": str(record["system"])}, *turns]
@@ -294,4 +342,16 @@ def _layout(where: str, record: Mapping[str, Any], chat: bool, remark: Remark) -
 
 
 def _shown(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)[:120]
+    try:
+        return foreign(json.dumps(value, ensure_ascii=False, default=str), 120)
+    except (ValueError, TypeError, RecursionError):
+        return foreign(value, 120)
+
+
+def _history(where: str, history: Any) -> list[list[str]]:
+    """Earlier turns as Alpaca's descendants have them: pairs of a question and its reply."""
+    pairs: list[Any] = history if isinstance(history, list) else [None]
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(said, str) for said in pair):
+            raise UserError(f"{where}: `history` must be a list of pairs [question, reply], but it is {_shown(history)}.")
+    return pairs

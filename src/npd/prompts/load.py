@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from npd.config import Config
-from npd.errors import UserError
+from npd.errors import UserError, foreign
 from npd.prompts.layouts import Row, read_row
 from npd.prompts.readers import Source
 from npd.prompts.table import CHUNK, SCHEMA, Prompts, mapped
@@ -113,7 +113,7 @@ def load_prompts(
             chat template or that it does not show, or no prompt left.
     """
     chat, columns = chat or Chat(tokenizer), columns or {}
-    raw = Source(source, split, config)
+    raw = Source(source, split, config, columns.values())
     prompts, seen = Prompts(SCHEMA.empty_table(), 0), _Seen()
     pending: list[tuple[str, dict[str, Any]]] = []
     missing = set(columns.values())
@@ -152,12 +152,10 @@ def load_prompts(
             writer.write_batch(fresh())
         prompts.table = mapped(file)
     if missing and prompts.rows:
-        raise UserError(
-            f"data.columns names {', '.join(map(repr, sorted(missing)))}, but no row of {source} has such a column.",
-            "Correct data.columns.",
-        )
+        names = foreign(", ".join(map(repr, sorted(missing))), 200)
+        raise UserError(f"data.columns names {names}, but no row of {raw.name} has such a column.", "Correct data.columns.")
     if not len(prompts):
-        raise UserError(f"No prompts are left of the {prompts.rows} rows of {source}. " + "; ".join(prompts.report()))
+        raise UserError(f"No prompts are left of the {prompts.rows} rows of {raw.name}. " + "; ".join(prompts.report()))
     limits = {"prompt": max_prompt_tokens, "completion": max_completion_tokens, "need": need}
     options = {"columns": dict(columns), "template": chat.options, **limits, "stops": sorted(chat.stop_ids)}
     prompts.made_from = {"data": raw.digest(), "tokenizer": tokenizer_digest(tokenizer), "options": options}
@@ -182,7 +180,7 @@ def render_row(row: Row, chat: Chat) -> tuple[Asked, list[str]]:
     try:
         return chat.ask(row.where, row.prompt, row.tools, row.options)
     except (TypeError, ValueError) as error:  # of the tokenizer, on text that is none, as half a surrogate pair
-        raise UserError(f"{row.where} can't be turned into tokens: {error}") from error
+        raise UserError(f"{row.where} can't be turned into tokens: {foreign(error)}") from error
 
 
 def _rendered(row: Row, chat: Chat, prompts: Prompts, lenient: bool) -> tuple[Asked, list[int] | None]:
@@ -194,7 +192,7 @@ def _rendered(row: Row, chat: Chat, prompts: Prompts, lenient: bool) -> tuple[As
     try:
         return asked, chat.answer(row.where, asked, row.completion)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{row.where} can't be turned into tokens: {error}") from error
+        raise UserError(f"{row.where} can't be turned into tokens: {foreign(error)}") from error
     except UserError as error:
         if not lenient:
             raise

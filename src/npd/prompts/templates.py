@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from npd.errors import UserError
+from npd.errors import UserError, foreign
+from npd.prompts.bounded import TooMuch, render
 from npd.prompts.fields import Message, check_shown, holds, is_plain, strings
 
 if TYPE_CHECKING:  # to read a run's files, nobody should wait for transformers
@@ -21,6 +22,7 @@ if TYPE_CHECKING:  # to read a run's files, nobody should wait for transformers
 
 SENTINEL = "Kestrels"  # a reply that no template takes for anything else
 TAG = re.compile(r"<\w+>|\[[A-Z_]+\]")
+REPLACE = "Give its tokenizer another chat_template."
 THOUGHT = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]")
 
 
@@ -77,7 +79,7 @@ class Chat:
         unknown = [name for name in self.options if not re.search(rf"\b{re.escape(name)}\b", self.template)]
         if unknown:
             raise UserError(
-                f"data.template_options has {', '.join(unknown)}, but the student's tokenizer has "
+                f"data.template_options has {foreign(', '.join(unknown), 200)}, but the student's tokenizer has "
                 + ("a chat template that knows nothing of it." if self.template else "no chat template.")
             )
         self.dated = "strftime_now" in self.template
@@ -253,7 +255,9 @@ class Chat:
         """The text, or None where the template refuses."""
         try:
             return self._render("", messages, tools, options, how)
-        except UserError:
+        except UserError as error:
+            if isinstance(error.__cause__, TooMuch):
+                raise
             return None
 
     def _render(
@@ -262,18 +266,19 @@ class Chat:
         """`how`: "ask" for the next turn, the last one "open" to be gone on with, or "closed"."""
         now: dict[str, Any] = {"strftime_now": self.now.strftime} if self.dated else {}
         try:
-            text = self.tokenizer.apply_chat_template(
+            return render(
+                self.tokenizer,
                 messages,
                 tools=tools,
                 add_generation_prompt=how == "ask",
                 continue_final_message=how == "open",
-                tokenize=False,
                 **{**now, **self.options, **(options or {})},
             )
+        except TooMuch as error:
+            raise UserError(f"{where}: the chat template {error}.", REPLACE) from error
         except Exception as error:  # whatever the template's own code raises
-            told = " ".join(str(error).split())
+            told = foreign(error) or type(error).__name__
             raise UserError(f"{where}: the chat template does not take these messages: {told}") from error
-        return str(text)
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -306,13 +311,20 @@ def shared(a: str, b: str) -> int:
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None) -> TurnEnd:
-    """What a tokenizer's chat template writes behind an assistant's last turn, found by rendering one."""
+    """What a tokenizer's chat template writes behind an assistant's last turn, found by rendering one.
+
+    Raises:
+        UserError: the template passes its bounds.
+    """
     if not tokenizer.chat_template:
         return TurnEnd()
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": SENTINEL}]
     for messages in (turns, [{"role": "system", "content": "!"}, *turns]):
         try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False, **(options or {})))
+            text = render(tokenizer, messages, **(options or {}))
+        except TooMuch as error:
+            name = foreign(tokenizer.name_or_path, 200)
+            raise UserError(f"The chat template{' of ' * bool(name)}{name} {error}.", REPLACE) from error
         except Exception:  # whatever the template's own code raises
             continue
         found, _, tail = text.rpartition(SENTINEL)

@@ -12,6 +12,7 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from npd.config import Config, ModelConfig, Sampling
+from npd.errors import RunError
 from npd.models import Vocabulary
 
 __all__ = ["Engine", "EngineSetting", "Progress", "Request", "Weights"]
@@ -136,8 +137,12 @@ class Engine(ABC):
                 progress(finished - told)
             told = finished
 
-        [(_, answered)] = self.stream([Request(0, table, seed)], sampling, tell)
-        return answered
+        answers = list(self.stream([Request(0, table, seed)], sampling, tell) or ())
+        if len(answers) != 1:
+            raise RunError(
+                f"The engine {type(self).__name__} gave {len(answers)} answers to one request.", "Mend the engine."
+            )
+        return answers[0][1]
 
     def rest(self) -> None:
         """Give the device to others until the next `take`."""

@@ -12,13 +12,15 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from npd.config import ModelConfig, Sampling, TeacherConfig
-from npd.errors import UserError
+from npd.errors import RunError, UserError
 from npd.models import Vocabulary
 from npd.registry import TEACHERS
 from npd.scoring.distance import Distance, at_least
+from npd.scoring.health import Health, wrong_readings
 from npd.scoring.prefill import Prefill, Reading
 
 __all__ = [
@@ -104,6 +106,7 @@ class Teacher(ABC):
     def __init__(self, config: TeacherConfig, setting: TeacherSetting) -> None:
         self.config, self.setting = config, setting
         self.vocabulary = setting.vocabulary
+        self.health = Health()
 
     @classmethod
     def suits(cls, config: TeacherConfig) -> bool:
@@ -224,16 +227,36 @@ class _Scorer:
 
 
 class ScoreTeacher(_Scorer):
-    """Stage: adds teacher_nll, teacher_nll_free, topk_ids and topk_logprobs."""
+    """Stage: adds teacher_nll, teacher_nll_free, topk_ids and topk_logprobs.
+
+    Raises:
+        RunError: the teacher answers what no model can, or no longer as it did first.
+    """
 
     def __call__(self, table: pa.Table, progress: Advance | None = None) -> pa.Table:
         readings = self.conditional(table, progress)
+        self._see(table, readings)
+        nll_free = self.free_nll(table, progress)
+        if isinstance(self.reader, Teacher):  # last: what was read before a server was exchanged is not kept either
+            contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
+            self.reader.health.check(self.reader, self.reader.config.model, contexts, responses, readings)
         return (
             table.append_column("teacher_nll", _mean_nll(readings))
-            .append_column("teacher_nll_free", self.free_nll(table, progress))
+            .append_column("teacher_nll_free", nll_free)
             .append_column("topk_ids", pa.array([r.topk_ids.ravel() for r in readings], pa.list_(pa.int32())))
             .append_column("topk_logprobs", pa.array([r.topk_logprobs.ravel() for r in readings], pa.list_(pa.float32())))
         )
+
+    def _see(self, table: pa.Table, readings: list[Reading]) -> None:
+        lengths = pc.list_value_length(table["response_ids"]).to_pylist()
+        wrong = wrong_readings(readings, lengths, self.top_k, self.reader.vocabulary.size)
+        if wrong is not None:
+            name = self.reader.config.model if isinstance(self.reader, Teacher) else "model"
+            raise RunError(
+                f"The teacher {name} reads what no model can: {wrong}. Nothing of it is kept.",
+                "See to its weights and their type (teacher.dtype float32 has room for what bfloat16 and float16 have not), "
+                "then run the same command again.",
+            )
 
 
 class ScoreStudent(_Scorer):

@@ -18,6 +18,7 @@ from npd.scoring.server import Server, TokenLogprobs
 from npd.store.schema import add_answers
 
 CHECK_SECONDS = 5.0  # that a server may be busy before anything has begun
+MOST_ROUNDS = 12  # in which a top-k is asked for anew and wider; rows of embeddings that only pad are few, and unlikely
 
 
 class ServedTeacher(Teacher):
@@ -100,13 +101,17 @@ class ServedTeacher(Teacher):
 def _read(server: Server, vocabulary: Vocabulary, ids: list[int], start: int, top_k: int) -> Reading:
     """Ask for more than top-k where ids of the teacher alone, which pad its vocabulary, are among them."""
     asked = top_k
-    while True:
+    for _ in range(MOST_ROUNDS):
         said = server.read(ids, start, asked)
         shared = [[pair for pair in token.top if pair[0] < vocabulary.size][:top_k] for token in said]
         fewest = min((len(top) for top in shared), default=top_k)
         if fewest == top_k:
             return _reading(said, shared, top_k)
         asked += top_k - fewest
+    raise UserError(
+        f"Of the {asked} tokens that the teacher on {server.url} ranks highest only {fewest} are the student's too, which "
+        f"has {vocabulary.size}: their tokenizers are not the same, or the server's weights are damaged."
+    )
 
 
 def check_server(config: TeacherConfig, question: Question) -> list[str]:
@@ -130,11 +135,10 @@ def _check(config: TeacherConfig, question: Question) -> list[str]:
     server = Server(config.model_copy(update={"retry_seconds": min(config.retry_seconds, CHECK_SECONDS)}))
     cards = server.models(patience=0)
     if config.model not in cards:
-        raise UserError(
-            f"The server {server.url} serves {', '.join(cards) or 'nothing'}, not {config.model!r}; correct teacher.model."
-        )
+        names = server.transport.words(", ".join(cards)) or "nothing"
+        raise UserError(f"The server {server.url} serves {names}, not {config.model!r}; correct teacher.model.")
     context = cards[config.model].get("max_model_len")
-    if isinstance(context, int) and tokens + 1 > context:
+    if type(context) is int and 0 < context < tokens + 1:
         raise UserError(
             f"The longest prompt and response together may have {tokens} tokens, and the server {server.url} reads at most "
             f"{context - 1}. Start it with a higher --max-model-len, or lower data.max_prompt_tokens or "
@@ -168,6 +172,11 @@ def _check_tokenizer(config: TeacherConfig, server: Server, tokenizer: PreTraine
 
 
 def _reading(said: list[TokenLogprobs], top: list[list[tuple[int, float]]], top_k: int) -> Reading:
+    """What a server rounded to a little above 0 is 0."""
     pairs = np.array(top, np.float64).reshape(len(said), top_k, 2)
-    logprobs = np.array([token.logprob for token in said], np.float32)
-    return Reading(logprobs, pairs[..., 0].astype(np.int32), pairs[..., 1].astype(np.float32))
+    logprobs = np.array([token.logprob for token in said])
+    return Reading(
+        np.minimum(logprobs, 0).astype(np.float32),
+        pairs[..., 0].astype(np.int32),
+        np.minimum(pairs[..., 1], 0).astype(np.float32),
+    )

@@ -9,7 +9,6 @@ the server is away, and never sees an answer's JSON.
 from __future__ import annotations
 
 import json
-import os
 import queue
 import random
 import threading
@@ -17,15 +16,18 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-import urllib3
-from urllib3.exceptions import HTTPError, LocationParseError, NewConnectionError, SSLError, TimeoutError
+import numpy as np
 
 from npd.config import TeacherConfig
 from npd.errors import NpdError, RunError, UserError
+from npd.scoring.transport import LEAST_BODY, Answer, Transport, TryAgain
+from npd.store.answers import LEAST_BEST, ROUNDING, wrong_logprobs, wrong_top
 
 LONGEST_PAUSE = 30.0  # seconds between tries
-SHOWN = 300  # characters of a server's words
 AGAIN = (408, 429)  # besides all of 5xx but 501
+ENTRY = 512  # bytes that one log-probability, or one token, may have in an answer; a hundred is usual
+# What reading an answer of another shape may end in.
+ODD = (TypeError, KeyError, IndexError, ValueError, AttributeError, ArithmeticError)
 
 T = TypeVar("T")
 
@@ -37,12 +39,6 @@ class TokenLogprobs(NamedTuple):
     """Natural log of the token's own probability."""
     top: list[tuple[int, float]]
     """(id, log-probability), best first."""
-
-
-class _TryAgain(Exception):
-    def __init__(self, why: str, after: float = 0.0) -> None:
-        super().__init__(why)
-        self.after = after
 
 
 class Server:
@@ -60,16 +56,16 @@ class Server:
         self._away_since: float | None = None
         self._lock = threading.Lock()
         self._kind: str | None = None if config.api == "auto" else config.api
-        timeout = urllib3.Timeout(connect=min(10.0, config.timeout), read=config.timeout)
-        self._pool = urllib3.PoolManager(maxsize=config.concurrency, timeout=timeout, retries=False)
+        self.transport = Transport(config, self.url)
 
     # -- asking
 
-    def ask(self, path: str, body: dict[str, Any] | None = None, *, patience: float | None = None) -> Any:
+    def ask(self, path: str, body: dict[str, Any] | None = None, *, patience: float | None = None, entries: int = 0) -> Any:
         """The JSON that the server answers to a GET, or to a POST of `body`.
 
         Args:
             patience: seconds to try again for; None: as configured.
+            entries: log-probabilities or tokens that the answer may have: what is far longer is given up.
 
         Raises:
             UserError: the server refuses what was asked; its words are in the message.
@@ -79,10 +75,10 @@ class Server:
         began, tries, stop = time.monotonic(), 0, self._stop
         while True:
             try:
-                answer = self._once(path, body)
-            except _TryAgain as error:
+                answer = self._once(path, body, LEAST_BODY + ENTRY * entries)
+            except TryAgain as error:
                 tries += 1
-                pause = max(error.after, random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 2.0 ** (tries - 1)))
+                pause = max(error.after, random.uniform(0.5, 1.0) * min(LONGEST_PAUSE, 2.0 ** min(tries - 1, 9)))
                 if stop.is_set() or time.monotonic() + pause - began > patience:
                     asked = f" (asked {tries} times in {time.monotonic() - began:.0f} s)" if tries > 1 else ""
                     raise RunError(
@@ -95,36 +91,28 @@ class Server:
                 self._is_back()
                 return answer
 
-    def _once(self, path: str, body: dict[str, Any] | None) -> Any:
-        key = os.environ.get(self.config.api_key_env, "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise UserError(f"The environment variable {self.config.api_key_env} holds characters that no API key has.")
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+    def _once(self, path: str, body: dict[str, Any] | None, most: int) -> Any:
+        answer = self.transport.request(path, body, most)
+        if answer.status in AGAIN or (answer.status >= 500 and answer.status != 501):
+            raise TryAgain(f"it answered {path} with {answer.status}: {self._message(answer)}", answer.after)
+        if answer.status != 200:
+            raise UserError(self._refusal(path, answer.status, self._message(answer)))
         try:
-            if body is None:
-                response = self._pool.request("GET", self.url + path, headers=headers, redirect=False)
-            else:
-                response = self._pool.request("POST", self.url + path, json=body, headers=headers, redirect=False)
-            data = response.data
-        except LocationParseError as error:
-            raise UserError(f"teacher.server {self.config.server!r} is no URL: {error}.") from None
-        except SSLError as error:
-            raise UserError(f"The server {self.url} can't be trusted: {error}.") from None
-        except NewConnectionError as error:
-            raise _TryAgain(f"nothing answers there ({_last_words(error)})") from None
-        except TimeoutError:
-            raise _TryAgain(f"it did not answer {path} within teacher.timeout {self.config.timeout:g} s") from None
-        except HTTPError as error:
-            raise _TryAgain(f"the connection broke ({_last_words(error)})") from None
-        if response.status in AGAIN or (response.status >= 500 and response.status != 501):
-            after = response.headers.get("Retry-After")
-            raise _TryAgain(f"it answered {path} with {response.status}: {_words(data)}", _seconds(after))
-        if response.status != 200:
-            raise UserError(self._refusal(path, response.status, _words(data)))
+            return json.loads(answer.data)
+        except (ValueError, RecursionError):
+            raise TryAgain(f"its answer to {path} is no JSON: {self._message(answer)!r}") from None
+
+    def _message(self, answer: Answer) -> str:
+        """What a server says in an answer, in short."""
+        text: object = answer.data.decode("utf-8", "replace")
         try:
-            return json.loads(data)
-        except ValueError:
-            raise _TryAgain(f"its answer to {path} is no JSON: {_words(data)!r}") from None
+            body = json.loads(answer.data)
+            error = body.get("error", body)
+            message = error.get("message") if isinstance(error, dict) else error
+            text = message or body.get("detail") or body.get("message") or text
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        return self.transport.words(text) or "an empty body"
 
     def _refusal(self, path: str, status: int, words: str) -> str:
         hint = ""
@@ -199,15 +187,15 @@ class Server:
         """The models that it serves, by name, with what it says of them."""
         answer = self.ask("/v1/models", patience=patience)
         try:
-            return {str(card["id"]): dict(card) for card in answer["data"]}
-        except (TypeError, KeyError):
-            raise self._strange("/v1/models", answer) from None
+            return {_text(card["id"]): dict(card.items()) for card in answer["data"]}
+        except ODD as error:
+            raise self._strange("/v1/models", answer, error) from None
 
     @property
     def kind(self) -> str:
         """vllm or sglang; a server that does not say is taken for vLLM's."""
         if self._kind is None:
-            owners = {card.get("owned_by") for card in self.models().values()}
+            owners = [card.get("owned_by") for card in self.models().values()]
             self._kind = "sglang" if "sglang" in owners else "vllm"
         return self._kind
 
@@ -215,8 +203,8 @@ class Server:
         """A text's ids, special tokens added as the model's tokenizer does; None where the server has no answer."""
         try:
             answer = self.ask("/tokenize", {"model": self.config.model, "prompt": text}, patience=0)
-            return [int(token) for token in answer["tokens"]]
-        except (NpdError, TypeError, KeyError, ValueError):
+            return [_id(token) for token in answer["tokens"]]
+        except (NpdError, *ODD):
             return None
 
     def read(self, ids: Sequence[int], start: int, top_k: int) -> list[TokenLogprobs]:
@@ -244,19 +232,22 @@ class Server:
                 "prompt_logprobs": top_k,
             }  # fmt: skip
             parse = _vllm_logprobs
-        answer = self.ask(path, body)
+        answer = self.ask(path, body, entries=len(ids) * (top_k + 2))
         try:
             said = parse(answer, list(ids), start, top_k)
-        except (TypeError, KeyError, IndexError, ValueError, AttributeError):
-            raise self._strange(path, answer) from None
+        except ODD as error:
+            raise self._strange(path, answer, error) from None
         short = min((len(token.top) for token in said), default=top_k)
-        if len(said) != len(ids) - start or short < top_k:
-            what = (
-                f"{len(said)} of {len(ids) - start} tokens" if short >= top_k else f"top {short} where top {top_k} was asked"
-            )
+        if short < top_k:
             raise UserError(
-                f"The server {self.url} gave log-probabilities for {what}. If it caps them, lift the cap (vLLM: "
-                f"--max-logprobs {top_k}) or lower scoring.top_k."
+                f"The server {self.url} gave log-probabilities for top {short} where top {top_k} was asked. If it caps them, "
+                f"lift the cap (vLLM: --max-logprobs {top_k}) or lower scoring.top_k."
+            )
+        if (wrong := _nonsense(said, top_k)) is not None:
+            raise UserError(
+                f"The server {self.url} answers {path} with what no model can say of {len(said)} tokens behind {start}: "
+                f"{wrong}. Nothing of it is kept.",
+                "See to the server (its weights, their quantisation, its version), then run the same command again.",
             )
         return said
 
@@ -286,33 +277,90 @@ class Server:
             path = "/v1/completions"
             body = sampling | {"top_k": 0, "max_tokens": max_new_tokens, "seed": seed, "ignore_eos": True}
             body |= {"model": self.config.model, "prompt": list(ids), "return_token_ids": True}
-        answer = self.ask(path, body)
+        answer = self.ask(path, body, entries=len(ids) + 2 * max_new_tokens)
         try:
             if self.kind == "sglang":
-                written = [int(token) for token in answer["output_ids"]]
+                written = [_id(token) for token in answer["output_ids"]]
                 stopped = (answer["meta_info"]["finish_reason"] or {}).get("matched")
-                if isinstance(stopped, int) and written[-1:] != [stopped]:
-                    written.append(stopped)
+                if type(stopped) is int and written[-1:] != [stopped]:
+                    written.append(_id(stopped))
             else:
-                written = [int(token) for token in answer["choices"][0]["token_ids"]]
-        except (TypeError, KeyError, IndexError, ValueError, AttributeError):
-            raise self._strange(path, answer) from None
-        if not written:
-            raise self._strange(path, answer)
+                written = [_id(token) for token in answer["choices"][0]["token_ids"]]
+            if not 0 < len(written) <= max_new_tokens:
+                raise ValueError(f"{len(written)} tokens, where 1 to {max_new_tokens} were asked")
+        except ODD as error:
+            raise self._strange(path, answer, error) from None
         return written[: next((i + 1 for i, token in enumerate(written) if token in stop_ids), len(written))]
 
-    def _strange(self, path: str, answer: Any) -> NpdError:
+    def _strange(self, path: str, answer: Any, why: Exception) -> NpdError:
+        seen = f"{why}; " if isinstance(why, _Odd) else ""
         return UserError(
-            f"The server {self.url} answers {path} with something else than a vLLM or SGLang server does: "
-            f"{json.dumps(answer)[:SHOWN]!r}. Check teacher.server, and teacher.api if it is set."
+            f"The server {self.url} answers {path} with something else than a vLLM or SGLang server does "
+            f"({seen}{self.transport.words(answer)!r}). Check teacher.server, and teacher.api if it is set."
         )
 
 
+class _Odd(ValueError):
+    """Something in an answer that can't stand there; the message says what."""
+
+
+def _odd(value: object, what: str) -> _Odd:
+    return _Odd(f"a {type(value).__name__} where {what} should be")
+
+
+def _text(value: object) -> str:
+    if type(value) is not str:
+        raise _odd(value, "a name")
+    return value
+
+
+def _id(value: object) -> int:
+    """A token's id: a whole number, which `true` and 0.7 are not."""
+    if type(value) is not int:
+        raise _odd(value, "a token's id")
+    if not 0 <= value < 1 << 31:
+        raise _Odd("a token's id that no vocabulary has")
+    return value
+
+
+def _key(text: str) -> int:
+    """A token's id that is written as a name, in the one way it can be."""
+    if len(text) > 10 or str(int(text)) != text:
+        raise _Odd("a token's id that is no whole number")
+    return _id(int(text))
+
+
+def _logprob(value: object) -> float:
+    if type(value) is not float and type(value) is not int:
+        raise _odd(value, "a log-probability")
+    return float(value)  # type: ignore[arg-type]
+
+
+def _nonsense(said: list[TokenLogprobs], top_k: int) -> str | None:
+    """What no model can say, if anything; what is right up to rounding is not."""
+    own = np.array([token.logprob for token in said])
+    if not len(own):
+        return None
+    if (wrong := wrong_logprobs(own)) is not None or not top_k:
+        return wrong
+    pairs = np.array([token.top for token in said], np.float64).reshape(len(said), top_k, 2)
+    ids, logprobs = pairs[..., 0].astype(np.int64), pairs[..., 1]
+    if (wrong := wrong_top(ids, logprobs)) is not None:
+        return wrong
+    if logprobs[:, 0].min() < LEAST_BEST:
+        return f"{logprobs[:, 0].min():g} as the log-probability of the most likely token"
+    if (own > logprobs[:, 0] + ROUNDING).any():
+        return "a token that is more likely than the most likely one"
+    return None
+
+
 def _vllm_logprobs(answer: Any, ids: list[int], start: int, top_k: int) -> list[TokenLogprobs]:
-    entries = answer["choices"][0]["prompt_logprobs"][start:]
+    entries = answer["choices"][0]["prompt_logprobs"]
+    if len(entries) != len(ids):
+        raise _Odd(f"{len(entries)} tokens where {len(ids)} were asked about")
     said = []
-    for token, entry in zip(ids[start:], entries, strict=True):
-        values = {int(key): float(value["logprob"]) for key, value in entry.items()}
+    for token, entry in zip(ids[start:], entries[start:], strict=True):
+        values = {_key(key): _logprob(value["logprob"]) for key, value in entry.items()}
         own = values[token]
         # The token itself is there besides the top-k; where it is not among the best, it comes last and is cut off.
         best = sorted(values.items(), key=lambda pair: -pair[1])[:top_k]
@@ -324,34 +372,12 @@ def _sglang_logprobs(answer: Any, ids: list[int], start: int, top_k: int) -> lis
     meta = answer["meta_info"]
     own = meta["input_token_logprobs"][1:]
     tops = meta["input_top_logprobs"][1:] if top_k else [[]] * len(own)
+    if not len(own) == len(tops) == len(ids) - start:
+        raise _Odd(f"{len(own)} tokens and {len(tops)} top-k where {len(ids) - start} were asked about")
     said = []
     for token, (logprob, theirs, *_), top in zip(ids[start:], own, tops, strict=True):
-        if theirs != token:
-            raise ValueError("log-probabilities of other tokens")
-        best = sorted(((int(id_), float(value)) for value, id_, *_ in top), key=lambda pair: -pair[1])
-        said.append(TokenLogprobs(float(logprob), best))
+        if _id(theirs) != token:
+            raise _Odd("log-probabilities of other tokens")
+        best = sorted(((_id(id_), _logprob(value)) for value, id_, *_ in top), key=lambda pair: -pair[1])[:top_k]
+        said.append(TokenLogprobs(_logprob(logprob), best))
     return said
-
-
-def _words(data: bytes) -> str:
-    """What a server says in an answer, in short."""
-    text = data.decode("utf-8", "replace")
-    try:
-        body = json.loads(text)
-        error = body.get("error", body)
-        message = error.get("message") if isinstance(error, dict) else error
-        text = str(message or body.get("detail") or body.get("message") or text)
-    except (ValueError, AttributeError):
-        pass
-    return " ".join(text.split())[:SHOWN] or "an empty body"
-
-
-def _last_words(error: Exception) -> str:
-    return str(error).rpartition(": ")[2][:SHOWN]
-
-
-def _seconds(retry_after: str | None) -> float:
-    try:
-        return max(0.0, urllib3.Retry().parse_retry_after(retry_after or "0"))
-    except HTTPError:
-        return 0.0

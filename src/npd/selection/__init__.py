@@ -19,7 +19,7 @@ from npd.config import SelectionConfig
 from npd.errors import RunError
 from npd.records import DEGENERATE, DISCONNECT, KEPT, PROXIMAL, UNDEFINED, SelectionSummary
 from npd.registry import RULES
-from npd.selection.rules import Bounds, Judgement, Rule, bands
+from npd.selection.rules import Bounds, Judgement, Rule, bands, judge
 
 __all__ = [
     "DEGENERATE", "DISCONNECT", "KEPT", "PROXIMAL", "QUANTILES", "UNDEFINED", "Bounds", "Judgement", "Rule", "Select",
@@ -81,8 +81,8 @@ class Select:
             .append_column("ifd_teacher", pa.array(teacher, pa.float32()))
             .append_column("delta_ifd", pa.array(delta, pa.float32()))
         )
-        verdicts = self.rule(table, self.config).verdicts
-        return table.append_column("verdict", pa.array(verdicts.tolist(), pa.string()))
+        verdicts = judge(self.rule, table, self.config).verdicts
+        return table.append_column("verdict", pa.array(np.asarray(verdicts).tolist(), pa.string()))
 
 
 class Summary:
@@ -98,7 +98,7 @@ class Summary:
     def add(self, table: pa.Table) -> None:
         """Count a finished part; needs columns source, verdict, delta_ifd, and those that the rule reads."""
         judged = table["delta_ifd"].null_count < len(table)  # references are not
-        for source, bounds in ((self.rule(table, self.config).bounds if judged else None) or {}).items():
+        for source, bounds in ((judge(self.rule, table, self.config).bounds if judged else None) or {}).items():
             self.bounds[source].append(bounds)
         for source in table["source"].unique().to_pylist():
             mine = table.filter(pc.equal(table["source"], source))

@@ -10,7 +10,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from npd.config import SelectionConfig
+from npd.errors import NpdError, RunError
 from npd.records import DEGENERATE, DISCONNECT, PROXIMAL, UNDEFINED
+from npd.registry import own_fault
 
 
 class Bounds(NamedTuple):
@@ -65,6 +67,42 @@ class Rule(ABC):
     def note(self, config: SelectionConfig, responses: int) -> str | None:
         """What a user should know before a run whose parts have so many responses; None for nothing."""
         return None
+
+
+def judge(rule: Rule, table: pa.Table, config: SelectionConfig) -> Judgement:
+    """What a rule says of a part, seen to be a judgement of it.
+
+    Raises:
+        RunError: a plug-in's rule fails, or returns something else.
+    """
+    try:
+        judgement = rule(table, config)
+    except NpdError:
+        raise
+    except Exception as error:
+        if type(rule).__module__.startswith("npd."):
+            raise
+        raise RunError(f"selection.rule {config.rule!r} fails {own_fault(error)}.", "Mend it there.") from error
+    fault = _fault(judgement, table)
+    if fault is not None:
+        raise RunError(
+            f"selection.rule {config.rule!r} must return npd.selection.Judgement(verdicts, bounds), but {fault}.",
+            "Mend the plug-in.",
+        )
+    return judgement
+
+
+def _fault(judgement: object, table: pa.Table) -> str | None:
+    """What is wrong with what a rule returned for a part; None: nothing."""
+    if not isinstance(judgement, Judgement):
+        return f"it returned {type(judgement).__name__}"
+    verdicts = np.asarray(judgement.verdicts)
+    if verdicts.shape != (len(table),) or verdicts.dtype.kind != "U":
+        return f"its verdicts are {verdicts.dtype} of shape {verdicts.shape}, not a word for each of {len(table)} responses"
+    bounds = judgement.bounds
+    if bounds is not None and not (isinstance(bounds, dict) and all(isinstance(b, Bounds) for b in bounds.values())):
+        return "its bounds are not a dict of npd.selection.Bounds by source"
+    return None
 
 
 def bands(delta: npt.ArrayLike, lower: npt.ArrayLike, upper: npt.ArrayLike) -> npt.NDArray[np.str_]:

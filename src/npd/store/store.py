@@ -23,10 +23,11 @@ import pyarrow.parquet as pq
 import yaml
 
 from npd.config import Config, SelectionConfig, config_tree, differing_keys
-from npd.errors import UserError
+from npd.errors import UserError, foreign
 from npd.prompts import Prompts
 from npd.records import Line, Manifest, PartEntry
 from npd.store import files, metrics
+from npd.store.answers import wrong_part
 from npd.store.files import (
     HOST,
     abandoned,
@@ -51,6 +52,7 @@ class Store:
         self.path = Path(run_dir)
         self.student = self.path / "student"
         self.metrics = self.path / "metrics.jsonl"
+        self.vocabulary_size: int | None = None  # token ids of parts lie below it, where it is known
 
     # -- the run itself
 
@@ -66,7 +68,7 @@ class Store:
             raise UserError(f"run_dir {self.path} is a file; choose a directory.")
         if file.exists():
             old = self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
-            theirs = old.pop("provenance", {}).get("command")
+            theirs = (old.pop("provenance", None) or {}).get("command")
             if theirs != command:
                 raise UserError(f"{self.path} holds a run of `npd {theirs}`; choose another run_dir for `npd {command}`.")
             changes = differing_keys(old, tree)
@@ -261,8 +263,8 @@ class Store:
         if manifest is not None and {p.file: p.sha256 for p in manifest.parts}.get(path.name) != sha256(path):
             (self.generation(generation) / "manifest.json").unlink()  # made again, and not the same, as on other hardware
 
-    def read_part(self, generation: int, part: int, columns: list[str] | None = None) -> pa.Table:
-        """Read a part, verifying its page checksums.
+    def read_part(self, generation: int, part: int, columns: list[str] | None = None, *, check: bool = False) -> pa.Table:
+        """Read a part, verifying its page checksums; with `check`, also that its values are such as a part can hold.
 
         Raises:
             UserError: the part is damaged.
@@ -271,11 +273,14 @@ class Store:
         path = self.part(generation, part)
         try:
             table = pq.read_table(path, columns=columns, page_checksum_verification=True)
-            return table.select(columns or SCHEMA.names)  # names have no checksum
+            table = table.select(columns or SCHEMA.names)  # names have no checksum
+            if check and (wrong := wrong_part(table, self.vocabulary_size)):
+                raise ValueError(wrong)
+            return table
         except FileNotFoundError:
             raise
         except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-            raise self._damaged_part(path, " ".join(str(error).split())[:200]) from error
+            raise self._damaged_part(path, foreign(error, 200)) from error
 
     def _damaged_part(self, path: Path, why: str) -> UserError:
         remedy = "Delete it and run the same command again: it will be made again, identical."
@@ -296,13 +301,14 @@ class Store:
         """What a manifest says of a generation's `count` parts.
 
         Raises:
-            UserError: one is damaged or missing.
+            UserError: one is damaged.
+            FileNotFoundError: one is not there.
         """
         entries = []
         for part in range(count):
             path = self.part(generation, part)
-            rows = self._read(path, partial(pq.read_metadata, path)).num_rows
-            entries.append(PartEntry(path.name, rows, path.stat().st_size, sha256(path)))
+            size, rows = path.stat().st_size, self._read(path, partial(pq.read_metadata, path)).num_rows
+            entries.append(PartEntry(path.name, rows, size, sha256(path)))
         return tuple(entries)
 
     def finish_generation(self, manifest: Manifest) -> None:

@@ -52,7 +52,7 @@ class Samples:
         Raises:
             UserError: the part is damaged.
         """
-        table = self.store.read_part(generation, part, COLUMNS)
+        table = self.store.read_part(generation, part, COLUMNS, check=True)
         schema = with_large_lists(table.schema)
         table = table.filter(pc.is_in(table["verdict"], pa.array(KEPT))).cast(schema).combine_chunks()
         with writing(self._file(generation, part)) as aside, pa.ipc.new_file(str(aside), schema) as file:
