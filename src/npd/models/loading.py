@@ -336,8 +336,7 @@ def saved_dtype(config: ModelConfig) -> torch.dtype | None:
 
 def context_length(config: transformers.PreTrainedConfig) -> int | None:
     """Most tokens a model reads, if its configuration says."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_context(name: str, config: transformers.PreTrainedConfig, prompt: int, response: int, option: str) -> None:
