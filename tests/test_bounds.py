@@ -1,4 +1,4 @@
-"""Hostile and broken input: it is read, or refused in one paragraph that names it; never another exception, never for ever."""
+"""Hostile and broken input: read, or refused in one paragraph that names it; never another exception, never for ever."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from chats import byte_tokenizer
+from chats import byte_tokenizer, of_family
 from conftest import save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,10 +73,6 @@ def test_every_key_takes_or_refuses_what_is_hostile(key):
         assert told is None or key.rpartition(".")[2] in told
 
 
-def bounded(annotation: Any, metadata: list[Any]) -> bool:
-    return any(getattr(mark, "le", None) is not None or getattr(mark, "lt", None) is not None for mark in metadata)
-
-
 def test_every_number_is_bounded_above_and_finite():
     """10^18 and infinity, unless the option says that it may be: what separates, and what clips nothing."""
     free = {"seed", "selection.lower", "selection.upper", "selection.adaptive_lower", "training.max_grad_norm"}
@@ -88,13 +84,17 @@ def test_every_number_is_bounded_above_and_finite():
     assert load_config(BASE, {"training.max_grad_norm": math.inf}).training.max_grad_norm == math.inf
 
 
+def laughs(first: str, rest: str) -> str:
+    """A few lines that are a billion values: each refers to the one before it nine times."""
+    steps = zip("abcdefgh", "bcdefghi", strict=True)
+    return "\n".join([first, *(f"{c}: &{c} {rest.format(','.join(['*' + before] * 9))}" for before, c in steps)])
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("a: &a [1,1,1,1,1,1,1,1,1]\n" + "".join(f"{c}: &{c} [{','.join(['*' + p] * 9)}]\n" for p, c in zip("abcdef", "bcdefg", strict=True)),
-         "with its aliases it has more than"),
-        ("a: &a {x: 1}\n" + "".join(f"{c}: &{c} {{<<: [{','.join(['*' + p] * 9)}]}}\n" for p, c in zip("abcdefgh", "bcdefghi", strict=True)),
-         "with its aliases it has more than"),
+        (laughs("a: &a [1,1,1,1,1,1,1,1,1]", "[{}]"), "with its aliases it has more than"),
+        (laughs("a: &a {x: 1}", "{{<<: [{}]}}"), "with its aliases it has more than"),
         ("a: " + "[" * 5000 + "]" * 5000, "nested more than 32 deep"),
         ("a: &a [*a]", "nested more than 32 deep"),
         ("seed: 1\nseed: 2", "has the key 'seed' a second time"),
@@ -144,8 +144,11 @@ def test_any_bytes_as_a_configuration(tmp_path_factory, content):
     assert outcome(lambda: load_config(file))
 
 
+# hypothesis shows what it drew, which Python does not let it of integers of thousands of digits.
 VALUES = st.recursive(
-    st.one_of(st.sampled_from(HOSTILE), st.text(max_size=5), st.integers(), st.floats()),
+    st.one_of(
+        st.sampled_from([value for value in HOSTILE if value != 10**5000]), st.text(max_size=5), st.integers(), st.floats()
+    ),
     lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=5), inner, max_size=3)),
     max_leaves=6,
 )
@@ -192,7 +195,7 @@ def test_a_rule_that_returns_something_else(made):
         def __call__(self, table, config):
             return made
 
-    with pytest.raises(NpdError, match="must return npd.selection.Judgement") as caught:
+    with pytest.raises(NpdError, match=r"must return npd\.selection\.Judgement") as caught:
         judge(Mine(), pa.table({"delta_ifd": [0.1, 0.2]}), SelectionConfig())  # type: ignore[arg-type]
     paragraph(caught.value)
 
@@ -217,9 +220,9 @@ ROW = '{"prompt": "1="}\n'
         ("d.jsonl", '{"\\u001b[31m": 1}', "has neither `prompt` nor `messages`"),
     ],
 )
-def test_data_that_cannot_be_read_is_named(tmp_path, tokenizer, name, text, words):
+def test_data_that_cannot_be_read_is_named(tmp_path, name, text, words):
     (tmp_path / name).write_text(text)
-    told = outcome(lambda: load_prompts(str(tmp_path / name), tokenizer, max_prompt_tokens=99))
+    told = outcome(lambda: load_prompts(str(tmp_path / name), of_family("chatml"), max_prompt_tokens=99))
     assert told is not None
     assert name in told
     assert words in told
@@ -278,7 +281,9 @@ def test_columns_of_any_type_are_no_matter_where_they_are_not_read(tmp_path, tok
         st.binary(max_size=200),
         st.text('{}[]",:1ae\\u d8\n\r', max_size=80).map(str.encode),
         st.dictionaries(st.sampled_from(["prompt", "messages", "answer", "history", "instruction", "tools"]), VALUES).map(
-            lambda row: json.dumps(row, default=str).encode() if not any(v == 10**5000 for v in row.values()) else b"{}"
+            lambda row: json.dumps(
+                {key: str(value) if isinstance(value, dict) else value for key, value in row.items()}, default=str
+            ).encode()
         ),
     ),
 )
@@ -319,7 +324,7 @@ DOUBLE = "{% set ns = namespace(x=['a'] * 9) %}{% for i in range(60) %}{% set ns
     ],
 )
 def test_a_template_without_end_is_stopped(template, words, monkeypatch):
-    monkeypatch.setattr("npd.prompts.bounded.SECONDS", 0.2)
+    monkeypatch.setattr("npd.prompts.bounded.SECONDS", 1.0 if "characters" in words else 0.2)
     with pytest.raises(UserError, match=f"^The chat template .*{words}") as caught:
         turn_end(byte_tokenizer(template, "</s>"))
     paragraph(caught.value)
@@ -342,7 +347,8 @@ def test_a_template_that_is_without_end_for_some_rows(monkeypatch):
 @pytest.mark.parametrize(
     "template",
     ["{{ raise_exception('\x1b[31m\n\n' + 'x' * 9000) }}", "{{ messages.__class__.__mro__ }}", "{% include '/etc/passwd' %}",
-     "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ lipsum(9) }}", "{% for"],
+     "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}", "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ lipsum(9) }}",
+     "{% for"],
 )  # fmt: skip
 def test_a_template_that_fails(template):
     chat = Chat(byte_tokenizer(template, "</s>"))
@@ -407,10 +413,9 @@ def test_any_value_in_a_models_configuration(tmp_path_factory, student_dir, key,
         shutil.copytree(student_dir, directory)
     tree = json.loads((student_dir / "config.json").read_text())
     try:
-        text = json.dumps(tree | {key: value}, default=str)
-    except ValueError:  # an integer that Python does not write either
-        text = "9" * 5000
-    (directory / "config.json").write_text(text)
+        (directory / "config.json").write_text(json.dumps(tree | {key: value}, default=str))
+    except TypeError:  # a key that JSON does not have
+        return
     outcome(lambda: load_model_config(ModelConfig(model=str(directory))))
 
 
