@@ -166,7 +166,7 @@ def _set(tree: dict[str, Any], dotted: str, value: Any) -> None:
 SHOWN = 8  # faults of one configuration that a message names
 
 # pydantic names the branch of a union that failed as a last part of the place, such as "int" or "literal['all']".
-_UNION_BRANCH = re.compile(r"(int|str|float|bool|list|literal)(\[.*\])?")
+_UNION_BRANCH = re.compile(r"(constrained-)?(int|str|float|bool|list|literal)(\[.*\])?")
 
 
 def _explain(error: ValidationError, where: str) -> str:
@@ -176,6 +176,7 @@ def _explain(error: ValidationError, where: str) -> str:
         location = [foreign(part, 80) for part in item["loc"]]
         if item["type"] not in ("extra_forbidden", "missing") and location and _UNION_BRANCH.fullmatch(location[-1]):
             location.pop()
+        location = [part for part in location if "[" not in part or not _UNION_BRANCH.fullmatch(part)]
         name = ".".join(location) or "the options together"
         if item["type"] == "extra_forbidden":
             near = _nearest(location)
@@ -190,7 +191,7 @@ def _explain(error: ValidationError, where: str) -> str:
             wrong.setdefault((name, given), []).append(f"{message[0].lower()}{message[1:]}")
     lines += [f"{name}: {' or '.join(messages)}{given}" for (name, given), messages in wrong.items()]
     more = f"; and {len(lines) - SHOWN} more" if len(lines) > SHOWN else ""
-    return foreign(f"{where} is not a valid configuration: {'; '.join(lines[:SHOWN])}{more}.", 1200)
+    return foreign(f"{where} is not a valid configuration: {'; '.join(lines[:SHOWN])}{more}.", 1150)
 
 
 def _shown(value: Any) -> str:

@@ -139,7 +139,8 @@ def _is_size(value: Any, most: int, *, exact: bool) -> bool:
 
 
 def check_ordinary(directory: Path) -> None:
-    """See that what libraries will open in a model's directory are files: a pipe, or a device, may never end.
+    """See that what libraries will open in a model's directory are files (a pipe, or a device, may never end), and its
+    configuration as `check_config` has it.
 
     Raises:
         UserError: one is something else.
@@ -152,6 +153,8 @@ def check_ordinary(directory: Path) -> None:
                 continue
             except Unreadable as error:
                 raise UserError(f"{foreign(path, 200)} cannot be read: {foreign(error)}.", AGAIN) from error
+    if (directory / "config.json").is_file():
+        check_config(directory / "config.json")
 
 
 def check_claims(model: str, files: list[Path], parameters: int, *, quantised: bool) -> None:

@@ -30,7 +30,6 @@ from npd.inputs import Unreadable, read_json
 from npd.models.devices import device, resolve_dtype
 from npd.models.files import (
     check_claims,
-    check_config,
     check_files,
     check_names,
     check_ordinary,
@@ -154,8 +153,8 @@ def load_model_config(config: ModelConfig) -> transformers.PreTrainedConfig:
     if path.is_dir() and "gguf_file" not in source and not (path / "config.json").is_file():
         check_names(config.model, [each.name for each in path.iterdir()])
     directory = directory_of(config)
-    if directory is not None and (directory / "config.json").is_file():
-        check_config(directory / "config.json")
+    if directory is not None and not path.is_dir():  # what the Hub gave
+        check_ordinary(directory)
     with _explained(config, "configuration"):
         loaded = AutoConfig.from_pretrained(**source)
     if loaded.is_encoder_decoder:
@@ -338,8 +337,7 @@ def saved_dtype(config: ModelConfig) -> torch.dtype | None:
 
 def context_length(config: transformers.PreTrainedConfig) -> int | None:
     """Most tokens a model reads, if its configuration says."""
-    length = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return length if isinstance(length, int) else None
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_context(name: str, config: transformers.PreTrainedConfig, prompt: int, response: int, option: str) -> None:
