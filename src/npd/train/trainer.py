@@ -30,7 +30,7 @@ from npd.models import State, add_lora, base_model, copy_state, head_weight, hid
 from npd.observe.events import Events, SpanName
 from npd.packing import pack_tokens
 from npd.schedule import derive_seed, learning_rate
-from npd.store import Store
+from npd.store import DELETE_CHECKPOINT, Store
 from npd.train.samples import Samples
 
 T = TypeVar("T")
@@ -195,7 +195,7 @@ class Trainer:
         if not steps:
             return None
         path = self.store.checkpoint(steps[-1])
-        remedy = "Delete it and run the same command again: the run goes on from the one before."
+        remedy = DELETE_CHECKPOINT
         facts = self.store.check_model(path, "checkpoint", remedy)
         try:
             self.accelerator.load_state(str(path))
