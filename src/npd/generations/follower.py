@@ -18,7 +18,7 @@ from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName
 from npd.placement import Placement, check_engine, resolve_placement
-from npd.store import REFERENCE, Store, explained_run, recorded
+from npd.store import REFERENCE, Store, check_places, explained_run, recorded
 
 ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way
 
@@ -132,6 +132,7 @@ def follow(
     Raises:
         UserError: there is no run to follow, `config` differs in more, or something in the run is damaged.
     """
+    check_places(run_dir)
     file = run_dir / "config.yaml"
     if not file.exists() or not (run_dir / "prompts.arrow").exists():
         raise UserError(f"{run_dir} holds no run of `npd distill`; start one there first.")
@@ -157,7 +158,7 @@ def follow(
 def _workshop(config: Config, placement: Placement | None, rank: int, world: int, display: Display) -> Workshop:
     """What makes the generations of a run from its directory alone, on devices of this machine."""
     store = Store(config.run_dir)
-    store.join()
+    store.joined = True
     loaded = load_tokenizers(config)
     if placement is None:  # the trainer's device is another machine's
         anywhere = config.placement.model_copy(update={"train": "auto"})

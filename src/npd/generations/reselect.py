@@ -13,7 +13,7 @@ from npd.observe.console import show_generation
 from npd.observe.display import Display
 from npd.records import GenerationEnd, StepLine
 from npd.selection import Select, Summary, check_some_kept
-from npd.store import Store, record, recorded
+from npd.store import Store, check_places, record, recorded
 
 JUDGED = ["ifd_student", "ifd_teacher", "delta_ifd", "verdict"]
 
@@ -25,7 +25,8 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
         UserError: training on it has begun, its parts are gone, or more than the selection differs.
         RunError: the selection keeps nothing; nothing was changed then.
     """
-    store.join()
+    check_places(store.path)
+    store.joined = True
     old = recorded(store.path)
     others = differing_keys(old.tree, config_tree(config) | {"selection": old.tree.get("selection")})
     if others:

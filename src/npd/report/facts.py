@@ -249,6 +249,9 @@ def _read_generations(store: Store, facts: RunFacts) -> None:
             facts.manifests[generation] = manifest
         tokens = facts.parts.setdefault(generation, {})
         for part in sorted(store.parts(generation)):
+            if store.part(generation, part).exists() and not store.part(generation, part).is_file():
+                facts.missing.append(f"{store.part(generation, part)} is no file and left out.")
+                continue
             try:
                 tokens[part] = part_tokens(store.part(generation, part))
             except FileNotFoundError:  # tidied away meanwhile

@@ -86,8 +86,15 @@ def free_space(path: Path) -> str:
             usage = shutil.disk_usage(place)
         except OSError:
             continue
-        return f" ({usage.free / 1e6:,.1f} MB of {usage.total / 1e6:,.0f} MB are free there)"
+        return f" ({_size(usage.free)} of {_size(usage.total)} are free there)"
     return ""
+
+
+def _size(size: int) -> str:
+    for power, unit in ((9, "GB"), (6, "MB"), (3, "kB")):
+        if size >= 10**power:
+            return f"{size / 10**power:,.1f} {unit}"
+    return f"{size} bytes"
 
 
 @contextmanager

@@ -19,7 +19,7 @@ PROMPTS = "prompts.arrow"
 
 def began(path: Path) -> datetime | None:
     """When the prompts in a file were rendered: see `Store.began`."""
-    if not path.exists():
+    if not path.is_file():
         return None
     with suppress(Exception):  # damaged: whoever opens it says so
         return datetime.fromisoformat(Prompts.facts(path)["date"])

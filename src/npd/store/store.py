@@ -98,15 +98,6 @@ class Store:
             raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
         self.joined = True
 
-    def join(self) -> None:
-        """Begin to work on a run that another process has opened.
-
-        Raises:
-            UserError: something stands in the place of a file that would be written.
-        """
-        check_places(self.path)
-        self.joined = True
-
     def check_there(self) -> None:
         """See that the directory of a run that this process works on is still there.
 
