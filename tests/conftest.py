@@ -77,10 +77,12 @@ def fresh_process() -> Iterator[None]:
         seed(0)
     torch.set_num_threads(1)
     models.use_device(None)
-    loaded, terminated = set(sys.modules), signal.getsignal(signal.SIGTERM)
+    loaded = set(sys.modules)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     kinds = [(kind, dict(kind._homes)) for kind in vars(registry).values() if isinstance(kind, registry.Registry)]
     yield
-    signal.signal(signal.SIGTERM, terminated)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     for kind, homes in kinds:
         kind._homes = homes
     for name in set(sys.modules) - loaded:

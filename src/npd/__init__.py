@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,7 +37,9 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # On demand: `npd --help` should not wait for PyTorch.
     if name == "__version__":
-        return importlib.metadata.version("npd")
+        from importlib.metadata import version
+
+        return version("npd")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:

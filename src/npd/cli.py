@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 import click
 import yaml
@@ -21,6 +21,7 @@ from npd.errors import NpdError, UserError, foreign
 from npd.inputs import Unreadable
 from npd.observe.display import Display
 from npd.report.command import report
+from npd.signals import STOPPED, end_at_once, end_in_order
 
 EPILOG = (
     "Exit status: 0 done; 2 what you gave is wrong (the message says how to mend it); 130 and 143 stopped by SIGINT (Ctrl-C) "
@@ -101,7 +102,19 @@ def _config(ctx: click.Context) -> Config:
     return load_config(path, _overrides(ctx))
 
 
-@click.group(epilog=EPILOG, context_settings={"max_content_width": 110})
+class Interrupted(Exception):
+    """Ctrl-C was pressed; click would write an empty line for KeyboardInterrupt."""
+
+
+class Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted from None
+
+
+@click.group(cls=Commands, epilog=EPILOG, context_settings={"max_content_width": 110})
 @click.version_option(package_name="npd")
 def main() -> None:
     """Near-Policy Distillation: make a small language model learn from a large one on its own responses.
@@ -169,6 +182,7 @@ def _train(config: Config, command: str, dry_run: bool) -> None:
         show_data(config, command, setup.chat, display, lambda: (setup.prompts, setup.held_out), told=True)
         show_plan(command, config.run_dir, plan_rows(setup, make_plan(setup)), plan_notes(setup), display)
         return
+    end_in_order()
     result = getattr(run, command)(config, display=display)
     show_result(result, display)
 
@@ -191,6 +205,7 @@ def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
     from npd.generations.follower import follow as follow_run
 
     display = Display()
+    end_in_order()
     if follow and reselect:
         raise UserError("--follow and --reselect are two things to do; give one of them.")
     if follow:
@@ -218,6 +233,7 @@ def evaluate(config: Config, model: str | None) -> None:
     from npd.observe.console import show_figures
 
     display = Display()
+    end_in_order()
     name, figures = run.evaluate(config, model, display=display)
     show_figures(name, {"": figures}, display)
 
@@ -282,6 +298,7 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
         models.save_model(student, tokenizer, path, dtype=dtype)
         models.check_saved(student, path)
 
+    end_in_order()
     Store(target.parent).save_model(target, save, {"layers": kept})
     click.echo(f"Kept layers {kept} of {total}: {student.num_parameters():,} of {before:,} parameters, in {target}.")
 
@@ -301,6 +318,7 @@ def demo(out: str, seed: int) -> None:
     """
     from npd.demo.demo import run_demo
 
+    end_in_order()
     run_demo(Path(out), seed, Display())
 
 
@@ -311,17 +329,12 @@ def _show(error: click.ClickException) -> None:
     click.echo(f"Error: {foreign(error.format_message(), LONGEST_MESSAGE)}", err=True)
 
 
-def terminated(*_: object) -> None:
-    """End in order when asked to, as by a batch system: a run then has it on record, and its refreshes end too."""
-    raise SystemExit(128 + signal.SIGTERM)
-
-
 def entry() -> None:
     """The `npd` command: errors that npd can explain are one paragraph on standard error."""
     if importlib.util.find_spec("torch") is None:
         click.echo("npd needs PyTorch; install it as https://pytorch.org says.", err=True)
         sys.exit(1)
-    signal.signal(signal.SIGTERM, terminated)
+    end_at_once()
     try:
         main(prog_name="npd", standalone_mode=False)
     except click.ClickException as error:
@@ -330,9 +343,31 @@ def entry() -> None:
     except NpdError as error:
         click.echo(f"npd: {foreign(error, LONGEST_MESSAGE)}", err=True)
         sys.exit(error.exit_status)
-    except (click.Abort, KeyboardInterrupt):  # click makes the first of the second
-        click.echo("npd: stopped. Run the same command again to go on.", err=True)
-        sys.exit(128 + signal.SIGINT)
+    except (Interrupted, click.Abort, KeyboardInterrupt):
+        _stopped(signal.SIGINT)
+    except SystemExit as end:
+        if end.code == 128 + signal.SIGTERM:
+            _stopped(signal.SIGTERM)
+        raise
+    except Exception as error:
+        _explain_disk(error)
+        raise
+
+
+def _stopped(number: signal.Signals) -> NoReturn:
+    click.echo(STOPPED[number], err=True)
+    sys.exit(128 + number)
+
+
+def _explain_disk(error: Exception) -> None:
+    """End with a paragraph where a disk is what failed a command that has no run; else return."""
+    from npd.store.disk import explanation
+
+    named = getattr(error, "filename", None)
+    explained = explanation(error, Path(named if isinstance(named, str) else "standard output or a temporary file"))
+    if explained is not None:
+        click.echo(f"npd: {explained}", err=True)
+        sys.exit(explained.exit_status)
 
 
 if __name__ == "__main__":

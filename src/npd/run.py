@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from npd import models
 from npd.config import Config
-from npd.errors import UserError
+from npd.errors import RunError, UserError
 from npd.evaluation import BenchmarkSetting, Evaluator
 from npd.generations.books import Books
 from npd.generations.generation import Generation
@@ -32,11 +33,13 @@ from npd.report.keeper import observed
 from npd.report.live import RunView
 from npd.result import DistillResult
 from npd.rollout import Weights
-from npd.store import REFERENCE, Store
+from npd.store import REFERENCE, Store, explained_run
 from npd.train.loop import Position
 from npd.train.samples import clear_cache
 from npd.train.trainer import Trainer, make_accelerator
 from npd.train.work import RunWork
+
+MAKE_STUDENT_AGAIN = "Delete that directory and run the same command again: it is made anew from the newest checkpoint."
 
 
 class Run:
@@ -53,18 +56,25 @@ class Run:
         self.events = Events(self.store.path / "events.jsonl", role)
         self.placement: Placement = self.setup.placement
         self.resources = ExitStack()
+        self.frozen = self.store.finished and not os.access(self.store.path, os.W_OK)
+        """Is the run finished where nothing can be written, as on a disk that is mounted to be read?"""
 
     def __enter__(self) -> Run:
         with ExitStack() as stack:
-            if self.main:
+            if self.main and not self.frozen:
                 stack.enter_context(self.store.locked())
-                self.store.open(self.setup.given, self.setup.command)
+                try:
+                    self.store.open(self.setup.given, self.setup.command)
+                except RunError:  # a full disk
+                    self.frozen = self.store.finished
+                    if not self.frozen:
+                        raise
             self.accelerator.wait_for_everyone()
             assert self.setup.prompts is not None, "what trains has prompts"
-            kept = self.store.keep_prompts(self.setup.prompts) if self.main else None
+            kept = self.store.keep_prompts(self.setup.prompts) if self.main and not self.frozen else None
             self.accelerator.wait_for_everyone()
-            self.setup.prompts = kept or self.store.prompts()
-            for note in self.setup.notes:
+            self.setup.prompts = kept or (self.setup.prompts if self.frozen else self.store.prompts())
+            for note in [*self.setup.notes, *self.store.mended]:
                 self.display.say(note)
             for data, name in ((self.setup.prompts, "data.train"), (self.setup.held_out, "data.eval")):
                 for line in data.report() if data else ():
@@ -111,11 +121,14 @@ class Run:
             wait=self.accelerator.wait_for_everyone,
         )
 
-    def observed(self, command: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def observed(self, command: str) -> Iterator[None]:
         """Around the work: its start and end go on record, and so does what it failed with; the report is kept up to date."""
-        if not self.main or self.store.finished:
-            return nullcontext()
-        return observed(self.events, self.display, report=self.config.tracking.report, command=command)
+        on_record: AbstractContextManager[None] = nullcontext()
+        if self.main and not self.store.finished:
+            on_record = observed(self.events, self.display, report=self.config.tracking.report, command=command)
+        with on_record, explained_run(self.store.path):
+            yield
 
     def train(self) -> DistillResult:
         """Generations and passes, from the newest checkpoint if there is one, to student/."""
@@ -133,7 +146,7 @@ class Run:
             trainer = Trainer(self.config, self.store, self.accelerator, student, self.setup.tokens.tokenizer, self.events)
         self.shop.room = partial(room_for_a_refresh, trainer, self.shop)
         start_trackers(self.accelerator, self.config, self.store.path / "trackers")
-        at = trainer.resume(Position.from_facts) or Position()
+        at = trainer.resume(partial(Position.from_facts, generations=self.shop.config.schedule.generations)) or Position()
         if at.step:
             self.display.say(f"Going on from step {at.step}.")
         if self.main:
@@ -170,20 +183,23 @@ class Run:
 
     def _tidy_finished(self) -> None:
         """Drop what a finished run need not keep."""
-        if self.main:
+        if self.main and not self.frozen:
             self.store.tidy(self.store.current, self.config.checkpoint.keep)
             clear_cache(self.store)
 
     def _result(self) -> DistillResult:
-        facts = self.store.check_model(self.store.student)
+        facts = self.store.check_model(self.store.student, "student", MAKE_STUDENT_AGAIN)
+        steps, tokens = facts.get("step"), facts.get("tokens")
+        if type(steps) is not int or type(tokens) is not int:
+            raise UserError(f"{self.store.student} is damaged (its npd.json has no steps).", MAKE_STUDENT_AGAIN)
         lines = self.store.read_metrics()
         evals = [line.figures for line in lines if isinstance(line, EvaluationLine)]
         by_role = seconds_by_role(self.events.path)
         return DistillResult(
             run_dir=self.store.path,
             student=self.store.student,
-            steps=facts["step"],
-            tokens=facts["tokens"],
+            steps=steps,
+            tokens=tokens,
             before=evals[0] if evals else {},
             after=evals[-1] if evals else {},
             seconds=dict(sum((Counter(seconds) for seconds in by_role.values()), Counter())),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -80,7 +81,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise UserError(_explain(error, where)) from None
+        raise UserError(_explain(error, where) + _made_by(tree)) from None
     if config.selection.rule != RULES.default:  # which the section checks itself, without importing the rule
         try:
             RULES[config.selection.rule]().check(config.selection)
@@ -91,6 +92,14 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
                 f"selection.rule {config.selection.rule!r} fails {own_fault(error)}.", "Mend it there."
             ) from error
     return config
+
+
+def _made_by(tree: Mapping[str, Any]) -> str:
+    """A sentence on the version of npd that wrote a run's configuration, where that is another one."""
+    provenance, mine = tree.get("provenance"), importlib.metadata.version("npd")
+    versions = provenance.get("versions") if isinstance(provenance, Mapping) else None
+    theirs = versions.get("npd") if isinstance(versions, Mapping) else None
+    return "" if theirs in (None, mine) else f" It was written by npd {str(theirs)[:40]}; this is npd {mine}."
 
 
 def config_tree(config: Config) -> dict[str, Any]:

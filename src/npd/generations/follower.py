@@ -18,7 +18,7 @@ from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName
 from npd.placement import Placement, check_engine, resolve_placement
-from npd.store import REFERENCE, Store
+from npd.store import REFERENCE, Store, check_places, explained_run, recorded
 
 ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way
 
@@ -57,6 +57,7 @@ class Follower:
         shop = self.shop
         waits_since: float | None = None
         while not shop.store.finished:
+            shop.store.check_there()
             wanted = range(shop.store.current, shop.config.schedule.generations)
             there = sorted(version for version in shop.store.policies() if version in wanted)
             candidates = ([REFERENCE] if shop.generations.mixed else []) + there
@@ -131,12 +132,13 @@ def follow(
     Raises:
         UserError: there is no run to follow, `config` differs in more, or something in the run is damaged.
     """
+    check_places(run_dir)
     file = run_dir / "config.yaml"
     if not file.exists() or not (run_dir / "prompts.arrow").exists():
         raise UserError(f"{run_dir} holds no run of `npd distill`; start one there first.")
     here = {} if config is None else {"plugins": config.plugins}  # another machine has them elsewhere
     theirs = load_config(file, {"run_dir": str(run_dir)} | here)
-    if (theirs.provenance or {}).get("command") != "distill":
+    if recorded(run_dir).command != "distill":
         raise UserError(f"{run_dir} holds no run of `npd distill`, and only those have generations to make.")
     config = config or theirs
     changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not ELSEWHERE.match(c)]
@@ -145,7 +147,8 @@ def follow(
     shop = _workshop(config, placement, rank, world, display)
     shop.events.write(SpanName.LOAD, began or time.time(), time.time())
     try:
-        Follower(shop).follow(poll)
+        with explained_run(run_dir):
+            Follower(shop).follow(poll)
     except Exception as error:
         if began is None:  # nobody else would put it on record
             shop.events.failed(error)
@@ -155,6 +158,7 @@ def follow(
 def _workshop(config: Config, placement: Placement | None, rank: int, world: int, display: Display) -> Workshop:
     """What makes the generations of a run from its directory alone, on devices of this machine."""
     store = Store(config.run_dir)
+    store.joined = True
     loaded = load_tokenizers(config)
     store.vocabulary_size = loaded.vocabulary.size
     if placement is None:  # the trainer's device is another machine's

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pyarrow as pa
-import yaml
 
 from npd.config import Config, config_tree, differing_keys
 from npd.errors import UserError
@@ -14,7 +13,7 @@ from npd.observe.console import show_generation
 from npd.observe.display import Display
 from npd.records import GenerationEnd, StepLine
 from npd.selection import Select, Summary, check_some_kept
-from npd.store import Store, write_text
+from npd.store import Store, check_places, record, recorded
 
 JUDGED = ["ifd_student", "ifd_teacher", "delta_ifd", "verdict"]
 
@@ -26,10 +25,10 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
         UserError: training on it has begun, its parts are gone, or more than the selection differs.
         RunError: the selection keeps nothing; nothing was changed then.
     """
-    file = store.path / "config.yaml"
-    old = yaml.safe_load(file.read_text(encoding="utf-8"))
-    provenance = old.pop("provenance", None)
-    others = differing_keys(old, config_tree(config) | {"selection": old.get("selection")})
+    check_places(store.path)
+    store.joined = True
+    old = recorded(store.path)
+    others = differing_keys(old.tree, config_tree(config) | {"selection": old.tree.get("selection")})
     if others:
         raise UserError(f"--reselect changes selection.* alone, but {store.path} differs in " + "; ".join(others) + ".")
     lines = store.read_metrics()
@@ -65,8 +64,7 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
     # whichever selection config.yaml has then, or judged again by the same command.
     for part in parts:
         store.write_part(generation, part, judged(part), keep_manifest=True)
-    tree = config_tree(config) | {"provenance": provenance}
-    write_text(file, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    record(store.path, config_tree(config), old.provenance)
     manifest = replace(manifest, parts=store.part_entries(generation, len(parts)), selection=result)
     store.finish_generation(manifest)
     show_generation(manifest, display)

@@ -25,7 +25,7 @@ from npd.observe.events import Events, SpanName
 from npd.placement import Placement
 from npd.records import WorkerEnd
 from npd.registry import ENGINES
-from npd.store import REFERENCE
+from npd.store import REFERENCE, explained_disk, opened
 
 POLL = 0.1  # seconds between looks at the directory
 LAST_WORDS = 40  # lines shown of a worker that died
@@ -153,12 +153,12 @@ class Workers(Beside):
         rollout, teacher = (names.get(device, device) for device in (where.rollout, where.teacher))
         placed = replace(shop.placement, rollout=rollout, teacher=teacher, workers=[])
         log = shop.store.path / "logs" / f"refresh-{rank}.log"
-        log.parent.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(exist_ok=True)
         threads = max(placed.rollout_threads or 1, placed.teacher_threads or 1, placed.first_threads or 1)
         said, says = os.pipe()
         arguments = shop.store.path, json.dumps(asdict(placed)), rank, world, time.time(), says
         inherited = {k: v for k, v in os.environ.items() if k not in OF_TRAINERS and not k.startswith("ACCELERATE_")}
-        with log.open("ab") as file:
+        with explained_disk(log), opened(log, "ab") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "npd.generations.workers", *map(str, arguments)],
                 stdin=subprocess.PIPE,

@@ -23,6 +23,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from npd.errors import NpdError
 from npd.records import Progress
 
 Advance = Callable[..., None]
@@ -163,7 +164,7 @@ class Display:
         if file is None:
             yield advance
             return
-        from npd.store.files import beside  # here: `npd --help` should not wait for Arrow
+        from npd.store.files import beside, opened  # here: `npd --help` should not wait for Arrow
 
         written = -RECORD_SECONDS
 
@@ -173,8 +174,9 @@ class Display:
                 return
             written = time.monotonic()
             aside = beside(file)
-            with suppress(OSError):  # what is shown must not end what is done
-                aside.write_text(json.dumps(task.to_json()), encoding="utf-8")
+            with suppress(OSError, NpdError):  # what is shown must not end what is done
+                with opened(aside, "w") as whole:
+                    whole.write(json.dumps(task.to_json()))
                 os.replace(aside, file)
 
         def recorded(steps: float = 1, note: str = "") -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
@@ -15,7 +14,7 @@ from typing import Any
 
 from npd.errors import NpdError
 from npd.records import Failure, Span, as_span
-from npd.store import explained_full_disk, json_lines
+from npd.store import append_line, json_lines
 
 
 class SpanName(StrEnum):
@@ -66,18 +65,23 @@ class Events:
     def span(self, name: SpanName, **facts: Any) -> Iterator[None]:
         """Around what is done, whether it succeeds or not."""
         start, began = time.time(), time.perf_counter()
+
+        def write() -> None:
+            self.write(name, start, start + time.perf_counter() - began, **facts)
+
         try:
             yield
-        finally:
-            self.write(name, start, start + time.perf_counter() - began, **facts)
+        except BaseException:
+            with suppress(OSError, NpdError):  # what went wrong first is what is told
+                write()
+            raise
+        write()
 
     def write(self, name: SpanName, start: float, end: float, *, process: int | None = None, **facts: Any) -> None:
         """A span whose times are known, of this process or of another one."""
         thread = threading.current_thread().name
         span = Span(name, start, end, self.role, os.getpid() if process is None else process, thread, facts)
-        # One write, so that lines of two processes never mix.
-        with explained_full_disk(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(span.to_json()) + "\n")
+        append_line(self.path, span.to_json())
 
     def mark(self, name: SpanName, **facts: Any) -> None:
         """A moment of a command's work, on record if that is possible."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from npd.errors import UserError
+from npd.signals import end_in_order
 
 HELP = """Write a report about a run: one HTML file, complete in itself, to open from disk.
 
@@ -28,6 +29,7 @@ def report(runs: tuple[Path, ...], compare: bool, out: Path | None, trace: Path 
     from npd.report.page import write_comparison, write_report
     from npd.report.timeline import write_trace
 
+    end_in_order()
     if compare and trace:
         raise UserError("--compare and --trace are two things to write; give one of them.")
     if compare:

@@ -32,6 +32,8 @@ from npd.records import (
     number_of,
 )
 from npd.store import REFERENCE, SCHEMA, Store, json_lines
+from npd.store.files import read_facts
+from npd.store.names import GENERATION, LOG, REFERENCES
 
 LIGHT = [
     "sample_id",
@@ -136,9 +138,10 @@ def gather(run_dir: str | Path, going_on: bool | None = None) -> RunFacts:
     _read_events(store, facts)
     _read_metrics(store, facts)
     _read_generations(store, facts)
-    for log in sorted((store.path / "logs").glob("*.log")):
-        with suppress(OSError):
-            facts.logs[log.name] = last_lines(log)
+    for _, log in LOG.within(store.path / "logs"):
+        if log.is_file():
+            with suppress(OSError):
+                facts.logs[log.name] = last_lines(log)
     facts.status = judge(store, facts.events, in_use(store) if going_on is None else going_on)
     facts.events += open_spans(store, facts)
     return facts
@@ -182,15 +185,19 @@ def _read_events(store: Store, facts: RunFacts) -> None:
 
 def _read_config(store: Store, facts: RunFacts) -> None:
     try:
-        facts.config_text = (store.path / "config.yaml").read_text(encoding="utf-8")
+        facts.config_text = read_facts(store.path / "config.yaml")
         tree = yaml.safe_load(facts.config_text)
-        facts.config = dict(tree)
-    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        facts.config = {str(key): value for key, value in dict(tree).items()}
+    except Exception as error:  # whatever a damaged file makes of it
         facts.missing.append(f"config.yaml cannot be read ({type(error).__name__}); options are shown as text, if at all.")
         return
-    provenance = facts.config.pop("provenance", None) or {}
-    facts.command = str(provenance.get("command", ""))
-    facts.versions = {str(name): str(version) for name, version in (provenance.get("versions") or {}).items()}
+    provenance = facts.config.pop("provenance", None)
+    if not isinstance(provenance, dict):
+        facts.missing.append("config.yaml has no provenance: which command and which versions made the run is not known.")
+        return
+    facts.command, versions = str(provenance.get("command", "")), provenance.get("versions")
+    if isinstance(versions, dict):
+        facts.versions = {str(name): str(version) for name, version in versions.items()}
 
 
 def _read_metrics(store: Store, facts: RunFacts) -> None:
@@ -218,9 +225,9 @@ def _figures(line: FiguresLine) -> dict[str, float]:
 
 def generations_of(store: Store) -> list[int]:
     """Generations that have a directory, references first."""
-    names = [path.name for path in (store.path / "generations").glob("*") if path.is_dir()]
-    numbers = [int(name[1:]) for name in names if name[:1] == "g" and name[1:].isdigit()]
-    return sorted(numbers + [REFERENCE] * ("references" in names))
+    folder = store.path / "generations"
+    numbers = [number for number, path in GENERATION.within(folder) if path.is_dir()]
+    return [REFERENCE] * (folder / REFERENCES).is_dir() + numbers
 
 
 def part_tokens(path: Path) -> int:
@@ -242,6 +249,9 @@ def _read_generations(store: Store, facts: RunFacts) -> None:
             facts.manifests[generation] = manifest
         tokens = facts.parts.setdefault(generation, {})
         for part in sorted(store.parts(generation)):
+            if store.part(generation, part).exists() and not store.part(generation, part).is_file():
+                facts.missing.append(f"{store.part(generation, part)} is no file and left out.")
+                continue
             try:
                 tokens[part] = part_tokens(store.part(generation, part))
             except FileNotFoundError:  # tidied away meanwhile
@@ -368,7 +378,7 @@ def how_it_ended(failure: Failure) -> str:
 def in_use(store: Store) -> bool | None:
     """Does a process hold the run's lock? None where locks don't say."""
     path = store.path / ".lock"
-    if not path.exists():
+    if not path.is_file():
         return False
     try:
         import fcntl
@@ -389,7 +399,7 @@ def clock(seconds: float) -> str:
 
 def tail(path: Path, size: int = 1 << 14) -> Iterator[str]:
     """Whole lines at the end of a file, newest first."""
-    with suppress(FileNotFoundError), path.open("rb") as file:
+    with suppress(OSError), path.open("rb") as file:
         start = max(0, path.stat().st_size - size)
         file.seek(start)
         lines = file.read().decode("utf-8", "replace").split("\n")

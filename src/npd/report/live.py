@@ -23,6 +23,7 @@ from npd.observe.events import SpanName
 from npd.records import Progress, StepLine, as_line, as_span
 from npd.report.facts import newest, part_tokens
 from npd.store import Store
+from npd.store.names import LOG, PROGRESS
 
 LOOK = 1.0  # seconds between looks at the directory
 RECENT = 16  # steps whose speed is averaged
@@ -112,12 +113,12 @@ class RunView:
                     timed.add(span.role)
                     said[span.role].append(f"{tokens / span.seconds:,.0f} tokens/s generated")
         logs = self.store.path / "logs"
-        for file in logs.glob("*.progress.json"):
+        for _, file in PROGRESS.within(logs):
             with suppress(OSError, ValueError):  # it has just ended
-                task, role = Progress.from_json(json.loads(file.read_text("utf-8"))), file.name.removesuffix(".progress.json")
+                task, role = Progress.from_json(json.loads(file.read_text("utf-8"))), file.name.removesuffix(PROGRESS.suffix)
                 name = f"now {task.short}" if role in said else task.name
                 said.setdefault(role, []).append(f"{name}: {pace_of(task)}")
-        for log in logs.glob("refresh-*.log"):
+        for _, log in LOG.within(logs):
             said.setdefault(log.stem, ["is starting"])
         self._others = {role: "; ".join(said[role]) for role in sorted(said)}
 

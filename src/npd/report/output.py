@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from npd.errors import UserError
+from npd.errors import RunError, UserError
 from npd.store import write_text
 
 
@@ -26,6 +26,8 @@ def write_output(path: Path, text: str, option: str) -> None:
     """
     try:
         write_text(path, text)
+    except RunError as error:  # of the disk
+        raise UserError(error.what, f"Name a file elsewhere with {option} FILE.") from error
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"{path} cannot be written ({why}); name a file elsewhere with {option} FILE.") from error

@@ -8,7 +8,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from npd.errors import UserError
-from npd.store.files import HOST
+from npd.store.disk import explained_disk
+from npd.store.files import HOST, opened
 
 
 @contextmanager
@@ -22,15 +23,16 @@ def run_lock(path: Path) -> Iterator[None]:
     existed = path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = (path / ".lock").open("a+")
+        file = opened(path / ".lock", "a+")
     except OSError as error:
         raise UserError(f"run_dir {path} cannot be written ({error.strerror}); choose another.") from error
-    with file:
+    with explained_disk(path / ".lock"), file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise UserError(f"{path} is in use by process {file.read().strip()}. Wait for it or stop it.") from None
+            holder = "".join(filter(str.isprintable, file.read(200))).strip() or "that does not say its number"
+            raise UserError(f"{path} is in use by process {holder}. Wait for it or stop it.") from None
         except OSError:  # a filesystem without locks
             pass
         file.truncate(0)

@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 from npd.records import GenerationEnd, Line, as_line
-from npd.store.files import explained_full_disk, json_lines, write_text
+from npd.store.files import append_line, json_lines, write_text
 
 
 def append(path: Path, line: Line) -> None:
     """See `Store.append_metrics`."""
-    with explained_full_disk(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line.to_json()) + "\n")
+    append_line(path, line.to_json())
 
 
 def read(path: Path) -> list[Line]:

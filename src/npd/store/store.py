@@ -7,11 +7,9 @@ trainer, which holds its lock, and refreshes, which make parts.
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from fnmatch import fnmatch
 from functools import partial
@@ -20,29 +18,27 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from npd.config import Config, SelectionConfig, config_tree, differing_keys
 from npd.errors import UserError, foreign
 from npd.prompts import Prompts
 from npd.records import Line, Manifest, PartEntry
-from npd.store import files, metrics
+from npd.store import files, metrics, tidying
 from npd.store.answers import wrong_part
-from npd.store.files import (
-    HOST,
-    abandoned,
-    end_last_line,
-    explained_full_disk,
-    remove_directory,
-    sha256,
-    write_json,
-    write_text,
-    writing,
-)  # fmt: skip
+from npd.store.disk import explained_disk, gone
+from npd.store.files import HOST, read_json, read_or_explain, remove_directory, sha256, write_json, write_text
 from npd.store.kept_prompts import PROMPTS, began, keep_prompts
 from npd.store.lock import run_lock
+from npd.store.names import CHECKPOINT, GENERATION, PART, PROGRESS, REFERENCES, SNAPSHOT, Numbered
+from npd.store.places import check_places
+from npd.store.pointers import point_latest, read_current
 from npd.store.provenance import versions
+from npd.store.recorded import CONFIG, record, recorded
 from npd.store.schema import REFERENCE, SCHEMA, write_columns
+from npd.store.sealed import check_sealed, seal, sealed_facts
+
+RESTORE = "Restore it from a copy, or delete the run directory and start over."
+DELETE_CHECKPOINT = "Delete it and run the same command again: the run goes on from the one before."
 
 
 class Store:
@@ -53,6 +49,10 @@ class Store:
         self.student = self.path / "student"
         self.metrics = self.path / "metrics.jsonl"
         self.vocabulary_size: int | None = None  # token ids of parts lie below it, where it is known
+        self.joined = False
+        """Has this process begun to work on the run? Then its directory must stay."""
+        self.mended: list[str] = []
+        """What was found damaged when the run was opened, and is whole again; one sentence each."""
 
     # -- the run itself
 
@@ -62,23 +62,24 @@ class Store:
         Raises:
             UserError: the directory belongs to another configuration or command, is not a run's, or is no directory.
         """
-        file = self.path / "config.yaml"
         tree = config_tree(config)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir {self.path} is a file; choose a directory.")
-        if file.exists():
-            old = self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
-            theirs = (old.pop("provenance", None) or {}).get("command")
-            if theirs != command:
-                raise UserError(f"{self.path} holds a run of `npd {theirs}`; choose another run_dir for `npd {command}`.")
-            changes = differing_keys(old, tree)
+        check_places(self.path)
+        if (self.path / CONFIG).exists():
+            old = recorded(self.path)
+            if old.command != command:
+                theirs = f"{self.path} holds a run of `npd {old.command}`"
+                raise UserError(f"{theirs}; choose another run_dir for `npd {command}`.")
+            changes = differing_keys(old.tree, tree)
             if changes:
                 raise UserError(
-                    f"{self.path} was made by another configuration: " + "; ".join(changes) + ". Choose another run_dir, "
-                    "put the options back to go on with that run, or delete the directory to start over."
+                    f"{self.path} was made by another configuration: {'; '.join(changes)}.{old.other_version}",
+                    "Choose another run_dir, put the options back to go on with that run, or delete the directory to start "
+                    "over.",
                 )
         elif self.path.exists() and any(
-            not fnmatch(p.name, f".{file.name}.*.tmp") and p.name != ".lock" for p in self.path.iterdir()
+            not fnmatch(p.name, f".{CONFIG}.*.tmp") and p.name != ".lock" for p in self.path.iterdir()
         ):
             raise UserError(f"{self.path} is not empty and holds no run of npd; choose another run_dir.")
 
@@ -89,31 +90,49 @@ class Store:
             UserError: as `check`, or the directory cannot be written.
         """
         self.check(config, command)
-        file = self.path / "config.yaml"
-        self.sweep()
-        end_last_line(self.path / "events.jsonl")
-        if self.checkpoints():
-            self._tidy_checkpoints(config.checkpoint.keep)
-        provenance = {"command": command, "versions": versions()}
-        tree = config_tree(config) | {"provenance": provenance}
         try:
-            write_text(file, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+            self.sweep()
+            files.end_last_line(self.path / "events.jsonl")
+            if self.checkpoints():
+                self._tidy_checkpoints(config.checkpoint.keep)
+            record(self.path, config_tree(config), {"command": command, "versions": versions()})
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
+        self.joined = True
+
+    def check_there(self) -> None:
+        """See that the directory of a run that this process works on is still there.
+
+        Raises:
+            RunError: it was removed or renamed meanwhile.
+        """
+        if self.joined and not (self.path / CONFIG).exists():
+            raise gone(self.path)
+
+    @contextmanager
+    def writing(self, path: Path) -> Iterator[Path]:
+        """As `npd.store.writing`, for a file of this run: its directory is never made anew.
+
+        Raises:
+            RunError: it was removed meanwhile, or its disk is full, read-only or broken.
+        """
+        self.check_there()
+        with files.writing(path) as aside:
+            yield aside
 
     def selection(self) -> SelectionConfig:
         """The selection that config.yaml has now."""
-        file = self.path / "config.yaml"
-        tree = self._read(file, lambda: yaml.safe_load(file.read_text(encoding="utf-8"))["selection"])
-        return SelectionConfig.model_validate(tree)
+        options = recorded(self.path).tree.get("selection")
+        selection: SelectionConfig = read_or_explain(self.path / CONFIG, lambda: SelectionConfig.model_validate(options))
+        return selection
 
     def sweep(self) -> None:
         """Delete what processes that were killed have left: files half written, and what workers said they were doing."""
-        for leftover in (self.path / "logs").glob("*.progress.json"):
-            leftover.unlink(missing_ok=True)
+        for _, leftover in PROGRESS.within(self.path / "logs"):
+            files.remove(leftover)
         for leftover in list(self.path.rglob(".*.tmp")):
-            if abandoned(leftover):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+            if files.abandoned(leftover):
+                files.remove(leftover)
 
     def locked(self) -> AbstractContextManager[None]:
         """Be the only process that trains or changes this run; the system lets go of the lock when the process ends.
@@ -127,26 +146,18 @@ class Store:
     def finished(self) -> bool:
         return (self.student / "npd.json").exists()
 
-    def _read(self, path: Path, read: Callable[[], Any], remedy: str = "Restore it or start over in another run_dir.") -> Any:
-        try:
-            return read()
-        except Exception as error:
-            why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-            raise UserError(f"{path} is damaged ({why}).", remedy) from error
-
-    def _point_latest(self, newest: Path) -> None:
-        pointer = newest.with_name("LATEST")
-        if not pointer.exists() or pointer.read_text() != f"{newest.name}\n":
-            write_text(pointer, f"{newest.name}\n")
+    def _point_latest(self, newest: Path, kind: Numbered) -> None:
+        mended = point_latest(newest, kind)
+        self.mended += [mended] if mended else []
 
     # -- policy snapshots
 
     def policy(self, version: int) -> Path:
-        return self.path / "policy" / f"v{version:06d}"
+        return self.path / "policy" / SNAPSHOT.name(version)
 
     def policies(self) -> list[int]:
         """Versions whose snapshots are whole, oldest first."""
-        return sorted(int(path.name[1:]) for path in (self.path / "policy").glob("v[0-9]*") if path.is_dir())
+        return [version for version, path in SNAPSHOT.within(self.path / "policy") if path.is_dir()]
 
     def publish(self, version: int, save: Callable[[Path], None], step: int) -> None:
         """Write snapshot `version` whole unless it is there, and point LATEST to the newest.
@@ -158,7 +169,7 @@ class Store:
         self.point_to_newest_policy()
 
     def point_to_newest_policy(self) -> None:
-        self._point_latest(self.policy(self.policies()[-1]))
+        self._point_latest(self.policy(self.policies()[-1]), SNAPSHOT)
 
     def tidy(self, generation: int, keep: int) -> None:
         """Drop old snapshots and generations, now that `generation` is the oldest one that may still be read.
@@ -166,60 +177,29 @@ class Store:
         The newest `keep` of each that are in use or older stay, and so does the first snapshot. A generation that is
         dropped keeps its manifest.
         """
-        for version in [v for v in self.policies() if v <= generation][:-keep]:
-            if version != 0:
-                remove_directory(self.policy(version))
-        there = []
-        for old in range(generation - keep, -1, -1):
-            if self.manifest(old) is not None and not self.parts(old):
-                break  # and so are all before it
-            there.append(old)
-        for old in reversed(there):  # oldest first, so that a crash leaves none behind that this would not look at
-            manifest = self.manifest(old)
-            if manifest is not None:
-                self.finish_generation(replace(manifest, removed=True))
-            for part in self.parts(old):
-                self.part(old, part).unlink()
+        tidying.tidy(self, generation, keep)
 
     def save_model(self, path: Path, save: Callable[[Path], None], facts: dict[str, Any]) -> None:
         """Write a model directory with its checksums in npd.json."""
-        with writing(path) as aside:
+        with self.writing(path) as aside:
             save(aside)
-            self._seal(aside, facts)
+            seal(aside, facts)
 
-    def _seal(self, path: Path, facts: dict[str, Any]) -> None:
-        """Write npd.json: facts, and the checksums of all that lies beside it."""
-        checksums = {str(file.relative_to(path)): sha256(file) for file in sorted(path.rglob("*")) if file.is_file()}
-        (path / "npd.json").write_text(json.dumps(facts | {"sha256": checksums}, indent=1) + "\n")
-
-    def check_model(
-        self,
-        path: Path,
-        kind: str = "snapshot",
-        remedy: str = "Restore it from a copy, or delete the run directory and start over.",
-    ) -> dict[str, Any]:
+    def check_model(self, path: Path, kind: str = "snapshot", remedy: str = RESTORE) -> dict[str, Any]:
         """Compare a directory with its checksums in npd.json; returns the facts it was saved with.
 
         Raises:
             UserError: a file is missing or damaged.
         """
-        file = path / "npd.json"
-        facts: dict[str, Any] = self._read(file, lambda: json.loads(file.read_text()), remedy)
-        checksums: dict[str, str] = self._read(file, lambda: facts["sha256"], remedy)
-        for name, expected in checksums.items():
-            file = path / name
-            if not file.is_file() or sha256(file) != expected:
-                why = "not what was written" if file.is_file() else "missing"
-                raise UserError(f"The {kind} {path} is damaged: {name} is {why}.", remedy)
-        return facts
+        return check_sealed(path, kind, remedy)
 
     # -- generations
 
     def generation(self, index: int) -> Path:
-        return self.path / "generations" / ("references" if index == REFERENCE else f"g{index:03d}")
+        return self.path / "generations" / (REFERENCES if index == REFERENCE else GENERATION.name(index))
 
     def part(self, generation: int, part: int) -> Path:
-        return self.generation(generation) / f"part-{part:05d}.parquet"
+        return self.generation(generation) / PART.name(part)
 
     def manifest(self, generation: int) -> Manifest | None:
         """The manifest of a finished generation, or None.
@@ -231,15 +211,19 @@ class Store:
         remedy = "Delete it and run the same command again: it will be made again from the parts."
 
         def read() -> Manifest:
-            return Manifest.from_json(json.loads(path.read_text()))
+            manifest = Manifest.from_json(read_json(path))
+            if manifest.generation != generation:
+                raise ValueError(f"it is the manifest of generation {manifest.generation}")
+            if any(PART.number(part.file) is None for part in manifest.parts):
+                raise ValueError("it names parts that are none")
+            return manifest
 
-        return self._read(path, read, remedy) if path.exists() else None
+        return read_or_explain(path, read, remedy) if path.exists() else None
 
     @property
     def current(self) -> int:
         """The generation that is trained on: no earlier one need be made."""
-        path = self.path / "generations" / "CURRENT"
-        return self._read(path, lambda: int(path.read_text()), "Delete it.") if path.exists() else 0
+        return read_current(self.path / "generations" / "CURRENT")
 
     @current.setter
     def current(self, generation: int) -> None:
@@ -248,7 +232,7 @@ class Store:
 
     def parts(self, generation: int) -> set[int]:
         """Numbers of the parts that are there."""
-        return {int(path.stem.removeprefix("part-")) for path in self.generation(generation).glob("part-*.parquet")}
+        return {part for part, _ in PART.within(self.generation(generation))}
 
     def missing_parts(self, generation: int, count: int) -> list[int]:
         there = self.parts(generation)
@@ -257,7 +241,7 @@ class Store:
     def write_part(self, generation: int, part: int, table: pa.Table, *, keep_manifest: bool = False) -> None:
         """Write a finished part with the contract's columns in their order; columns a stage did not add are null."""
         path = self.part(generation, part)
-        with writing(path) as aside:
+        with self.writing(path) as aside:
             write_columns(table, aside)
         manifest = None if keep_manifest else self.manifest(generation)
         if manifest is not None and {p.file: p.sha256 for p in manifest.parts}.get(path.name) != sha256(path):
@@ -307,7 +291,7 @@ class Store:
         entries = []
         for part in range(count):
             path = self.part(generation, part)
-            size, rows = path.stat().st_size, self._read(path, partial(pq.read_metadata, path)).num_rows
+            size, rows = path.stat().st_size, read_or_explain(path, partial(pq.read_metadata, path)).num_rows
             entries.append(PartEntry(path.name, rows, size, sha256(path)))
         return tuple(entries)
 
@@ -343,7 +327,7 @@ class Store:
             UserError: they are damaged, or not there.
         """
         remedy = "Delete it, and run `npd distill` again on this directory: it will be made again."
-        prompts: Prompts = self._read(self.path / PROMPTS, lambda: Prompts.open(self.path / PROMPTS), remedy)
+        prompts: Prompts = read_or_explain(self.path / PROMPTS, lambda: Prompts.open(self.path / PROMPTS), remedy)
         return prompts
 
     def keep_prompts(self, prompts: Prompts) -> Prompts:
@@ -360,11 +344,11 @@ class Store:
     # -- trainer state
 
     def checkpoint(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:06d}"
+        return self.path / "checkpoints" / CHECKPOINT.name(step)
 
     def checkpoints(self) -> list[int]:
         """Steps whose checkpoints are whole, oldest first."""
-        return sorted(int(p.name.removeprefix("step-")) for p in (self.path / "checkpoints").glob("step-*") if p.is_dir())
+        return [step for step, path in CHECKPOINT.within(self.path / "checkpoints") if path.is_dir()]
 
     def checkpoint_facts(self, step: int) -> dict[str, Any]:
         """What a checkpoint says of its place in the run.
@@ -372,15 +356,22 @@ class Store:
         Raises:
             UserError: it is damaged.
         """
-        path = self.checkpoint(step)
-        remedy = f"Delete {path} and run the same command again: the run goes on from the one before."
-        facts: dict[str, Any] = self._read(path / "npd.json", lambda: json.loads((path / "npd.json").read_text()), remedy)
-        return facts
+        return sealed_facts(self.checkpoint(step), DELETE_CHECKPOINT)
 
     def resumed_generation(self, *, oldest: bool = False) -> int:
-        """The generation that a resumed run would go on with, from its newest or its oldest checkpoint."""
+        """The generation that a resumed run would go on with, from its newest or its oldest checkpoint.
+
+        Raises:
+            UserError: that is damaged.
+        """
         steps = self.checkpoints()
-        return int(self.checkpoint_facts(steps[0 if oldest else -1])["generation"]) if steps else 0
+        if not steps:
+            return 0
+        step = steps[0 if oldest else -1]
+        generation = self.checkpoint_facts(step).get("generation")
+        if type(generation) is not int or generation < 0:
+            raise UserError(f"{self.checkpoint(step)} is damaged (its npd.json names no generation).", DELETE_CHECKPOINT)
+        return generation
 
     def save_checkpoint(
         self,
@@ -396,11 +387,12 @@ class Store:
         path = self.checkpoint(step)
         aside = path.with_name(f".{path.name}.{HOST}.trainer.tmp")  # one name for all its processes
         try:
-            with explained_full_disk(path):
+            with explained_disk(path):
+                self.check_there()
                 save(aside)
                 wait()
                 if main:
-                    self._seal(aside, facts)
+                    seal(aside, facts)
                     files.put(aside, path)
                     self._tidy_checkpoints(keep)
                 wait()
@@ -411,7 +403,7 @@ class Store:
     def _tidy_checkpoints(self, keep: int) -> None:
         """Point LATEST to the newest checkpoint and drop those beyond the newest `keep`."""
         steps = self.checkpoints()
-        self._point_latest(self.checkpoint(steps[-1]))
+        self._point_latest(self.checkpoint(steps[-1]), CHECKPOINT)
         for old in steps[:-keep]:
             remove_directory(self.checkpoint(old))
 

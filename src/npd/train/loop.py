@@ -55,13 +55,24 @@ class Position:
         return self.kl / self.kl_tokens if self.kl_tokens else None
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, Any]) -> Position:
-        """As a checkpoint has it.
+    def from_facts(cls, facts: Mapping[str, Any], generations: int) -> Position:
+        """As a checkpoint of a run of so many generations has it.
 
         Raises:
             KeyError: something is missing.
+            ValueError: something is no place in such a run.
         """
-        return cls(**{field.name: facts[field.name] for field in fields(cls)})
+        found = {field.name: facts[field.name] for field in fields(cls)}
+        counts = [value for name, value in found.items() if name not in ("parts", "share", "kl", "kl_tokens")]
+        sums = [found["share"], found["kl"], found["kl_tokens"]]
+        if (
+            not isinstance(found["parts"], list)
+            or not all(type(count) is int and count >= 0 for count in [*counts, *found["parts"]])
+            or not all(type(value) in (int, float) for value in sums)
+            or found["generation"] >= generations
+        ):
+            raise ValueError(f"it stands nowhere in a run of {generations} generations")
+        return cls(**found)
 
     def next_generation(self) -> None:
         self.generation += 1

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from npd.errors import UserError
 from npd.records import KEPT
-from npd.store import Store, writing
+from npd.store import Store
 
 COLUMNS = ["sample_id", "prompt_ids", "response_ids", "behavior_logprobs", "verdict", "topk_ids", "topk_logprobs"]
 
@@ -55,7 +55,7 @@ class Samples:
         table = self.store.read_part(generation, part, COLUMNS, check=True)
         schema = with_large_lists(table.schema)
         table = table.filter(pc.is_in(table["verdict"], pa.array(KEPT))).cast(schema).combine_chunks()
-        with writing(self._file(generation, part)) as aside, pa.ipc.new_file(str(aside), schema) as file:
+        with self.store.writing(self._file(generation, part)) as aside, pa.ipc.new_file(str(aside), schema) as file:
             file.write_table(table)
 
     def _file(self, generation: int, part: int) -> Path:

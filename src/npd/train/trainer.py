@@ -33,7 +33,7 @@ from npd.losses import LossOutput, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events, SpanName
 from npd.schedule import derive_seed, learning_rate
-from npd.store import Store
+from npd.store import DELETE_CHECKPOINT, Store
 from npd.train.batches import MicroBatch, micro_batches
 from npd.train.memory import checkpoints
 from npd.train.samples import Samples
@@ -219,7 +219,7 @@ class Trainer:
         if not steps:
             return None
         path = self.store.checkpoint(steps[-1])
-        remedy = "Delete it and run the same command again: the run goes on from the one before."
+        remedy = DELETE_CHECKPOINT
         facts = self.store.check_model(path, "checkpoint", remedy)
         try:
             self.accelerator.load_state(str(path))

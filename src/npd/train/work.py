@@ -336,6 +336,7 @@ class RunWork:
         return self.samples.add(generation, part)
 
     def _pause(self) -> None:
+        self.store.check_there()
         self.supply.check()
         self.publisher.check()
         time.sleep(PAUSE)
