@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from npd.config.base import Section
+from npd.config.base import Section, check_without_secrets
 from npd.config.sections import Config
 from npd.errors import UserError
 from npd.registry import RULES, load_plugins
@@ -72,6 +72,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
         tree, where = _read_yaml(Path(source)), str(source)
     for key, value in (overrides or {}).items():
         _set(tree, key, value)
+    try:
+        check_without_secrets(tree)
+    except ValueError as error:
+        raise UserError(f"{where} is not a valid configuration: {error}.") from None
     plugins = tree.get("plugins")
     if isinstance(plugins, list):  # before kinds are looked up by name
         load_plugins([str(name) for name in plugins])
