@@ -106,7 +106,7 @@ def test_an_edited_part_is_damaged(bench, name, change):
     assert wrong_part(bench.store.read_part(0, 1), VOCABULARY) is None
     edit(path, name, 1, change)
     bench.store.read_part(0, 1)  # it is whole, and a report may show it
-    with pytest.raises(UserError, match=rf"part-00001.parquet is damaged \(.*{name}.*Delete it") as caught:
+    with pytest.raises(UserError, match=rf"part-00001.parquet is damaged \(({name}|row 1) .*Delete it") as caught:
         bench.store.read_part(0, 1, check=True)
     assert str(caught.value).isprintable()
     if name in ("response_ids", "prompt_ids", "behavior_logprobs", "topk_ids", "topk_logprobs", "verdict"):
@@ -115,6 +115,17 @@ def test_an_edited_part_is_damaged(bench, name, change):
     bench.books.mend(0)
     assert not path.exists()
     assert "was damaged; it is made again" in bench.said.getvalue()
+
+
+@pytest.mark.parametrize("rows", [0, 2, 4])
+def test_a_part_of_other_rows_is_damaged(bench, rows):
+    path = bench.write(0, 1)
+    table = pq.read_table(path)
+    assert len(table) == 3
+    pq.write_table(pa.concat_tables([table, table]).slice(0, rows), path)
+    assert bench.books.begun_by(0) == (0 if rows else None)
+    bench.books.mend(0)
+    assert not path.exists()
 
 
 def test_columns_of_other_types_are_damage(bench):

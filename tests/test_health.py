@@ -25,7 +25,10 @@ V = 30
 
 
 class Model:
-    """Its distribution at a token follows from context and position; `scale` is how far it is from uniform."""
+    """Its distribution at a token follows from context and position; `scale` is how far it is from uniform, `noise` a
+    share of that which comes anew with each question."""
+
+    most = 0.1  # nats: bfloat16 of large logits
 
     def __init__(self, seed: int, scale: float, noise: float = 0.0, digits: int | None = None) -> None:
         self.seed, self.scale, self.noise, self.digits = seed, scale, noise, digits
@@ -40,7 +43,7 @@ class Model:
         readings = []
         for context, response in zip(contexts, responses, strict=True):
             z = np.array([self.logits(list(context), t) for t in range(len(response))])
-            z += self.noise * self.scale * self.rng.normal(size=z.shape)
+            z += min(self.noise * (z.std() + 1e-4), self.most) * self.rng.normal(size=z.shape)
             x = z - np.log(np.exp(z).sum(1, keepdims=True))
             x = x if self.digits is None else x.round(self.digits)
             best = np.argsort(-x, axis=1)[:, :top_k].astype(np.int32)
@@ -104,7 +107,7 @@ def test_one_that_turns_is_found(scale, noise, kind):
     digits=st.sampled_from([None, 4]),
     kind=st.sampled_from([Model, Repetitive, Uniform, Constant]),
     top_k=st.sampled_from([1, 2, 5, V]),
-    rows=st.sampled_from([1, 2, 40, 300]),
+    rows=st.sampled_from([1, 2, 40, 70]),
 )
 def test_one_that_stays_is_never_suspected(seed, scale, noise, digits, kind, top_k, rows):
     """Nearly uniform, uniform, certain, rounded, with the noise of other batches."""
@@ -115,6 +118,7 @@ def test_one_that_stays_is_never_suspected(seed, scale, noise, digits, kind, top
 
 def test_one_that_answers_at_random_is_found_at_once():
     health, model = Health(), Model(3, 1.0, noise=2.0)
+    model.most = 2.0
     with pytest.raises(RunError, match="asked the same twice"):
         score(health, model, 0)
 
@@ -122,7 +126,7 @@ def test_one_that_answers_at_random_is_found_at_once():
 def test_it_costs_a_bounded_number_of_questions():
     health, model = Health(), Model(3, 1.0)
     for part in range(5):
-        score(health, model, part, rows=1000)
+        score(health, model, part, rows=300)
     assert all(tokens <= QUESTIONS * TOKENS for tokens in model.asked[1::2])
     assert len(model.asked) == 10
 

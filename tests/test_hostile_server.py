@@ -39,7 +39,7 @@ def short_pauses(monkeypatch):
     monkeypatch.setattr(npd.scoring.server, "LONGEST_PAUSE", 0.05)
 
 
-def answering(kind: str, answer: Any) -> Server:
+def answering(kind: Any, answer: Any) -> Server:
     """What talks with a server that answers this, an object or bytes, to everything."""
     config = TeacherConfig(model="big", server="http://nowhere", api=kind, retry_seconds=0)
     server = Server(config)
@@ -229,10 +229,10 @@ def test_anything_in_what_is_written_or_told_is_right_or_one_paragraph(data, kin
         assert all(type(i) is int and i >= 0 for i in ids)
     except NpdError as error:
         one_paragraph(error)
-    ids = answering(
+    told = answering(
         kind, put({"tokens": [4, 5]}, data.draw(st.sampled_from([(), ("tokens",), ("tokens", 1)])), value)
     ).tokenize("x")
-    assert ids is None or all(type(i) is int and 0 <= i < 1 << 31 for i in ids)
+    assert told is None or all(type(i) is int and 0 <= i < 1 << 31 for i in told)
     cards = {"data": [{"id": "big", "owned_by": "vllm", "max_model_len": 9}]}
     try:
         answering(kind, put(cards, data.draw(st.sampled_from(places(cards))), value)).models()
@@ -395,6 +395,11 @@ def test_odd_heads_are_one_paragraph(server, capfd, headers, code):
         served(server)([[4]], [[5, 2]], 2)
     one_paragraph(caught.value)
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_speaks_no_tls_is_not_trusted(server):
+    with pytest.raises(UserError, match="can't be trusted"):
+        Server(TeacherConfig(model="big", server=server.url.replace("http", "https"))).models(patience=0)
 
 
 # -- secrets

@@ -33,6 +33,20 @@ def _secrets(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield name.removesuffix("."), "a user's name or password in a URL (in front of @)"
 
 
+def check_without_secrets(options: Any) -> None:
+    """See that options, as they were given, hold no secret.
+
+    Raises:
+        ValueError: one does; it is not repeated.
+    """
+    found = next(_secrets(options), None)
+    if found is not None:
+        raise ValueError(
+            f"{found[0]} holds {found[1]}, and options are written into the run directory and told to trackers; leave it "
+            "out and give it through the environment (a server's key in the variable that teacher.api_key_env names)"
+        )
+
+
 class Section(BaseModel):
     """A part of the tree. Numbers are finite where the field does not say otherwise, and every one has bounds."""
 
@@ -52,12 +66,7 @@ class Section(BaseModel):
     @classmethod
     def _without_secrets(cls, values: Any) -> Any:
         """Before anything else: other messages repeat what is wrong, and options go into config.yaml and to trackers."""
-        found = next(_secrets(values), None)
-        if found is not None:
-            raise ValueError(
-                f"{found[0]} holds {found[1]}, and options are written into the run directory and told to trackers; leave it "
-                "out and give it through the environment (a server's key in the variable that teacher.api_key_env names)"
-            )
+        check_without_secrets(values)
         return values
 
 

@@ -12,7 +12,7 @@ from typing import Any, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from npd.config.base import Section
+from npd.config.base import Section, check_without_secrets
 from npd.config.sections import Config
 from npd.config.trees import copied, read_yaml
 from npd.errors import UserError, foreign
@@ -75,6 +75,10 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Mapping[str, 
     tree = copied(tree, where)
     for key, value in (overrides or {}).items():
         _set(tree, key, copied({key: value}, where)[key])
+    try:
+        check_without_secrets(tree)
+    except ValueError as error:
+        raise UserError(f"{where} is not a valid configuration: {error}.") from None
     plugins = tree.get("plugins")
     if isinstance(plugins, list):  # before kinds are looked up by name
         load_plugins([str(name) for name in plugins])

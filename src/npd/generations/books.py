@@ -47,7 +47,8 @@ class Books:
         """The snapshot that wrote what there is of a generation (NO_POLICY for references); None if there is nothing."""
         for part in sorted(self.store.parts(generation)):
             try:
-                return int(self.store.read_part(generation, part, ["policy_version"])["policy_version"][0].as_py())
+                table = self.store.read_part(generation, part, ["policy_version"], check=True)
+                return int(table["policy_version"][0].as_py())
             except (UserError, FileNotFoundError):  # damaged; it is made again
                 continue
         manifest = self.store.manifest(generation)
@@ -62,12 +63,15 @@ class Books:
             self.display.say(f"{self.store.generation(generation) / name} was damaged; it is made again.")
 
     def drop_if_damaged(self, generation: int, part: int) -> None:
-        """Delete a part that can't be read, or holds what no part can."""
+        """Delete a part that can't be read, or holds what this part can't."""
         try:
-            self.store.read_part(generation, part, check=True)
+            rows = len(self.store.read_part(generation, part, check=True))
         except FileNotFoundError:
             return
         except UserError:
+            rows = -1
+        prompts = self.generations.parts(generation)[part : part + 1]  # none, of a part that nobody asks for
+        if any(rows != (here.stop - here.start) * self.generations.per_prompt(generation) for here in prompts):
             self.display.say(f"{self.store.part(generation, part)} was damaged; it is made again.")
             self.store.part(generation, part).unlink(missing_ok=True)
 

@@ -320,3 +320,24 @@ def check_files(directory: Path | None, gguf: Path | None, model: str, revision:
         except Exception:  # no network: what is in the cache is found, or missed, when it is loaded
             return
         check_names(model, names)
+
+
+def check_generation_config(file: Path) -> None:
+    """See that a file that transformers would leave out, or stumble over, says what it is there for.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not file.is_file():
+        return
+    remedy = "Restore it, or delete it: npd asks the tokenizer, its chat template and config.json for stop tokens as well."
+    try:
+        tree = read_json(file, 1 << 20)
+    except Unreadable as error:
+        raise UserError(f"{foreign(file, 200)} cannot be read: {foreign(error)}.", remedy) from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{file} holds {type(tree).__name__}, not an object.", remedy)
+    named = tree.get("eos_token_id")
+    for token in named if isinstance(named, list) else [named]:
+        if token is not None and (type(token) is not int or token < 0):
+            raise UserError(f"{file} names {str(token)[:60]!r} as eos_token_id, which is no token id.", remedy)

@@ -26,9 +26,9 @@ from transformers import (
 
 from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError, foreign
-from npd.inputs import Unreadable, read_json
 from npd.models.devices import device, resolve_dtype
 from npd.models.files import (
+    check_generation_config,
     check_claims,
     check_files,
     check_names,
@@ -404,30 +404,13 @@ def stop_ids_of(config: ModelConfig) -> list[int]:
     source = _source(config)
     if "gguf_file" in source:
         return []
-    _check_generation_config(Path(source["pretrained_model_name_or_path"]) / "generation_config.json")
+    check_generation_config(Path(source["pretrained_model_name_or_path"]) / "generation_config.json")
     try:
         source.pop("trust_remote_code")
         found: Any = transformers.GenerationConfig.from_pretrained(source.pop("pretrained_model_name_or_path"), **source)
     except OSError:
         found = load_model_config(config)
     return named_stops(found)
-
-
-def _check_generation_config(file: Path) -> None:
-    """See that a file that transformers would leave out, or stumble over, says what it is there for."""
-    if not file.is_file():
-        return
-    remedy = "Restore it, or delete it: npd asks the tokenizer, its chat template and config.json for stop tokens as well."
-    try:
-        tree = read_json(file, 1 << 20)
-    except Unreadable as error:
-        raise UserError(f"{foreign(file, 200)} cannot be read: {foreign(error)}.", remedy) from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{file} holds {type(tree).__name__}, not an object.", remedy)
-    named = tree.get("eos_token_id")
-    for token in named if isinstance(named, list) else [named]:
-        if token is not None and (type(token) is not int or token < 0):
-            raise UserError(f"{file} names {str(token)[:60]!r} as eos_token_id, which is no token id.", remedy)
 
 
 def snapshot_config(config: StudentConfig, path: Path) -> StudentConfig:

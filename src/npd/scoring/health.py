@@ -13,6 +13,7 @@ from npd.store.answers import wrong_ids, wrong_logprobs, wrong_top
 
 QUESTIONS, TOKENS, BEST = 8, 16, 32
 """At most so many responses are kept to be asked again, so many tokens of each, so many of the best at each token."""
+FEWEST = 8  # tokens: how far fewer are from each other says little
 ONE_IN = 32  # responses of a part, for each that is kept
 BOUND = 0.25
 """Nats by which answers may differ: kernels, batches and eight-bit weights make less than 0.1, another model makes more."""
@@ -103,7 +104,7 @@ class Health:
         another = found.nats > max(BOUND, 5 * noise)
         # One that no longer looks at what it reads is as far from what it said there as from what it said elsewhere, however
         # little that is.
-        blind = found.nats > max(self._between / 2, 10 * noise, EXACT) and found.same_first < 0.5
+        blind = not first and found.nats > max(self._between / 2, 10 * noise, EXACT) and found.same_first < 0.5
         if another or blind:
             where = f" in {self._part}" if self._part else ""
             when = "asked the same twice" if first else f"asked again what it was asked first{where}"
@@ -125,8 +126,9 @@ class Health:
         rows = np.linspace(0, len(responses) - 1, count).astype(int).tolist()  # from all over the part
         kept = _joined([Reading(*(values[:TOKENS] for values in readings[i])) for i in rows])
         n = len(kept.topk_ids)
-        others = [Reading(*(np.roll(values, by, axis=0) for values in kept)) for by in {1 % n, n // 2} - {0}]
-        self._between = float(np.mean([difference(kept, other).nats for other in others])) if others else 2 * BOUND
+        others = [Reading(*(np.roll(values, by, axis=0) for values in kept)) for by in (1, n // 2)]
+        nats = [difference(kept, other).nats for other in others]
+        self._between = float(np.mean(nats)) if n >= FEWEST else 2 * BOUND
         return [list(contexts[i]) for i in rows], [list(responses[i][:TOKENS]) for i in rows], kept
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from npd.config import TeacherConfig
 from npd.errors import NpdError, RunError, UserError
 from npd.scoring.transport import LEAST_BODY, Answer, Transport, TryAgain
-from npd.store.answers import LEAST_BEST, ROUNDING, wrong_logprobs, wrong_top
+from npd.store.answers import LEAST, LEAST_BEST, ROUNDING, wrong_top
 
 LONGEST_PAUSE = 30.0  # seconds between tries
 AGAIN = (408, 429)  # besides all of 5xx but 501
@@ -235,6 +235,8 @@ class Server:
         answer = self.ask(path, body, entries=len(ids) * (top_k + 2))
         try:
             said = parse(answer, list(ids), start, top_k)
+        except _Impossible as error:
+            raise self._impossible(path, len(ids) - start, start, str(error)) from None
         except ODD as error:
             raise self._strange(path, answer, error) from None
         short = min((len(token.top) for token in said), default=top_k)
@@ -244,11 +246,7 @@ class Server:
                 f"lift the cap (vLLM: --max-logprobs {top_k}) or lower scoring.top_k."
             )
         if (wrong := _nonsense(said, top_k)) is not None:
-            raise UserError(
-                f"The server {self.url} answers {path} with what no model can say of {len(said)} tokens behind {start}: "
-                f"{wrong}. Nothing of it is kept.",
-                "See to the server (its weights, their quantisation, its version), then run the same command again.",
-            )
+            raise self._impossible(path, len(said), start, wrong)
         return said
 
     def write(
@@ -292,6 +290,13 @@ class Server:
             raise self._strange(path, answer, error) from None
         return written[: next((i + 1 for i, token in enumerate(written) if token in stop_ids), len(written))]
 
+    def _impossible(self, path: str, tokens: int, start: int, what: str) -> NpdError:
+        return UserError(
+            f"The server {self.url} answers {path} with what no model can say of {tokens} tokens behind {start}: {what}. "
+            "Nothing of it is kept.",
+            "See to the server (its weights, their quantisation, its version), then run the same command again.",
+        )
+
     def _strange(self, path: str, answer: Any, why: Exception) -> NpdError:
         seen = f"{why}; " if isinstance(why, _Odd) else ""
         return UserError(
@@ -302,6 +307,10 @@ class Server:
 
 class _Odd(ValueError):
     """Something in an answer that can't stand there; the message says what."""
+
+
+class _Impossible(_Odd):
+    """A number that no model can give."""
 
 
 def _odd(value: object, what: str) -> _Odd:
@@ -331,18 +340,18 @@ def _key(text: str) -> int:
 
 
 def _logprob(value: object) -> float:
-    if type(value) is not float and type(value) is not int:
+    if isinstance(value, bool) or not isinstance(value, float | int):
         raise _odd(value, "a log-probability")
-    return float(value)  # type: ignore[arg-type]
+    if not LEAST <= value <= ROUNDING:  # nor if it is no number
+        raise _Impossible(f"{float(value):g} as a log-probability")
+    return float(value)
 
 
 def _nonsense(said: list[TokenLogprobs], top_k: int) -> str | None:
     """What no model can say, if anything; what is right up to rounding is not."""
     own = np.array([token.logprob for token in said])
-    if not len(own):
+    if not len(own) or not top_k:
         return None
-    if (wrong := wrong_logprobs(own)) is not None or not top_k:
-        return wrong
     pairs = np.array([token.top for token in said], np.float64).reshape(len(said), top_k, 2)
     ids, logprobs = pairs[..., 0].astype(np.int64), pairs[..., 1]
     if (wrong := wrong_top(ids, logprobs)) is not None:

@@ -27,6 +27,7 @@ LEAST_BODY = 16 << 20  # bytes that any answer may have
 WORDS = 1 << 16  # bytes that are looked at of an answer that says what is wrong
 SHORTEST_KEY = 4  # characters: what is shorter is no secret, and stands in every word
 HIDDEN = "[the API key]"
+_ESCAPE = r"(?:\\(?:x[0-9a-f]{2}|u[0-9a-f]{4}|[abefnrtv0]))*"
 
 # It logs header lines that it can't read as they came.
 logging.getLogger("urllib3.connection").setLevel(logging.ERROR)
@@ -146,7 +147,8 @@ def hide(text: str, key: str) -> str:
     if len(key) < SHORTEST_KEY:
         return text
     shapes = sorted(set(_shapes(key)), key=len, reverse=True)
-    return re.sub("|".join(map(re.escape, shapes)), HIDDEN, text, flags=re.IGNORECASE)
+    broken = _ESCAPE.join(map(re.escape, key))  # by a control character, as Python or JSON writes it
+    return re.sub("|".join([broken, *map(re.escape, shapes)]), HIDDEN, text, flags=re.IGNORECASE)
 
 
 def _shapes(key: str) -> Iterator[str]:
@@ -175,7 +177,7 @@ class _Deadline:
 
     def __init__(self, seconds: float) -> None:
         self.over = False
-        self.connection: HTTPConnection | None = None
+        self.sock: socket.socket | None = None  # not the connection: it lets go of one that ends with the answer
         self._timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), self._end)
         self._timer.daemon = True
 
@@ -186,11 +188,11 @@ class _Deadline:
 
     def __exit__(self, *_: object) -> None:
         self._timer.cancel()
-        _mine.deadline = self.connection = None
+        _mine.deadline = self.sock = None
 
     def _end(self) -> None:
         self.over = True
-        sock = getattr(self.connection, "sock", None)
+        sock = self.sock
         if sock is not None:
             with suppress(OSError):
                 socket.socket.shutdown(sock, socket.SHUT_RDWR)  # of TLS too: a thread is reading in it
@@ -204,20 +206,22 @@ _mine = _Mine()
 
 
 class _Cut(HTTPConnection):
-    """Shows itself to the deadline of the thread that works with it."""
+    """Shows its socket to the deadline of the thread that works with it."""
 
     def connect(self) -> None:
-        deadline = _mine.deadline
-        if deadline is not None:
-            deadline.connection = self
         super().connect()
-        if deadline is not None and deadline.over:  # while there was nothing to cut
-            raise OSError("too late")
+        self._show()
 
     def request(self, *args: Any, **options: Any) -> None:
-        if _mine.deadline is not None:
-            _mine.deadline.connection = self
+        self._show()
         super().request(*args, **options)
+
+    def _show(self) -> None:
+        deadline = _mine.deadline
+        if deadline is not None:
+            deadline.sock = self.sock
+            if deadline.over:  # while there was nothing to cut
+                raise OSError("too late")
 
 
 class _SecureCut(_Cut, HTTPSConnection):

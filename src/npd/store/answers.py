@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +18,7 @@ LEAST_BEST = -float(np.log(1 << 24))
 """The most likely of V tokens has at least 1/V, and no vocabulary has 16 million."""
 FINISHED = ("stop", "length")
 
-Array = npt.NDArray[np.generic]
+Array = npt.NDArray[Any]
 
 
 def wrong_logprobs(values: Array, *, finite: bool = True) -> str | None:
@@ -76,6 +77,8 @@ def wrong_part(table: pa.Table, size: int | None = None) -> str | None:
     Args:
         size: token ids lie below it; None: not known.
     """
+    if not len(table):
+        return "it has no rows"
     lists = {name: _List(table[name]) for name in table.column_names if pa.types.is_list(table[name].type)}
     for name, column in lists.items():
         what: str | None = None
