@@ -26,6 +26,7 @@ from npd.registry import TEACHERS
 from npd.rollout import Progress, Request
 from npd.schedule import derive_seed
 from npd.scoring import Reading, Teacher
+from npd.scoring.health import Health
 from npd.store import REFERENCE
 from npd.store.schema import NO_POLICY, SCHEMA, add_answers
 
@@ -56,6 +57,7 @@ class Scripted:
     def __init__(self, ahead: int = 1) -> None:
         self.ahead, self.continuous = ahead, ahead > 1
         self.log: list[Any] = []
+        self.health = Health()
         self.seeds: dict[int, int] = {}
         self.threads: dict[str, set[Any]] = {"write": set(), "read": set(), "name": set()}
         self.engine_kind = self

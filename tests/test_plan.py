@@ -49,7 +49,7 @@ class Longest(Engine):
             draw = torch.Generator().manual_seed(seed)
             shape = (len(table) * sampling.samples_per_prompt, sampling.max_new_tokens)
             ids = torch.randint(5, 20, shape, generator=draw)
-            yield number, add_answers(table, ids.tolist(), stops, torch.randn(shape, generator=draw).tolist())
+            yield number, add_answers(table, ids.tolist(), stops, (-torch.rand(shape, generator=draw)).tolist())
 
 
 @pytest.fixture(scope="module")

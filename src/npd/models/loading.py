@@ -28,9 +28,9 @@ from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError, foreign
 from npd.models.devices import device, resolve_dtype
 from npd.models.files import (
-    check_generation_config,
     check_claims,
     check_files,
+    check_generation_config,
     check_names,
     check_ordinary,
     check_quantisation,
