@@ -144,7 +144,7 @@ class Scripted:
             rng = np.random.default_rng([*context, 99, *response])
             logprobs = np.log(rng.uniform(0.1, 1, (len(response), 1 + top_k))).astype(np.float32)
             ids = np.argsort(rng.random((len(response), VOCABULARY)))[:, :top_k].astype(np.int32)
-            readings.append(Reading(logprobs[:, 0], ids, logprobs[:, 1:]))
+            readings.append(Reading(logprobs[:, 0], ids, logprobs[:, 1:] - np.log(max(1, top_k))))
         return readings
 
 
