@@ -1,8 +1,9 @@
 """Check, on this machine's GPU (or its CPU), every path that an engine or a served teacher takes, and say what works.
 
-    python scripts/check_engines.py [--student MODEL --teacher MODEL]
+    python scripts/check_engines.py [--only attention] [--student MODEL --teacher MODEL]
 
-Without models it makes random ones. It starts vLLM in this process and a vLLM server on loopback; needs `npd[vllm]`.
+Without models it makes random ones. The checks of engines start vLLM in this process and a vLLM server on loopback, and need
+`npd[vllm]`; those of attention (check_attention.py) take less than a minute and need no more than npd does.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
+import check_attention
 import numpy as np
 import torch
 import urllib3
+from check_attention import Skip
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import npd
@@ -54,10 +58,6 @@ KL_BOUND = 0.25  # of the distance to the teacher, between samples of two engine
 NEW_TOKENS, PROMPT_TOKENS = 64, 256
 
 Check = Callable[["Bench"], str]
-
-
-class Skip(Exception):
-    """Why a check can't be made here."""
 
 
 class Bench:
@@ -278,18 +278,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", help="model directory or Hub id [default: a random model]")
     parser.add_argument("--teacher", help="model directory or Hub id [default: a random model]")
+    parser.add_argument("--only", choices=["attention", "engines"], help="leave the other checks out")
     parser.add_argument("--json", type=Path, help="write the results there as well")
     options = parser.parse_args()
     device = torch.cuda.get_device_name() if GPUS else f"CPU ({os.cpu_count()} cores)"
     display = Display()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="npd-check-") as folder:
-        bench = Bench(Path(folder), options.student, options.teacher)
-        for check in CHECKS:
+        checks: list[Callable[[], str]] = [] if options.only == "engines" else [*check_attention.CHECKS]
+        if options.only != "attention":
+            bench = Bench(Path(folder), options.student, options.teacher)
+            checks += [wraps(check)(partial(check, bench)) for check in CHECKS]
+        for check in checks:
             display.say(f"{check.__name__}: {(check.__doc__ or '').splitlines()[0]}")
             began = time.monotonic()
             try:
-                outcome, words = "works", check(bench)
+                outcome, words = "works", check()
             except Skip as why:
                 outcome, words = "skipped", str(why)
             except Exception as error:

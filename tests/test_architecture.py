@@ -20,7 +20,7 @@ FLOORS = (
     ("errors",),
     ("registry",),
     ("config",),
-    ("intervals", "packing", "schedule", "prompts", "records", "result"),
+    ("attention", "intervals", "packing", "schedule", "prompts", "records", "result"),
     ("models", "store"),
     ("losses",),
     ("observe",),

@@ -229,7 +229,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
             "student in training",
             f"{plan.student_parameters:,} parameters, {plan.training_bytes / GIB:.2f} GiB before activations",
         ],
-        ["student reads", models.MODES[models.expected_mode(setup.tokens.student)]],
+        ["student reads", models.expected_reading(setup.tokens.student, config.student.attention)],
     ]
     if contents.by_student:
         rows.append(["student in rollout", f"{plan.inference_bytes / GIB:.2f} GiB"])

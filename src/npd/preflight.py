@@ -72,6 +72,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         UserError: whatever is wrong with what the user gave.
     """
     config = tuning(given) if command == SFT else given
+    if command != EVAL:
+        config = Store(config.run_dir).as_begun(config)
     needs_teacher = command == DISTILL or (command == SFT and config.data.references == "teacher")
     if needs_teacher and not config.has_teacher:
         raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")

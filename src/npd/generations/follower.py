@@ -155,6 +155,7 @@ def follow(
 def _workshop(config: Config, placement: Placement | None, rank: int, world: int, display: Display) -> Workshop:
     """What makes the generations of a run from its directory alone, on devices of this machine."""
     store = Store(config.run_dir)
+    config = store.as_begun(config)
     loaded = load_tokenizers(config)
     if placement is None:  # the trainer's device is another machine's
         anywhere = config.placement.model_copy(update={"train": "auto"})

@@ -2,7 +2,7 @@
 
 from npd.models.devices import device, fast_bfloat16, resolve_dtype, use_device
 from npd.models.head import AfterHead
-from npd.models.layout import MODES, Layout, Mode, expected_mode, layout_of
+from npd.models.layout import MODES, Layout, Mode, expected_mode, expected_reading, layout_of
 from npd.models.loading import (
     check_context,
     check_weights,
@@ -61,6 +61,7 @@ __all__ = [
     "directory_of",
     "evenly_spaced",
     "expected_mode",
+    "expected_reading",
     "fast_bfloat16",
     "freeze_unread",
     "head_bias",

@@ -59,7 +59,13 @@ class Prefill:
     def hidden(self, packed: Packed) -> Tensor:
         """[T, D] hidden states that predict the packed responses."""
         device = self.model.device
-        hidden_RLD = hidden_states(self.model, packed.input_ids.to(device), packed.position_ids.to(device))
+        hidden_RLD = hidden_states(
+            self.model,
+            packed.input_ids.to(device),
+            packed.position_ids.to(device),
+            cu_seq_lens=packed.cu_seq_lens.to(device),
+            lengths=packed.lengths,
+        )
         return hidden_RLD.flatten(0, 1)[packed.predictors.to(device)]
 
     @torch.no_grad()

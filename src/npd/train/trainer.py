@@ -54,8 +54,13 @@ class LossModel(nn.Module):
         labels: Tensor,
         topk_ids: Tensor,
         topk_logprobs: Tensor,
+        cu_seq_lens: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
     ) -> LossOutput:
-        hidden_TD = hidden_states(self.model, input_ids, position_ids, self.decoder).flatten(0, 1)[predictors]
+        hidden_RLD = hidden_states(
+            self.model, input_ids, position_ids, self.decoder, cu_seq_lens=cu_seq_lens, lengths=lengths
+        )
+        hidden_TD = hidden_RLD.flatten(0, 1)[predictors]
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
         return sparse_soft_cross_entropy(
@@ -281,22 +286,23 @@ class Trainer:
         packed = pack_tokens(samples.prompts, samples.responses, rows, length, self.tokenizer.pad_token_id)  # type: ignore
         topk_ids, topk_logprobs = samples.topk(packed.samples)
         to = self.accelerator.device
-        given = (*packed[:4], topk_ids, topk_logprobs)
-        out = self.loss_model(*(tensor.to(to) for tensor in given))
+        given = (*packed[:4], topk_ids, topk_logprobs, packed.cu_seq_lens)
+        out = self.loss_model(*(tensor.to(to) for tensor in given), packed.lengths)
         # Reference responses have no behaviour policy: no snapshot of the student wrote them.
         written = [len(samples.behavior[i]) > 0 for i in packed.samples]
         behavior = samples.behavior.gather(packed.samples, np.float32)
         by_student = torch.from_numpy(np.repeat(written, samples.response_lengths[packed.samples]))
         logprobs = out.label_logprobs.detach().cpu()[by_student]
         if self.noisy and len(behavior):
-            logprobs = self._without_noise(given).cpu()[by_student]
+            logprobs = self._without_noise(given, packed.lengths).cpu()[by_student]
         return out, near_policy_kl(logprobs, torch.from_numpy(behavior)).sum().item(), len(behavior)
 
     @torch.no_grad()
-    def _without_noise(self, given: Sequence[Tensor]) -> Tensor:
+    def _without_noise(self, given: Sequence[Tensor], lengths: list[int]) -> Tensor:
         """The labels' log-probabilities [T] without dropout: with it, a student differs from itself."""
         self.student.eval()
-        out: LossOutput = self.accelerator.unwrap_model(self.loss_model)(*(t.to(self.accelerator.device) for t in given))
+        to = self.accelerator.device
+        out: LossOutput = self.accelerator.unwrap_model(self.loss_model)(*(t.to(to) for t in given), lengths)
         models.learning_mode(self.student, dropout=self.config.training.dropout)
         return out.label_logprobs
 
