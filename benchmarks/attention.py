@@ -6,7 +6,7 @@ Random weights; responses' lengths are geometric, and so the longest is several 
 response a second, medians of turns that are interleaved:
 - rows, varlen: a training step's forward and backward passes by `LossModel`, and packed prefill with the teacher's top-k;
 - bare: the decoder alone on as many tokens in full rows, as long as a sample is on average, with causal attention and nothing
-  else: what reading could be at best, its head apart.
+  else; headed: the same, and the head's product at as many positions as there are response tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from benchmarks.common import interleaved, record, timed
 from npd.config import LossConfig
-from npd.models import Vocabulary, backbone, batches_for, device, prove_layout
+from npd.models import Vocabulary, backbone, batches_for, device, head_weight, prove_layout
 from npd.packing import pack_tokens
 from npd.scoring import Prefill
 from npd.train.trainer import LossModel
@@ -70,14 +70,16 @@ class Contender:
 
 
 @torch.no_grad()
-def bare(model: PreTrainedModel, tokens: int, mean: int, batch_tokens: int) -> None:
-    """Every token through the decoder, in full rows."""
+def bare(model: PreTrainedModel, tokens: int, mean: int, batch_tokens: int, headed: float = 0.0) -> None:
+    """Every token through the decoder, in full rows, and a share of them through the head."""
     ids = torch.randint(3, model.config.vocab_size, (tokens,), device=model.device)
     for batch in ids.split(batch_tokens):
         whole = len(batch) // mean * mean
         for rows in (batch[:whole].view(-1, mean), batch[whole:].view(1, -1)):
             if rows.numel():
-                backbone(model)(input_ids=rows, use_cache=False)
+                hidden = backbone(model)(input_ids=rows, use_cache=False).last_hidden_state.flatten(0, 1)
+                for some in hidden[: round(headed * len(hidden))].split(256):
+                    some @ head_weight(model).T
 
 
 def waited(act: Callable[[], Any]) -> None:
@@ -90,11 +92,12 @@ def waited(act: Callable[[], Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), choices=list(SHAPES))
-    parser.add_argument("--means", nargs="*", type=int, default=[40, 95], help="tokens of a response on average")
-    parser.add_argument("--longest", type=int, default=512, help="tokens of a response at most")
-    parser.add_argument("--tokens", type=int, default=16384, help="of a turn; of smollm2 a quarter on a CPU")
+    parser.add_argument(
+        "--lengths", nargs="*", default=["40:512", "300:2048", "800:8000"], help="mean:most tokens of a response"
+    )
+    parser.add_argument("--tokens", type=int, default=32768, help="of a turn; of smollm2 a quarter on a CPU")
     parser.add_argument("--batch-tokens", type=int, default=8192)
-    parser.add_argument("--train-tokens", type=int, default=4096, help="of a forward and backward pass")
+    parser.add_argument("--train-tokens", type=int, default=16384, help="of a forward and backward pass")
     parser.add_argument("--top-k", type=int, default=10)
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
@@ -109,15 +112,19 @@ def main() -> None:
             name: Contender(model, options.batch_tokens, options.train_tokens, varlen=name == "varlen")
             for name in ("rows", "varlen")
         }
-        for mean in options.means:
+        for mean, longest in (map(int, case.split(":")) for case in options.lengths):
             draw = np.random.default_rng(0)
             most = options.tokens // (4 if shape == "smollm2" and not torch.cuda.is_available() else 1)
-            drawn = np.minimum(draw.geometric(1 / mean, size=most), options.longest)
+            drawn = np.minimum(draw.geometric(1 / mean, size=most), longest)
             drawn = drawn[: int(np.searchsorted(np.cumsum(drawn + PROMPT), most))]
             responses = [draw.integers(3, config.vocab_size, n).tolist() for n in drawn]
             contexts = [draw.integers(3, config.vocab_size, PROMPT).tolist() for _ in drawn]
             tokens = int(drawn.sum()) + PROMPT * len(drawn)
-            work: dict[str, Callable[[], Any]] = {"bare": partial(bare, model, tokens, mean + PROMPT, options.batch_tokens)}
+            share = 1 - PROMPT * len(drawn) / tokens
+            work: dict[str, Callable[[], Any]] = {
+                "bare": partial(bare, model, tokens, mean + PROMPT, options.batch_tokens),
+                "headed": partial(bare, model, tokens, mean + PROMPT, options.batch_tokens, share),
+            }
             for name, way in ways.items():
                 for stage in ("read", "train"):
                     work[f"{stage}, {name}"] = partial(getattr(way, stage), contexts, responses, options.top_k)
@@ -138,7 +145,8 @@ def main() -> None:
             print(f"{shape}, mean {mean}, longest {drawn.max()}, {len(drawn)} samples: {shown} tokens/s;", end=" ")
             print(
                 f"training {rate['train, varlen'] / rate['train, rows']:.2f} x, reading "
-                f"{rate['read, varlen'] / rate['read, rows']:.2f} x and {rate['read, varlen'] / rate['bare']:.0%} of bare",
+                f"{rate['read, varlen'] / rate['read, rows']:.2f} x, {rate['read, varlen'] / rate['bare']:.0%} of bare and "
+                f"{rate['read, varlen'] / rate['headed']:.0%} of headed",
                 flush=True,
             )
     record("attention", vars(options), runs)

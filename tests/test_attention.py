@@ -37,7 +37,9 @@ from npd.demo.tokenizer import build_tokenizer
 from npd.models import batches_for, expected_reading, hidden_states, layout_of, load_model, prove_layout
 from npd.packing import end_to_end as laid_out
 from npd.packing import pack_tokens, short_rows
+from npd.preflight import prepare
 from npd.store import Store
+from npd.store.provenance import in_rows
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 20,
@@ -345,18 +347,21 @@ def test_an_older_run_goes_on_in_rows(make_tree):
     given_ = load_config(make_tree("new", student={"attention": "auto"}))
     store = Store(given_.run_dir)
     store.open(given_, "distill")
-    assert store.as_begun(given_) is given_
+    assert not store.began_in_rows
+    store.open(given_, "distill")
+    assert not store.began_in_rows
     file = store.path / "config.yaml"
     tree = yaml.safe_load(file.read_text())
     assert tree["provenance"].pop("varlen") is True
     file.write_text(yaml.safe_dump(tree))  # as a version wrote it that did not know
     for _ in range(2):
-        begun = store.as_begun(given_)
-        assert begun.student.attention == "rows"
-        assert all(teacher.attention == "rows" for teacher in begun.all_teachers.values())
+        assert store.began_in_rows
         store.open(given_, "distill")  # a newer version goes on with it, and with its ways
+    begun = prepare(given_, "distill").config
+    assert begun.student.attention == "rows"
+    assert all(teacher.attention == "rows" for teacher in begun.all_teachers.values())
     chosen = load_config(make_tree("new", student={"attention": "sdpa"}))
-    assert store.as_begun(chosen).student.attention == "sdpa"
+    assert in_rows(chosen).student.attention == "sdpa"
 
 
 def test_end_to_end_says_where_samples_begin():

@@ -40,7 +40,7 @@ from npd.store.files import (
 )  # fmt: skip
 from npd.store.kept_prompts import PROMPTS, began, keep_prompts
 from npd.store.lock import run_lock
-from npd.store.provenance import VARLEN, as_begun, read_options, versions
+from npd.store.provenance import VARLEN, provenance_of, versions
 from npd.store.schema import REFERENCE, SCHEMA, write_columns
 
 
@@ -65,8 +65,8 @@ class Store:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir {self.path} is a file; choose a directory.")
         if file.exists():
-            old = self._read(file, partial(read_options, file))
-            theirs = old.pop("provenance").get("command")
+            old = self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
+            theirs = old.pop("provenance", {}).get("command")
             if theirs != command:
                 raise UserError(f"{self.path} holds a run of `npd {theirs}`; choose another run_dir for `npd {command}`.")
             changes = differing_keys(old, tree)
@@ -80,11 +80,6 @@ class Store:
         ):
             raise UserError(f"{self.path} is not empty and holds no run of npd; choose another run_dir.")
 
-    def as_begun(self, config: Config) -> Config:
-        """A configuration as the version that began the run here understood it; a new run's as it is."""
-        file = self.path / "config.yaml"
-        return as_begun(config, self._read(file, partial(read_options, file))["provenance"]) if file.exists() else config
-
     def open(self, config: Config, command: str) -> None:
         """Start a run here, or go on with the one that is here.
 
@@ -97,12 +92,18 @@ class Store:
         end_last_line(self.path / "events.jsonl")
         if self.checkpoints():
             self._tidy_checkpoints(config.checkpoint.keep)
-        provenance = {"command": command, "versions": versions(), VARLEN: self.as_begun(config) is config}
+        provenance = {"command": command, "versions": versions(), VARLEN: not self.began_in_rows}
         tree = config_tree(config) | {"provenance": provenance}
         try:
             write_text(file, yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
+
+    @property
+    def began_in_rows(self) -> bool:
+        """Was the run here begun by a version that read in rows where attention is auto?"""
+        file = self.path / "config.yaml"
+        return file.exists() and not self._read(file, partial(provenance_of, file)).get(VARLEN)
 
     def selection(self) -> SelectionConfig:
         """The selection that config.yaml has now."""
