@@ -1,6 +1,6 @@
 """What `npd.attention` computes on this machine's GPU, against plain attention of each sample.
 
-    python scripts/check_engines.py --only attention
+    python scripts/check_attention.py [--only NAME ...] [--out FILE.json]
 
 Each check is a function that gives words, and raises where something is wrong; none needs another, or anything from the
 network.
@@ -8,11 +8,15 @@ network.
 
 from __future__ import annotations
 
+import argparse
 import copy
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 from npd import attention
 from npd.attention import by_sample, npd_varlen
 from npd.models import hidden_states, prove_layout
+from npd.observe.display import Display
 from npd.packing import short_rows
+from npd.store import write_json
 
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
@@ -283,6 +289,50 @@ def it_is_faster() -> str:
     )
 
 
-CHECKS: list[Callable[[], str]] = [
-    *(kernels_agree, sample_by_sample_agrees, models_agree, generation_agrees, a_long_row_fits, it_compiles, it_is_faster)
-]
+CHECKS: dict[str, Callable[[], str]] = {
+    "kernels": kernels_agree,
+    "sample by sample": sample_by_sample_agrees,
+    "models": models_agree,
+    "generation": generation_agrees,
+    "a long row": a_long_row_fits,
+    "compiled": it_compiles,
+    "speed": it_is_faster,
+}
+
+
+def check(names: Iterable[str], out: Path | None) -> bool:
+    """Run checks, each by itself, print their table, write them as JSON; did all that could be made here work?"""
+    device = torch.cuda.get_device_name() if GPU else f"CPU ({os.cpu_count()} cores)"
+    display = Display()
+    results: list[dict[str, Any]] = []
+    for name in names:
+        began = time.monotonic()
+        try:
+            outcome, words = "works", CHECKS[name]()
+        except Skip as why:
+            outcome, words = "skipped", str(why)
+        except Exception as error:
+            outcome, words = "FAILS", f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+            traceback.print_exc()
+        seconds = time.monotonic() - began
+        display.say(f"{name}: {outcome}, {seconds:.1f} s: {words}")
+        results.append({"check": name, "outcome": outcome, "seconds": seconds, "words": words})
+        if GPU:
+            torch.cuda.empty_cache()
+    rows = [[r["check"], r["outcome"], f"{r['seconds']:.0f}", r["words"]] for r in results]
+    display.table(f"Attention on {device}", ["check", "outcome", "s", "what was seen"], rows)
+    if out is not None:
+        write_json(out, {"device": device, "torch": torch.__version__, "results": results})
+    return all(result["outcome"] != "FAILS" for result in results)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", choices=[*CHECKS], default=[*CHECKS], help="which checks [default: all]")
+    parser.add_argument("--out", type=Path, help="write the results there as JSON")
+    options = parser.parse_args()
+    raise SystemExit(not check(options.only, options.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,9 +1,10 @@
 """Check, on this machine's GPU (or its CPU), every path that an engine or a served teacher takes, and say what works.
 
-    python scripts/check_engines.py [--only attention] [--student MODEL --teacher MODEL]
+    python scripts/check_engines.py [--student MODEL --teacher MODEL] [--only attention|engines|step]
+        [--out FILE.json]
 
-Without models it makes random ones. The checks of engines start vLLM in this process and a vLLM server on loopback, and need
-`npd[vllm]`; those of attention (check_attention.py) take less than a minute and need no more than npd does.
+Attention and the training step are checked first (see check_attention.py and check_step.py beside this file). Without models
+it makes random ones. It starts vLLM in this process and a vLLM server on loopback; needs `npd[vllm]`.
 """
 
 from __future__ import annotations
@@ -19,15 +20,13 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
 import check_attention
+import check_step
 import numpy as np
 import torch
-import urllib3
-from check_attention import Skip
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import npd
@@ -58,6 +57,10 @@ KL_BOUND = 0.25  # of the distance to the teacher, between samples of two engine
 NEW_TOKENS, PROMPT_TOKENS = 64, 256
 
 Check = Callable[["Bench"], str]
+
+
+class Skip(Exception):
+    """Why a check can't be made here."""
 
 
 class Bench:
@@ -243,6 +246,8 @@ CHECKS: list[Check] = [
 @contextmanager
 def serving(bench: Bench) -> Iterator[str]:
     """The address of a vLLM server that serves the teacher as `big`."""
+    import urllib3
+
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -278,22 +283,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", help="model directory or Hub id [default: a random model]")
     parser.add_argument("--teacher", help="model directory or Hub id [default: a random model]")
-    parser.add_argument("--only", choices=["attention", "engines"], help="leave the other checks out")
-    parser.add_argument("--json", type=Path, help="write the results there as well")
+    parser.add_argument("--only", choices=["attention", "engines", "step"], help="check these alone")
+    parser.add_argument("--out", "--json", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
+    works = True
+    for name, script in (("attention", check_attention), ("step", check_step)):
+        if options.only in (None, name):
+            out = options.out if options.only or options.out is None else options.out.with_suffix(f".{name}.json")
+            works = script.check(script.CHECKS, out) and works
+    if options.only in (None, "engines"):
+        works = check_engines(options) and works
+    sys.exit(not works)
+
+
+def check_engines(options: argparse.Namespace) -> bool:
+    """Run the checks, print their table, write them as JSON; did all that could be made here work?"""
     device = torch.cuda.get_device_name() if GPUS else f"CPU ({os.cpu_count()} cores)"
     display = Display()
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="npd-check-") as folder:
-        checks: list[Callable[[], str]] = [] if options.only == "engines" else [*check_attention.CHECKS]
-        if options.only != "attention":
-            bench = Bench(Path(folder), options.student, options.teacher)
-            checks += [wraps(check)(partial(check, bench)) for check in CHECKS]
-        for check in checks:
+        bench = Bench(Path(folder), options.student, options.teacher)
+        for check in CHECKS:
             display.say(f"{check.__name__}: {(check.__doc__ or '').splitlines()[0]}")
             began = time.monotonic()
             try:
-                outcome, words = "works", check()
+                outcome, words = "works", check(bench)
             except Skip as why:
                 outcome, words = "skipped", str(why)
             except Exception as error:
@@ -302,9 +316,9 @@ def main() -> None:
             results.append({"check": check.__name__, "outcome": outcome, "seconds": time.monotonic() - began, "words": words})
     rows = [[r["check"], r["outcome"], f"{r['seconds']:.0f}", r["words"]] for r in results]
     display.table(f"Engines on {max(1, GPUS)} x {device}", ["check", "outcome", "s", "what was seen"], rows)
-    if options.json:
-        write_json(options.json, {"device": device, "gpus": GPUS, "torch": torch.__version__, "results": results})
-    sys.exit(any(result["outcome"] == "FAILS" for result in results))
+    if options.out:
+        write_json(options.out, {"device": device, "gpus": GPUS, "torch": torch.__version__, "results": results})
+    return all(result["outcome"] != "FAILS" for result in results)
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ def test_a_model_is_no_distance_from_itself(make_tree, teacher_dir, data_file):
 @pytest.mark.parametrize("chunk_elements", [1 << 24, 480])
 def test_distance_equals_a_dense_computation_per_sample(make_tree, tmp_path, data_file, monkeypatch, padded, chunk_elements):
     """Also where the two vocabularies are padded differently, and the head runs in several chunks."""
-    monkeypatch.setattr(npd.scoring.prefill, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(npd.losses.linear, "CHUNK_ELEMENTS", chunk_elements)
     sections = {"data": {"eval": str(data_file)}, "evaluation": {"kl_prompts": 7}}
     if padded:
         sections["student"] = {"model": str(save_model(tmp_path / "padded", seed=8, vocabulary=24))}

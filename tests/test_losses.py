@@ -61,14 +61,18 @@ def relative(actual, expected, floor=1e-30):
     return float((actual.detach().double() - expected).norm() / expected.norm().clamp(min=floor))
 
 
-def compare(inputs, kd_weight, mass, chunk, dtype, tolerance, upstream=1.0, floor=1e-30):
+def compare(inputs, kd_weight, mass, chunk, dtype, tolerance, upstream=1.0, floor=1e-30, **options):
     hidden, weight, labels, ids, logprobs = inputs
     # The reference starts from what the loss is given, so that rounding the input is not counted as its error.
     hidden, weight, logprobs = hidden.to(dtype), weight.to(dtype), logprobs.to(dtype)
     ours = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     theirs = hidden.double().clone().requires_grad_(), weight.double().clone().requires_grad_()
-    out = sparse_soft_cross_entropy(*ours, labels, ids, logprobs, kd_weight=kd_weight, top_k_mass=mass, chunk_tokens=chunk)
+    scale = options.get("scale", 1.0)
+    out = sparse_soft_cross_entropy(
+        *ours, labels, ids, logprobs, kd_weight=kd_weight, top_k_mass=mass, chunk_tokens=chunk, **options
+    )
     expected = dense(*theirs, labels, ids, logprobs, kd_weight, mass)
+    expected = (expected[0] * scale, *expected[1:])
     assert out.loss.dtype == dtype
     for name, value in zip(("loss", "ce", "kd", "label_logprobs"), expected, strict=True):
         assert relative(getattr(out, name), value, floor) <= tolerance, name
@@ -93,6 +97,46 @@ def test_equals_dense_reference_float64(k, kd_weight, mass):
 def test_equals_dense_reference_float32(k, kd_weight, mass):
     for chunk in (1, 3, 7, T + 5, None):
         compare(make(k, seed=k), kd_weight, mass, chunk, torch.float32, 1e-5)
+
+
+@pytest.mark.parametrize("mass", MASSES)
+@pytest.mark.parametrize("kd_weight", [0.0, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_in_two_sweeps_it_is_the_same(dtype, kd_weight, mass):
+    """What a GPU computes, here on a CPU."""
+    for k in (1, 4, V - 1, V):
+        for chunk in (3, None):
+            tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+            compare(make(k, seed=k), kd_weight, mass, chunk, dtype, tolerance, fused=True, scale=0.37)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("mass", MASSES)
+def test_a_scale_is_not_rounded_to_the_type_of_the_hidden_states(fused, mass):
+    """1 / 1,021 is 0.3% off in bfloat16; what is left is the rounding of each entry, which has no direction."""
+    inputs = make(4, tokens=200, width=64, vocabulary=50, scale=0.3)
+    hidden, weight, *targets = (t.bfloat16() if i < 2 else t for i, t in enumerate(inputs))
+    found = []
+    for scale in (1 / 1021, 1.0):
+        mine, head = hidden.clone().requires_grad_(), weight.float().requires_grad_()
+        options = {"kd_weight": 0.9, "top_k_mass": mass, "scale": scale, "fused": fused}
+        sparse_soft_cross_entropy(mine, head, targets[0], targets[1], targets[2].float(), **options).loss.backward()
+        found.append((mine.grad.double(), head.grad.double()))
+    for scaled, plain in zip(*found, strict=True):
+        ratio = float((scaled * plain).sum() / plain.square().sum()) * 1021
+        assert ratio == pytest.approx(1, abs=5e-4)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_hidden_states_in_bfloat16_are_as_near_as_their_rounding(fused):
+    inputs = make(10, tokens=64, width=32, vocabulary=200, scale=0.3)
+    hidden, weight, *targets = (t.bfloat16() if i < 2 else t for i, t in enumerate(inputs))
+    mine, head = hidden.clone().requires_grad_(), weight.float().requires_grad_()
+    theirs = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    sparse_soft_cross_entropy(mine, head, *targets, kd_weight=0.9, fused=fused, chunk_tokens=24).loss.backward()
+    dense(*theirs, targets[0], targets[1], targets[2], 0.9, "raw")[0].backward()
+    assert relative(mine.grad, theirs[0].grad) < 1e-2
+    assert relative(head.grad, theirs[1].grad) < 1e-2
 
 
 @pytest.mark.parametrize("mass", MASSES)
@@ -428,8 +472,9 @@ def through_head(hidden, weight, bias, after, labels, ids, logprobs, kd_weight, 
     biased=st.booleans(),
     scale=st.sampled_from([1.0, 0.0625, 3.0]),
     soft_cap=st.sampled_from([None, 1.5, 30.0]),
+    fused=st.booleans(),
 )
-def test_bias_scale_and_soft_cap(seed, tokens, vocabulary, share, kd_weight, mass, chunk, biased, scale, soft_cap):
+def test_bias_scale_and_soft_cap(seed, tokens, vocabulary, share, kd_weight, mass, chunk, biased, scale, soft_cap, fused):
     inputs = make(round(1 + share * (vocabulary - 1)), seed, tokens, vocabulary=vocabulary, scale=2.0)
     after = AfterHead(scale, soft_cap)
     bias = torch.linspace(-1, 2, vocabulary, dtype=torch.float64) if biased else None
@@ -442,6 +487,7 @@ def test_bias_scale_and_soft_cap(seed, tokens, vocabulary, share, kd_weight, mas
         bias=ours[2] if biased else None,
         after_head=after,
         chunk_tokens=chunk,
+        fused=fused,
     )
     labels, ids, logprobs = inputs[2:]
     expected = through_head(

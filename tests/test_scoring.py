@@ -82,7 +82,7 @@ def test_top_k_up_to_the_shared_vocabulary(model):
 
 def test_chunks_of_the_head_change_nothing(model, monkeypatch):
     contexts, responses = make_pairs(17, seed=8)
-    monkeypatch.setattr(npd.scoring.prefill, "CHUNK_ELEMENTS", 17 * 24)
+    monkeypatch.setattr(npd.losses.linear, "CHUNK_ELEMENTS", 17 * 24)
     assert sum(map(len, responses)) > 5 * 17
     assert_reads_alike(model, contexts, responses, 400, top_k=3)
 

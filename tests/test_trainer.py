@@ -30,6 +30,7 @@ from npd.observe.events import Events
 from npd.records import StepLine
 from npd.schedule import learning_rate
 from npd.store import Store
+from npd.train.batches import MicroBatch
 from npd.train.loop import PassPlan
 from npd.train.samples import Samples
 from npd.train.trainer import StepFigures, Trainer, make_accelerator
@@ -104,6 +105,10 @@ def make_trainer(tree: dict) -> Recorded:
     return trainer
 
 
+def batch_of(trainer: Trainer, samples: Samples, rows: list[list[int]], length: int) -> MicroBatch:
+    return MicroBatch.of(samples, rows, length, trainer.tokenizer.pad_token_id)
+
+
 def plan_pass(trainer: Recorded, samples: Samples) -> list[list[list[int]]]:
     plan = PassPlan(trainer.config.packing.length, trainer.config.training.batch_tokens, seed=trainer.passes)
     return list(plan.steps(np.arange(len(samples)), samples.lengths, last=True))
@@ -163,9 +168,10 @@ def test_packed_rows_give_the_gradients_of_the_samples(make_tree, attention, row
         one.backward()
         loss += one.item()
     length = max(int(samples.lengths[row].sum()) for row in rows)
-    out, _, known = trainer._forward(samples, rows, length)
+    batch = batch_of(trainer, samples, rows, length)
+    out, _ = trainer._forward(batch)
     out.loss.backward()
-    assert known == samples.response_lengths.sum()
+    assert len(batch.behavior) == samples.response_lengths.sum()
     assert out.loss.item() == pytest.approx(loss, rel=1e-5)
     assert_close(gradients(trainer.base), gradients(reference), 1e-5)
 
@@ -177,7 +183,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_tree):
         assert trainer.base.is_gradient_checkpointing == on
         trainer.loss_model.train()
         samples = make_samples(trainer.store)
-        trainer._forward(samples, [[0, 1, 2, 3], [4, 5, 6, 7, 8]], 128)[0].loss.backward()
+        trainer._forward(batch_of(trainer, samples, [[0, 1, 2, 3], [4, 5, 6, 7, 8]], 128))[0].loss.backward()
         found.append(gradients(trainer.base))
     assert_close(found[1], found[0], 1e-6)
 
@@ -196,7 +202,7 @@ def test_a_compiled_decoder_gives_the_same_gradients(make_tree, checkpointing):
             trainer.loss_model.zero_grad()
             samples = make_samples(trainer.store)
             length = max(int(samples.lengths[row].sum()) for row in rows)
-            out, _, _ = trainer._forward(samples, rows, length)
+            out, _ = trainer._forward(batch_of(trainer, samples, rows, length))
             out.loss.backward()
             found.append((gradients(trainer.base), out.label_logprobs))
         assert_close(found[1][0], found[0][0], 1e-5)

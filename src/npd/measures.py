@@ -50,7 +50,7 @@ class StudentMeasures:
         weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
         try:
             with teachers_at_hand(self.shop):
-                return self.evaluator(Evaluated(kept, weights, self._apart))
+                return self.evaluator(Evaluated(kept, weights, self._apart, self.trainer.evaluated_in))
         finally:
             shutil.rmtree(weights.folder, ignore_errors=True)
 

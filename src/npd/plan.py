@@ -20,6 +20,7 @@ from npd.registry import ENGINES, RULES
 from npd.scoring import teacher_kind
 from npd.store import REFERENCE
 from npd.train.loop import Loop, Position, Trained
+from npd.train.memory import StepMemory, step_memory
 from npd.train.trainer import resolve_precision
 
 GIB = 1 << 30
@@ -51,6 +52,8 @@ class Plan:
     """Weights, gradients and the optimiser's moments, before activations."""
     inference_bytes: int
     """The student's weights where they only write."""
+    step: StepMemory
+    """What a step takes at most, as on a GPU."""
     disk_bytes: float
     """At most."""
     limits: list[str] = field(default_factory=list)
@@ -75,6 +78,7 @@ def make_plan(setup: Setup) -> Plan:
     held = student * models.resolve_dtype(config.student, trained=True).itemsize
     adapters = models.adapter_bytes(known, config.student) if config.student.lora else 0
     learns = adapters or held
+    step = step_memory(config, known, bfloat16=resolve_precision(config) == "bf16")
     scored = contents.by_student or contents.mixed
     # Ids, log-probabilities of who wrote them, and the teacher's top-k in 4 + 2 bytes.
     wide = 4 + 4 * contents.by_student + 6 * config.scoring.top_k * scored
@@ -107,9 +111,9 @@ def make_plan(setup: Setup) -> Plan:
         steps=steps,
         rows_per_step=max(1, training.batch_tokens // config.packing.length),
         student_parameters=student,
-        # What learns has a gradient and AdamW's two moments beside it; adapters come on top of weights that only read.
-        training_bytes=held + adapters + 3 * learns,
+        training_bytes=int(step.states),
         inference_bytes=student * models.resolve_dtype(config.student, trained=False).itemsize,
+        step=step,
         disk_bytes=disk,
         limits=limits,
     )
@@ -229,6 +233,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
             "student in training",
             f"{plan.student_parameters:,} parameters, {plan.training_bytes / GIB:.2f} GiB before activations",
         ],
+        *_activations(plan),
         ["student reads", models.expected_reading(setup.tokens.student, config.student.attention)],
     ]
     if contents.by_student:
@@ -239,6 +244,15 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
         rows.append([name, teacher_kind(teacher).plan(teacher, setup.tokens.teachers[key])])
     rows.append(["disk", f"at most {plan.disk_bytes / GIB:.2f} GiB"])
     return rows + _places(setup)
+
+
+def _activations(plan: Plan) -> list[list[str]]:
+    """What a micro-batch takes on a GPU beside weights and optimiser."""
+    plain, again = ((plan.step.total(checkpointing=on) - plan.step.states) / GIB for on in (False, True))
+    if plan.step.activations is None:
+        return []
+    told = f"{plain:.2f} GiB for {plan.step.tokens:,} tokens, {again:.2f} GiB with training.gradient_checkpointing"
+    return [["activations and loss", f"on a GPU at most {told}"]]
 
 
 def _places(setup: Setup) -> list[list[str]]:

@@ -90,7 +90,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     elif config.evaluation.tasks or config.data.eval is not None or needs_teacher:
         beside = engine_beside_training(config, placed, processes, trains=command != EVAL)
         ENGINES[beside].check(config)
-    models.use_device(placed.train[0] if processes == 1 else None)
+    models.use_device(placed.train[int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else 0])
     if config.training.compile and command != EVAL:
         models.check_compiler()
     tokens = load_tokenizers(config)

@@ -22,6 +22,7 @@ FREE_KEYS: tuple[tuple[str, ...], ...] = (
     *((key,) for key in ("run_dir", "checkpoint", "placement", "evaluation", "tracking", "plugins", "provenance")),
     ("training", "micro_batch_rows"),
     ("training", "compile"),
+    ("training", "gradient_checkpointing"),
     ("rollout", "check_samples"),
     ("rollout", "check_bound"),
     *(

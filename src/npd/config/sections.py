@@ -258,8 +258,9 @@ class TrainingConfig(Section):
     dropout: bool = False
     """Train with the student's own dropout and router jitter. The near-policy KL is then measured in a pass without them,
     which takes about a third more time."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, about a third more time. auto: on a GPU whose memory a step
+    would not fit otherwise, by the count that `--dry-run` shows; never on a CPU."""
     compile: bool = False
     """Compile the student's decoder with torch.compile: faster steps, once compiling has taken its minutes."""
     max_steps: int | None = Field(default=None, ge=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,9 +170,9 @@ class Models:
             self._whole = version
         return path
 
-    def prefill(self, model: PreTrainedModel) -> Prefill:
+    def prefill(self, model: PreTrainedModel, autocast: torch.dtype | None = None) -> Prefill:
         """What reads with a model."""
-        return Prefill(model, self.vocabulary, self.pad_id, self.config.scoring.batch_tokens)
+        return Prefill(model, self.vocabulary, self.pad_id, self.config.scoring.batch_tokens, autocast)
 
     # -- who writes
 
@@ -244,14 +245,22 @@ class Evaluated:
 
     Args:
         around: context in which the engine works, for instance with the trainer out of its way.
+        autocast: type of the matrix products where the model itself computes; None: that of its weights.
     """
 
-    def __init__(self, models: Models, weights: Weights, around: Callable[[], Any]) -> None:
-        self.models, self.weights, self.around = models, weights, around
+    def __init__(
+        self, models: Models, weights: Weights, around: Callable[[], Any], autocast: torch.dtype | None = None
+    ) -> None:
+        self.models, self.weights, self.around, self.autocast = models, weights, around, autocast
 
     def write(self, table: pa.Table, sampling: Sampling, seed: int, title: str) -> pa.Table:
         total = len(table) * sampling.samples_per_prompt
-        with self.around(), self.models.display.task(title, total, "responses") as advance:
+        mine = self.autocast is not None and not self.models.engine_kind.holds_weights
+        with (
+            self.around(),
+            torch.autocast("cuda", self.autocast) if mine else nullcontext(),
+            self.models.display.task(title, total, "responses") as advance,
+        ):
             answered = self.models.engine_with(self.weights).answer(table, sampling, seed, advance)
             if self.models.placement.shared_gpu:
                 self.models.release()
@@ -261,7 +270,7 @@ class Evaluated:
         config, model = self.models.config, self.weights.model()
         contexts, responses = answered["prompt_ids"].to_pylist(), answered["response_ids"].to_pylist()
         keys = [config.teacher_of(source) for source in answered["source"].to_pylist()]
-        student = self.models.prefill(model)
+        student = self.models.prefill(model, self.autocast)
         kl, agreed, tokens, exact = 0.0, 0, 0, True
         training = model.training
         model.eval()

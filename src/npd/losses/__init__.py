@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from npd.losses.divergences import Divergence
-from npd.losses.linear import CHUNK_ELEMENTS, LossOutput, TopKMass, check_divergence, sparse_soft_cross_entropy
+from npd.losses.linear import LossOutput, TopKMass, check_divergence, chunk_for, sparse_soft_cross_entropy
 
 __all__ = [
-    "CHUNK_ELEMENTS", "Divergence", "LossOutput", "TopKMass", "check_divergence", "near_policy_kl",
+    "Divergence", "LossOutput", "TopKMass", "check_divergence", "chunk_for", "near_policy_kl",
     "sparse_soft_cross_entropy",
 ]  # fmt: skip
 

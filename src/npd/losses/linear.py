@@ -13,12 +13,14 @@ the gradients of hidden states and weight are produced in that same pass.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from npd.errors import UserError
+from npd.losses.chunks import Terms, add_product, compare, in_place, in_two_sweeps, product
 from npd.losses.divergences import Divergence
 from npd.registry import DIVERGENCES
 
@@ -30,6 +32,16 @@ TopKMass = Literal["raw", "renormalize", "tail"]
 # Elements of one chunk of logits: 256 MiB in float32. Each chunk also reads and writes the head's whole gradient, which
 # small chunks at a large V would do too often.
 CHUNK_ELEMENTS = 1 << 26
+GPU_CHUNKS = 2048, 4096  # least and most tokens there: fewer leave its multipliers idle
+GPU_CHUNK_ELEMENTS = 1 << 28
+
+
+def chunk_for(vocabulary: int, *, on_cpu: bool) -> int:
+    """Tokens whose logits exist at once."""
+    if on_cpu:
+        return max(16, CHUNK_ELEMENTS // vocabulary)
+    least, most = GPU_CHUNKS
+    return min(most, max(least, GPU_CHUNK_ELEMENTS // vocabulary))
 
 
 class LossOutput(NamedTuple):
@@ -53,7 +65,10 @@ def sparse_soft_cross_entropy(
     divergence: str | Divergence = DIVERGENCES.default,
     bias: Tensor | None = None,
     after_head: AfterHead | None = None,
+    scale: float = 1.0,
     chunk_tokens: int | None = None,
+    fused: bool | None = None,
+    compiled: bool = False,
 ) -> LossOutput:
     """(1 - λ) CE(y) + λ divergence(teacher's top-k, student), summed over response tokens.
 
@@ -69,7 +84,11 @@ def sparse_soft_cross_entropy(
         divergence: a name of `npd.registry.DIVERGENCES`, or a divergence itself.
         bias: [V] of the head.
         after_head: what makes logits of the head's output (soft-capping, a scale); None: they are the logits.
+        scale: what `loss`, but neither ce nor kd, is multiplied by. Better here than outside where hidden states are in a
+            small type: gradients are scaled before they are rounded to it.
         chunk_tokens: tokens whose logits exist at once; chosen from V by default.
+        fused: go over a chunk's logits in as few sweeps as can be; None: on whatever is no CPU. Equal up to rounding.
+        compiled: compile those sweeps with torch.compile.
 
     Returns:
         loss, ce and kd (the divergence) as scalars and label_logprobs [T], in float32 (float64 for float64 input).
@@ -98,8 +117,10 @@ def sparse_soft_cross_entropy(
         raise ValueError(f"top_k_mass must be raw, renormalize or tail, but it is {top_k_mass!r}")
     if kd_weight > 0 and topk_ids.shape[1] == 0:
         raise ValueError("kd_weight is above 0 but there are no teacher log-probabilities to distil from")
+    if fused is None:
+        fused = hidden.device.type != "cpu"
     if chunk_tokens is None:
-        chunk_tokens = max(16, CHUNK_ELEMENTS // weight.shape[0])
+        chunk_tokens = chunk_for(weight.shape[0], on_cpu=hidden.device.type == "cpu")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, but it is {chunk_tokens}")
     kind: Divergence = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
@@ -111,11 +132,10 @@ def sparse_soft_cross_entropy(
             labels.long(),
             topk_ids.long(),
             topk_logprobs,
-            kd_weight,
             top_k_mass,
-            kind,
-            after_head if after_head is not None and after_head.changes else None,
+            Terms(kd_weight, kind, after_head if after_head is not None and after_head.changes else None, scale, compiled),
             chunk_tokens,
+            fused,
         )
     )
 
@@ -130,16 +150,19 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         ids_TK: Tensor,
         logprobs_TK: Tensor,
-        kd_weight: float,
         top_k_mass: TopKMass,
-        divergence: Divergence,
-        after_head: AfterHead | None,
+        terms: Terms,
         chunk_tokens: int,
+        fused: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         (T, K), V = ids_TK.shape, weight_VD.shape[0]
-        # Is there a rest, and does anything hang on what the student gives it?
-        rest_counts = 0 < K < V and (top_k_mass == "tail" or not getattr(divergence, "on_teacher_support", False))
         exact = torch.float64 if hidden_TD.dtype == torch.float64 else torch.float32
+        # What is rounded to a smaller type is scaled before; else the gradients are, once, when they are asked for.
+        narrow = hidden_TD.dtype != exact
+        ctx.scale, scale = (1.0, terms.scale) if narrow else (terms.scale, 1.0)
+        # Is there a rest, and does anything hang on what the student gives it?
+        outside = getattr(terms.divergence, "on_teacher_support", False)
+        terms = replace(terms, scale=scale, rest_counts=0 < K < V and (top_k_mass == "tail" or not outside))
         head_VD = weight_VD.to(hidden_TD.dtype)
         ce, kd = hidden_TD.new_zeros((), dtype=exact), hidden_TD.new_zeros((), dtype=exact)
         label_logprobs_T = hidden_TD.new_empty(T, dtype=exact)
@@ -155,75 +178,45 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
         for start in range(0, T, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
             h_CD, labels_C, ids_CK = hidden_TD[rows], labels_T[rows, None], ids_TK[rows]
-            z_CV = (h_CD @ head_VD.T).to(exact)
+            z_CV = product(h_CD, head_VD.T, exact)
             if bias_V is not None:
                 z_CV += bias_V
-            slope_CV: Tensor | float = 1.0
-            if after_head is not None:
-                z_CV = after_head(z_CV)
-                slope_CV = after_head.slope(z_CV) if differentiate else 1.0
-            z_label_C, z_top_CK = z_CV.gather(1, labels_C), z_CV.gather(1, ids_CK)
-            # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z.
-            u_rest_CV = z_CV.scatter(1, ids_CK, -torch.inf) if rest_counts else None
-            max_C = z_CV.amax(-1, keepdim=True)
-            u_CV = z_CV.sub_(max_C).exp_()
-            s_C = u_CV.sum(-1, keepdim=True)
-            lse_C = max_C + s_C.log()
-            label_logprob_C = z_label_C - lse_C
+            if terms.after_head is not None:
+                z_CV = terms.after_head(z_CV)
+            teacher_CS = _teacher_sheet(logprobs_TK[rows].to(exact), top_k_mass, rest_exists=K < V)
+            sweep = in_two_sweeps if fused else in_place
+            label_logprob_C, value_CS, g_CV = sweep(
+                z_CV, labels_C, ids_CK, teacher_CS, terms, hidden_TD.dtype if differentiate else None
+            )
             label_logprobs_T[rows] = label_logprob_C[:, 0]
             ce -= label_logprob_C.sum()
-
-            logp_rest_C = torch.full_like(s_C, torch.finfo(exact).min)
-            if u_rest_CV is not None:
-                # The student's distribution outside the top-k, from logits with a maximum of their own: as a ratio of
-                # probabilities it would be 0 / 0 where the student gives the rest less than float32 can hold.
-                max_rest_C = u_rest_CV.amax(-1, keepdim=True)
-                s_rest_C = u_rest_CV.sub_(max_rest_C).exp_().sum(-1, keepdim=True)
-                logp_rest_C = max_rest_C + s_rest_C.log() - lse_C
-            teacher_CS = _teacher_sheet(logprobs_TK[rows].to(exact), top_k_mass, rest_exists=K < V)
-            student_CS = torch.cat((z_top_CK - lse_C, logp_rest_C), -1)
-            value_CS, q_CS = _compare(divergence, teacher_CS, student_CS, differentiate)
             kd += value_CS[:, :K].contiguous().sum()
-            if u_rest_CV is not None:
+            if terms.rest_counts:
                 kd += value_CS[:, K:].contiguous().sum()
-
-            if q_CS is None:
+            del z_CV  # or the next chunk's logits would be made while these still stand
+            if g_CV is None:
                 continue
-            # d loss / d z = mass * softmax(z) - q, where the rest's q is spread like softmax(z outside the top-k).
-            q_CK, q_rest_C = q_CS[:, :K].contiguous(), q_CS[:, K:]
-            mass_C = (1 - kd_weight) + kd_weight * q_CK.sum(-1, keepdim=True)
-            if u_rest_CV is not None:
-                mass_C = mass_C + kd_weight * q_rest_C
-            g_CV = u_CV.mul_(mass_C / s_C)
-            if u_rest_CV is not None:
-                g_CV.sub_(u_rest_CV.mul_(kd_weight * q_rest_C / s_rest_C))
-            g_CV.scatter_add_(1, ids_CK, -kd_weight * q_CK)
-            g_CV.scatter_add_(1, labels_C, torch.full_like(label_logprob_C, kd_weight - 1))
-            if after_head is not None:
-                g_CV.mul_(slope_CV)
             if grad_bias is not None:
-                grad_bias += g_CV.sum(0)
+                grad_bias += g_CV.sum(0, dtype=exact)
+            g_CV = g_CV.to(hidden_TD.dtype)
             if grad_hidden is not None:
-                grad_hidden[rows] = g_CV.to(hidden_TD.dtype) @ head_VD
+                grad_hidden[rows] = g_CV @ head_VD
             if grad_weight is not None:
-                if hidden_TD.dtype == exact:
-                    grad_weight.addmm_(g_CV.T, h_CD)  # [V, D] is what takes memory: no second one of it
-                else:
-                    grad_weight += g_CV.to(hidden_TD.dtype).T @ h_CD
-            del z_CV, u_CV, g_CV, u_rest_CV, slope_CV  # or the next chunk's logits would be made while these still stand
+                add_product(grad_weight, g_CV.T, h_CD)
+            del g_CV
 
         ctx.save_for_backward(
             grad_hidden,
             None if grad_weight is None else grad_weight.to(weight_VD.dtype),
             None if grad_bias is None or bias_V is None else grad_bias.to(bias_V.dtype),
         )
-        loss = (1 - kd_weight) * ce + kd_weight * kd
+        loss = (1 - terms.kd_weight) * ce + terms.kd_weight * kd
         ctx.mark_non_differentiable(ce, kd, label_logprobs_T)
-        return loss, ce, kd, label_logprobs_T
+        return loss if ctx.scale * scale == 1 else loss * (ctx.scale * scale), ce, kd, label_logprobs_T
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *(_scaled(grad, grads[0]) for grad in ctx.saved_tensors), *([None] * 8)
+        return *(_scaled(grad, grads[0] * ctx.scale) for grad in ctx.saved_tensors), *([None] * 7)
 
 
 def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bool) -> Tensor:
@@ -236,25 +229,6 @@ def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bo
     return torch.cat((logprobs_CK, rest_C), -1)
 
 
-def _compare(
-    divergence: Divergence, teacher_CS: Tensor, student_CS: Tensor, differentiate: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The contributions [C, K+1], and how strongly each draws the student: minus the derivative by its log-probability."""
-    if teacher_CS.shape[1] == 1:  # no top-k, nothing to compare
-        return torch.zeros_like(student_CS), torch.zeros_like(student_CS) if differentiate else None
-    with torch.set_grad_enabled(differentiate):
-        value_CS = divergence(teacher_CS, student_CS.requires_grad_(differentiate))
-        if value_CS.shape != teacher_CS.shape:
-            raise ValueError(
-                f"a divergence gives what each entry contributes, here {tuple(teacher_CS.shape)}, but this one's result has "
-                f"the shape {tuple(value_CS.shape)}"
-            )
-        if not differentiate:
-            return value_CS, None
-        (slope_CS,) = torch.autograd.grad(value_CS, student_CS, torch.ones_like(value_CS))
-    return value_CS.detach(), -slope_CS
-
-
 def check_divergence(name: str, top_k_mass: TopKMass) -> None:
     """See, on two tokens, that a divergence gives what the loss needs: also where the teacher gives a symbol nothing.
 
@@ -264,7 +238,7 @@ def check_divergence(name: str, top_k_mass: TopKMass) -> None:
     teacher_CK = torch.tensor([[0.6, 0.3], [1.0, 0.0]]).log()
     student_CS = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.3, 0.6]]).log()
     try:
-        found = _compare(DIVERGENCES[name], _teacher_sheet(teacher_CK, top_k_mass, rest_exists=True), student_CS, True)
+        found = compare(DIVERGENCES[name], _teacher_sheet(teacher_CK, top_k_mass, rest_exists=True), student_CS, True)
         if not all(part is None or part.isfinite().all() for part in found):
             raise ValueError("what it gives, or its derivative, is not finite where the teacher gives a symbol nothing")
     except (ValueError, RuntimeError, TypeError) as error:
@@ -282,5 +256,6 @@ def _scaled(grad: Tensor | None, scale: Tensor) -> Tensor | None:
     """A gradient times the upstream one; in place, unless it may be asked for again."""
     if grad is None:
         return None
-    scale = scale.to(grad.dtype)
+    if grad.dtype != scale.dtype:
+        return (grad * scale if grad.dtype == torch.float64 else grad.to(scale.dtype) * scale).to(grad.dtype)
     return grad * scale if _keeps_graph() else grad.mul_(scale)

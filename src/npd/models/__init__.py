@@ -1,6 +1,6 @@
 """Load and save models, check that teacher and student fit each other, cut a student out of a teacher."""
 
-from npd.models.devices import device, fast_bfloat16, resolve_dtype, use_device
+from npd.models.devices import device, fast_bfloat16, finish_copies, move, resolve_dtype, tensors_of, to_host, use_device
 from npd.models.head import AfterHead
 from npd.models.layout import MODES, Layout, Mode, expected_mode, expected_reading, layout_of
 from npd.models.loading import (
@@ -17,6 +17,7 @@ from npd.models.loading import (
     snapshot_config,
     stop_ids_of,
 )
+from npd.models.memory import Activations, activations
 from npd.models.proof import prove_layout
 from npd.models.reading import (
     after_head_of,
@@ -37,12 +38,14 @@ __all__ = [
     "ADAPTER",
     "MODES",
     "PROBES",
+    "Activations",
     "AfterHead",
     "Layout",
     "Mode",
     "State",
     "Vocabulary",
     "Writing",
+    "activations",
     "adapter_bytes",
     "add_lora",
     "after_head_of",
@@ -63,6 +66,7 @@ __all__ = [
     "expected_mode",
     "expected_reading",
     "fast_bfloat16",
+    "finish_copies",
     "freeze_unread",
     "head_bias",
     "head_weight",
@@ -72,6 +76,7 @@ __all__ = [
     "load_model",
     "load_model_config",
     "load_tokenizer",
+    "move",
     "parameter_count",
     "prompt_batches",
     "prove_layout",
@@ -84,6 +89,8 @@ __all__ = [
     "stop_at",
     "stop_ids_of",
     "template_difference",
+    "tensors_of",
+    "to_host",
     "use_device",
     "ways_to_write",
 ]

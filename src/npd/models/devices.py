@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
+from torch import Tensor, nn
 
 from npd.config import ModelConfig, StudentConfig
 
@@ -38,3 +41,33 @@ def resolve_dtype(config: ModelConfig, *, trained: bool, on: str | None = None) 
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     return torch.bfloat16 if fast_bfloat16(on) else torch.float32
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy in CPU memory; of what is on a GPU in page-locked memory, complete only after `torch.cuda.synchronize()`."""
+    if not tensor.is_cuda:
+        return tensor.detach().to("cpu", copy=True)
+    return torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False).copy_(
+        tensor.detach(), non_blocking=True
+    )
+
+
+@torch.no_grad()
+def move(tensors: Iterable[Tensor], device: torch.device | str) -> None:
+    """Put tensors elsewhere, in place: whoever holds them finds them there. Those on a GPU go to page-locked memory."""
+    target = torch.device(device)
+    moved = [(tensor, to_host(tensor) if target.type == "cpu" else tensor.data) for tensor in tensors]
+    finish_copies()
+    for tensor, data in moved:
+        tensor.data = data.to(target, non_blocking=True)
+
+
+def finish_copies() -> None:
+    """Wait until what `to_host` began is there."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def tensors_of(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    return [*module.parameters(), *module.buffers()]

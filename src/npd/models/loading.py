@@ -197,6 +197,8 @@ def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = N
     Raises:
         UserError: it cannot be loaded, is damaged, or cannot be read as each sample alone.
     """
+    # Of a GPU's attention kernels cuDNN's makes a plan for each new shape, and takes up to a second for one.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     source = _source(config)
     model_config = load_model_config(config)
     kind = _auto_class(config.model, model_config, trust_remote_code=config.trust_remote_code)
@@ -345,11 +347,15 @@ def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code:
 
 
 def shape_of(
-    config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False, dtype: torch.dtype = torch.float32
+    config: transformers.PreTrainedConfig,
+    *,
+    trust_remote_code: bool = False,
+    dtype: torch.dtype = torch.float32,
+    on: str = "meta",
 ) -> PreTrainedModel:
-    """A model without weights, on the meta device."""
+    """A model with no weights of a checkpoint, by default without any, on the meta device."""
     kind = _auto_class("a model", config, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
+    with torch.device(on):
         model: PreTrainedModel = kind.from_config(config, trust_remote_code=trust_remote_code, dtype=dtype)
     model.tie_weights()
     return model

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from npd.errors import RunError
+from npd.models.devices import finish_copies, to_host
 from npd.models.loading import not_finite, quiet_transformers
 from npd.models.reading import base_model
 from npd.models.tokens import named_stops, stops_of
@@ -81,14 +82,18 @@ def stop_at(model: nn.Module, stop_ids: Sequence[int]) -> None:
 
 def _as_type(base: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Weights in another type, but for those that transformers keeps in float32; tied ones stay one."""
-    kept = {*(base._keep_in_fp32_modules or ()), *(base._keep_in_fp32_modules_strict or ())}
     made: dict[tuple[int, torch.Size], Tensor] = {}
     for name, tensor in weights.items():
         key = tensor.data_ptr(), tensor.shape
         if key not in made:
-            stays = not tensor.is_floating_point() or any(part in name for part in kept)
-            made[key] = tensor if stays else tensor.to(dtype)
+            made[key] = tensor if _stays(base, name, tensor) else tensor.to(dtype)
     return {name: made[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
+
+
+def _stays(base: Any, name: str, tensor: Tensor) -> bool:
+    """Is this weight kept in its type, whatever that of the model?"""
+    kept = {*(base._keep_in_fp32_modules or ()), *(base._keep_in_fp32_modules_strict or ())}
+    return not tensor.is_floating_point() or any(part in name for part in kept)
 
 
 def _declare_type(path: Path, dtype: torch.dtype) -> None:
@@ -100,20 +105,25 @@ def _declare_type(path: Path, dtype: torch.dtype) -> None:
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def copy_state(model: nn.Module) -> State:
-    """A copy in CPU memory of a model's weights as they are now, adapters merged into their base; tied ones stay one."""
-    copies: dict[int, Tensor] = {}
+def copy_state(model: nn.Module, dtype: torch.dtype | None = None) -> State:
+    """A copy in CPU memory of a model's weights as they are now, adapters merged into their base; tied ones stay one.
 
-    def copy(tensor: Tensor) -> Tensor:
-        key = tensor.data_ptr()
-        if key not in copies or copies[key].shape != tensor.shape:
-            copies[key] = tensor.detach().to("cpu", copy=True)
+    `dtype`: what the weights are rounded to, but for those that transformers keeps in float32; None: they are not.
+    """
+    copies: dict[tuple[int, torch.Size], Tensor] = {}
+
+    def copy(tensor: Tensor, stays: bool) -> Tensor:
+        key = tensor.data_ptr(), tensor.shape
+        if key not in copies:
+            copies[key] = to_host(tensor if stays or dtype is None else tensor.to(dtype))
         return copies[key]
 
     base = base_model(model)
     weights = model.state_dict() if base is model else _merged_state(model)
-    adapter = None if base is model else {name: copy(tensor) for name, tensor in _adapter_state(model).items()}
-    return State({name: copy(tensor) for name, tensor in weights.items()}, adapter)
+    adapter = None if base is model else {name: copy(tensor, True) for name, tensor in _adapter_state(model).items()}
+    state = State({name: copy(tensor, _stays(base, name, tensor)) for name, tensor in weights.items()}, adapter)
+    finish_copies()
+    return state
 
 
 def _adapter_state(model: nn.Module) -> dict[str, Tensor]:

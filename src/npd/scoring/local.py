@@ -101,7 +101,7 @@ class LocalTeacher(Teacher):
         return path
 
     def move(self, device: str) -> None:
-        self.model().to(device)  # type: ignore[arg-type]
+        models.move(models.tensors_of(self.model()), device)
 
     def rest(self) -> None:
         if self._engine is not None:

@@ -7,6 +7,7 @@ predicted by positions P - 1 .. P + R - 2. Nothing predicts the first token of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from npd.losses import CHUNK_ELEMENTS
+from npd.losses import chunk_for
 from npd.models import Vocabulary, after_head_of, batches_for, head_bias, head_weight, hidden_states
 from npd.packing import Packed, pack_tokens
 
@@ -31,10 +32,21 @@ class Reading(NamedTuple):
 
 
 class Prefill:
-    """Reads responses behind their contexts, in rows as the model takes them; the head runs on response positions alone."""
+    """Reads responses behind their contexts, in rows as the model takes them; the head runs on response positions alone.
 
-    def __init__(self, model: PreTrainedModel, vocabulary: Vocabulary, pad_id: int, batch_tokens: int) -> None:
-        self.model = model
+    Args:
+        autocast: type of the matrix products; None: that of the weights.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        vocabulary: Vocabulary,
+        pad_id: int,
+        batch_tokens: int,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self.model, self.autocast = model, autocast
         self.vocabulary = vocabulary
         self.pad_id = pad_id
         self.batch_tokens = batch_tokens
@@ -53,25 +65,29 @@ class Prefill:
     @property
     def chunk_tokens(self) -> int:
         """Positions whose logits exist at once."""
-        return max(16, CHUNK_ELEMENTS // len(head_weight(self.model)))
+        return chunk_for(len(head_weight(self.model)), on_cpu=self.model.device.type == "cpu")
 
     @torch.no_grad()
     def hidden(self, packed: Packed) -> Tensor:
         """[T, D] hidden states that predict the packed responses."""
         device = self.model.device
-        hidden_RLD = hidden_states(
-            self.model,
-            packed.input_ids.to(device),
-            packed.position_ids.to(device),
-            cu_seq_lens=packed.cu_seq_lens.to(device),
-            lengths=packed.lengths,
-        )
-        return hidden_RLD.flatten(0, 1)[packed.predictors.to(device)]
+        with torch.autocast(device.type, self.autocast) if self.autocast is not None else nullcontext():
+            hidden_RLD = hidden_states(
+                self.model,
+                packed.input_ids.to(device),
+                packed.position_ids.to(device),
+                cu_seq_lens=packed.cu_seq_lens.to(device),
+                lengths=packed.lengths,
+            )
+        hidden_TD = hidden_RLD.flatten(0, 1)[packed.predictors.to(device)]
+        return hidden_TD if self.autocast is None else hidden_TD.to(self.autocast)
 
     @torch.no_grad()
     def logits(self, hidden_TD: Tensor, chunk: int | None = None) -> Iterator[tuple[slice, Tensor]]:
         """Float32 logits [C, V] of a chunk of positions at a time."""
         weight_VD, bias_V, after_head = head_weight(self.model), head_bias(self.model), after_head_of(self.model)
+        if self.autocast is not None:
+            weight_VD = weight_VD.to(self.autocast)
         chunk = chunk or self.chunk_tokens
         for start in range(0, len(hidden_TD), chunk):
             rows = slice(start, min(start + chunk, len(hidden_TD)))

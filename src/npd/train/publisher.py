@@ -6,17 +6,25 @@ import threading
 from contextlib import nullcontext
 from functools import partial
 
-from npd.models import State
+import torch
+
+from npd.config import Config
+from npd.models import State, resolve_dtype
 from npd.observe.events import Events, SpanName
+from npd.placement import Placement
 from npd.store import Store
 from npd.train.trainer import Trainer
 
 
 class Publisher:
-    """Copies the student's weights and writes them in a thread, one snapshot at a time."""
+    """Copies the student's weights and writes them in a thread, one snapshot at a time.
 
-    def __init__(self, store: Store, trainer: Trainer, events: Events) -> None:
-        self.store, self.trainer, self.events = store, trainer, events
+    Args:
+        dtype: of the weights in a snapshot; None: as they are trained.
+    """
+
+    def __init__(self, store: Store, trainer: Trainer, events: Events, dtype: torch.dtype | None = None) -> None:
+        self.store, self.trainer, self.events, self.dtype = store, trainer, events, dtype
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
 
@@ -31,14 +39,14 @@ class Publisher:
             if version in self.store.policies():
                 self.store.point_to_newest_policy()  # if a crash came between
                 return
-            state = self.trainer.copy_policy()
+            state = self.trainer.copy_policy(self.dtype)
             self._thread = threading.Thread(target=self._write, args=(version, state, step), name="publisher")
             self._thread.start()
 
     def _write(self, version: int, state: State, step: int) -> None:
         try:
             with self.events.span(SpanName.WRITE, version=version):
-                self.store.publish(version, partial(self.trainer.save_policy, state=state), step)
+                self.store.publish(version, partial(self.trainer.save_policy, state=state, dtype=self.dtype), step)
         except BaseException as error:
             self._failed = error
 
@@ -70,3 +78,13 @@ class Publisher:
         """Let what is being written end, where something else went wrong."""
         if self._thread is not None:
             self._thread.join()
+
+
+def snapshot_dtype(config: Config, placed: Placement) -> torch.dtype | None:
+    """The type that every engine of this machine rounds a snapshot's weights to; None where others may read it, or it is
+    float32: then as they are trained."""
+    if placed.producer is not None:
+        return None
+    devices = [worker.rollout for worker in placed.workers] or [placed.rollout]
+    found = {resolve_dtype(config.student, trained=False, on=device) for device in devices}
+    return found.pop() if len(found) == 1 and torch.float32 not in found else None

@@ -14,11 +14,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,9 +32,10 @@ from npd.errors import RunError, UserError
 from npd.losses import LossOutput, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events, SpanName
-from npd.packing import pack_tokens
 from npd.schedule import derive_seed, learning_rate
 from npd.store import Store
+from npd.train.batches import MicroBatch, micro_batches
+from npd.train.memory import checkpoints
 from npd.train.samples import Samples
 
 T = TypeVar("T")
@@ -56,7 +61,9 @@ class LossModel(nn.Module):
         topk_logprobs: Tensor,
         cu_seq_lens: Tensor | None = None,
         lengths: Sequence[int] | None = None,
+        scale: float = 1.0,
     ) -> LossOutput:
+        """The loss of packed samples (see `npd.packing.Packed`), times `scale`; ce and kd are not scaled."""
         hidden_RLD = hidden_states(
             self.model, input_ids, position_ids, self.decoder, cu_seq_lens=cu_seq_lens, lengths=lengths
         )
@@ -74,6 +81,8 @@ class LossModel(nn.Module):
             divergence=self.loss.divergence,
             bias=models.head_bias(self.model),
             after_head=models.after_head_of(self.model),
+            scale=scale,
+            compiled=self.decoder is not None and hidden_TD.is_cuda,
         )
 
 
@@ -120,7 +129,10 @@ class Trainer:
         models.freeze_unread(model)
         torch.manual_seed(derive_seed(config.seed, "adapters"))
         self.student: nn.Module = add_lora(model, config.student) if config.student.lora else model
-        if config.training.gradient_checkpointing:
+        asked = config.training.gradient_checkpointing
+        half = resolve_precision(config) == "bf16"
+        able = asked is True or model.supports_gradient_checkpointing
+        if able and checkpoints(config, model.config, accelerator.device, bfloat16=half):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if config.student.lora:
                 model.enable_input_require_grads()
@@ -129,7 +141,11 @@ class Trainer:
             {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.training.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=config.training.learning_rate)
+        optimizer = torch.optim.AdamW(
+            [g for g in groups if g["params"]],
+            lr=config.training.learning_rate,
+            fused=True if accelerator.device.type == "cuda" else None,
+        )
         self.accelerator = accelerator
         self.loss_model, self.optimizer = accelerator.prepare(
             LossModel(self.student, config.loss, compiled=config.training.compile), optimizer
@@ -146,13 +162,19 @@ class Trainer:
         """Write the finished student, in the type of the checkpoint that it began as, or that student.dtype names."""
         save_model(self.student, self.tokenizer, path, dtype=models.saved_dtype(self.config.student))
 
-    def save_policy(self, path: Path, state: State | None = None) -> None:
-        """Write the student, or the weights that `copy_policy` gave."""
-        save_model(self.student, self.tokenizer, path, state)
+    def save_policy(self, path: Path, state: State | None = None, dtype: torch.dtype | None = None) -> None:
+        """Write the student, or the weights that `copy_policy` gave; `dtype` None: in the type that they have."""
+        save_model(self.student, self.tokenizer, path, state, dtype=dtype)
 
-    def copy_policy(self) -> State:
-        """The student's weights as they are now, for a thread that writes them while training goes on."""
-        return copy_state(self.student)
+    def copy_policy(self, dtype: torch.dtype | None = None) -> State:
+        """The student's weights as they are now, in a type, for a thread that writes them while training goes on."""
+        return copy_state(self.student, dtype)
+
+    @property
+    def evaluated_in(self) -> torch.dtype | None:
+        """What its matrix products are rounded to where it is evaluated on a GPU: what they are in training."""
+        half = self.accelerator.mixed_precision == "bf16" and self.accelerator.device.type != "cpu"
+        return torch.bfloat16 if half else None
 
     @contextmanager
     def parked(self) -> Iterator[None]:
@@ -165,11 +187,13 @@ class Trainer:
             self._move(device)
 
     def _move(self, device: torch.device | str) -> None:
-        self.loss_model.to(device)
-        for state in self.optimizer.state.values():
-            for key, value in state.items():
-                if isinstance(value, Tensor) and value.ndim:  # the step counter of AdamW stays where it is
-                    state[key] = value.to(device)
+        moments = [
+            value
+            for state in self.optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor) and value.ndim  # the step counter of AdamW stays where it is
+        ]
+        models.move([*models.tensors_of(self.loss_model), *moments], device)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -228,29 +252,33 @@ class Trainer:
         world = self.accelerator.num_processes
         ids = [i for row in rows for i in row]
         budget = self.config.training.micro_batch_rows * self.config.packing.length
-        batches = models.batches_for(self.student, samples.lengths[ids].tolist(), budget)
-        chunks = [([[ids[i] for i in row] for row in batch], length) for batch, length in batches]
+        laid = models.batches_for(self.student, samples.lengths[ids].tolist(), budget)
+        chunks = [([[ids[i] for i in row] for row in rows], length) for rows, length in laid]
         # A rank with fewer micro-batches than others repeats one with no weight: all must join in every backward pass.
         turns = -(-len(chunks) // world)
         mine = [(chunks[i], 1.0) if i < len(chunks) else (chunks[0], 0.0) for i in self._turns(turns)]
 
         torch.manual_seed(derive_seed(self.config.seed, "step", step - 1, self.accelerator.process_index))  # for dropout
         models.learning_mode(self.student, dropout=self.config.training.dropout)
-        sums = torch.zeros(4, dtype=torch.float64)  # loss, ce, kd, near-policy KL
+        device, kd_weight = self.accelerator.device, self.config.loss.kd_weight
+        sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, ce, kd, near-policy KL
         counted = 0
-        for turn, (chunk, weight) in enumerate(mine):
+        batches = micro_batches(samples, [chunk for chunk, _ in mine], self.tokenizer.pad_token_id, device)
+        # Up to the totals below nothing waits for a GPU: figures stay there.
+        for turn, (batch, (_, weight)) in enumerate(zip(batches, mine, strict=True)):
             last = turn == len(mine) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.loss_model):
-                out, kl, known = self._forward(samples, *chunk)
                 # Scaled by the step's tokens, and by the processes that DDP averages over.
-                self.accelerator.backward(out.loss * (weight * world / tokens))
-            sums += weight * torch.tensor([out.loss.item(), out.ce.item(), out.kd.item(), kl], dtype=torch.float64)
-            counted += int(weight) * known
-        totals = self.accelerator.reduce(
-            torch.cat([sums, torch.tensor([float(counted)], dtype=torch.float64)]).to(self.accelerator.device)
-        ).tolist()
+                out, kl = self._forward(batch, weight * world / tokens)
+                self.accelerator.backward(out.loss)
+            loss = (1 - kd_weight) * out.ce + kd_weight * out.kd
+            sums += weight * torch.stack((loss, out.ce, out.kd, kl)).double()
+            counted += int(weight) * len(batch.behavior)
+            del out  # its gradients, before the next one's
+        found = torch.cat((sums, sums.new_full((1,), counted)))
+        norms = self.accelerator.clip_grad_norm_(self.loss_model.parameters(), self.config.training.max_grad_norm)
+        *totals, norm = torch.cat((self.accelerator.reduce(found), norms.double().reshape(1))).tolist()
         loss, ce, kd = (total / tokens for total in totals[:3])
-        norm = float(self.accelerator.clip_grad_norm_(self.loss_model.parameters(), self.config.training.max_grad_norm))
         if not (math.isfinite(loss) and math.isfinite(norm)):
             names = [samples.id(i) for i in ids]
             raise RunError(
@@ -281,28 +309,19 @@ class Trainer:
     def _turns(self, turns: int) -> Iterator[int]:
         return (turn * self.accelerator.num_processes + self.accelerator.process_index for turn in range(turns))
 
-    def _forward(self, samples: Samples, rows: list[list[int]], length: int) -> tuple[LossOutput, float, int]:
-        """Loss of a micro-batch; near-policy KL summed over its tokens, and the number of tokens that has one."""
-        packed = pack_tokens(samples.prompts, samples.responses, rows, length, self.tokenizer.pad_token_id)  # type: ignore
-        topk_ids, topk_logprobs = samples.topk(packed.samples)
-        to = self.accelerator.device
-        given = (*packed[:4], topk_ids, topk_logprobs, packed.cu_seq_lens)
-        out = self.loss_model(*(tensor.to(to) for tensor in given), packed.lengths)
-        # Reference responses have no behaviour policy: no snapshot of the student wrote them.
-        written = [len(samples.behavior[i]) > 0 for i in packed.samples]
-        behavior = samples.behavior.gather(packed.samples, np.float32)
-        by_student = torch.from_numpy(np.repeat(written, samples.response_lengths[packed.samples]))
-        logprobs = out.label_logprobs.detach().cpu()[by_student]
-        if self.noisy and len(behavior):
-            logprobs = self._without_noise(given, packed.lengths).cpu()[by_student]
-        return out, near_policy_kl(logprobs, torch.from_numpy(behavior)).sum().item(), len(behavior)
+    def _forward(self, batch: MicroBatch, scale: float = 1.0) -> tuple[LossOutput, Tensor]:
+        """Loss of a micro-batch, times `scale`, and near-policy KL summed over its tokens."""
+        out = self.loss_model(*batch.inputs, scale=scale)
+        logprobs = out.label_logprobs.detach()
+        if self.noisy and len(batch.behavior):
+            logprobs = self._without_noise(batch)
+        return out, near_policy_kl(logprobs[batch.by_student], batch.behavior).sum()
 
     @torch.no_grad()
-    def _without_noise(self, given: Sequence[Tensor], lengths: list[int]) -> Tensor:
+    def _without_noise(self, batch: MicroBatch) -> Tensor:
         """The labels' log-probabilities [T] without dropout: with it, a student differs from itself."""
         self.student.eval()
-        to = self.accelerator.device
-        out: LossOutput = self.accelerator.unwrap_model(self.loss_model)(*(t.to(to) for t in given), lengths)
+        out: LossOutput = self.accelerator.unwrap_model(self.loss_model)(*batch.inputs)
         models.learning_mode(self.student, dropout=self.config.training.dropout)
         return out.label_logprobs
 
@@ -318,7 +337,10 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
         accelerator = Accelerator(
             cpu=models.device().type == "cpu",  # accelerate would take Apple's MPS, which the other stages do not
             # Processes wait for each other through whole generations and evaluations, not only through gradients.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(days=7))],
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(days=7)),
+                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            ],
             mixed_precision=resolve_precision(config),
             log_with=list(config.tracking.trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(store.path), logging_dir=str(store.path / "trackers")),

@@ -23,7 +23,7 @@ from npd.placement import Placement
 from npd.records import EvaluationLine, GenerationEnd, Line, SelectionLine, StepLine, TeacherLine
 from npd.store import REFERENCE, Store
 from npd.train.loop import KL_BUDGET, Loop, Position, Trained
-from npd.train.publisher import Publisher
+from npd.train.publisher import Publisher, snapshot_dtype
 from npd.train.samples import Samples, clear_cache
 from npd.train.trainer import Trainer
 
@@ -110,7 +110,7 @@ class RunWork:
         self.main, self.world = accelerator.is_main_process, accelerator.num_processes
         self.wait = accelerator.wait_for_everyone
         self.trackers = Trackers(accelerator, display.say)
-        self.publisher = Publisher(store, trainer, events)
+        self.publisher = Publisher(store, trainer, events, snapshot_dtype(config, placement))
         self.loop = Loop(config, self, at, generations=config.schedule.generations, lead=placement.lead)
         self.samples = Samples(store)
         self.threads = torch.get_num_threads()

@@ -1,0 +1,90 @@
+"""What a training step takes of a device's memory, from a model's configuration alone."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+
+from npd.models.layout import decoder_names
+from npd.models.loading import shape_of
+
+PROBED = 128, 256  # tokens; what grows between them is taken as what a token takes
+
+
+COUNTED = "npd_counted"  # attention as a GPU's kernels keep it: without masks, and with each key once
+
+
+def _counted(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, **options: Any
+) -> tuple[Tensor, None]:
+    out = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=query.shape[1] != key.shape[1])
+    return out.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(COUNTED, _counted)
+AttentionMaskInterface.register(COUNTED, lambda *args, **options: None)
+
+
+class Activations(NamedTuple):
+    """Bytes that a decoder keeps for the backward pass."""
+
+    token: float
+    """For each token of a micro-batch, of all layers."""
+    fixed: float
+    """However many they are: weights as autocast has rounded them."""
+    layers: int
+    width: int
+
+    def bytes(self, tokens: int, *, checkpointing: bool) -> float:
+        """Most at once. With checkpointing layers keep what they are given, in float32, and one is computed again; the
+        gradients of a layer's activations stand beside them."""
+        layer = tokens * self.token / self.layers
+        kept = 4.0 * tokens * self.width * self.layers + layer if checkpointing else tokens * self.token
+        return self.fixed + kept + layer
+
+
+def activations(known: PreTrainedConfig, *, bfloat16: bool, trust_remote_code: bool = False) -> Activations | None:
+    """Counted on a forward pass without values or memory; attention keeps its inputs and its output, but no scores.
+
+    Args:
+        bfloat16: matrix products in bfloat16, as autocast has them, with weights in float32.
+
+    Returns:
+        None for a model that cannot be called without values.
+    """
+    known = copy.deepcopy(known)
+    known._attn_implementation = COUNTED
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            model = shape_of(known, trust_remote_code=trust_remote_code, on="cpu")
+            decoder = model.get_submodule(next(iter(decoder_names(model)))).train()
+            few, many = (_kept(decoder, tokens, bfloat16=bfloat16) for tokens in PROBED)
+    except Exception:  # whatever a model does with values that are not there
+        return None
+    token = (many - few) / (PROBED[1] - PROBED[0])
+    text = known.get_text_config()
+    return Activations(token, max(0.0, few - token * PROBED[0]), text.num_hidden_layers, text.hidden_size)
+
+
+def _kept(decoder: nn.Module, tokens: int, *, bfloat16: bool) -> int:
+    """Bytes kept for the backward pass by a decoder that reads one row, weights aside."""
+    weights = {p.untyped_storage()._cdata for p in decoder.parameters()}
+    kept = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
+
+    ids, positions = torch.zeros(1, tokens, dtype=torch.long), torch.arange(tokens)[None]
+    with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        decoder(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
+    return sum(storage.nbytes() for storage in kept.values())
