@@ -174,6 +174,40 @@ def test_attention_by_its_definition(lengths, groups, window, block, told):
         assert float((a - b).abs().max()) < 1e-4
 
 
+def kernel_of(taken: frozenset[str]):
+    """What torch's kernel does, by its documentation, in a version whose arguments are these."""
+
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, **options):
+        assert set(options) <= taken
+        assert q.shape[1] == k.shape[1] or options.get("enable_gqa")
+        assert torch.equal(cu_q, cu_k)
+        assert max_q == max_k == int(cu_q.diff().max())
+        left, right = options.get("window_size", (-1, 0 if options.get("is_causal") else -1))
+        assert right == 0
+        scale = options.get("scale") or q.shape[-1] ** -0.5
+        q, k, v = (x.transpose(0, 1)[None] for x in (q * (scale / 0.3), k, v))
+        return by_definition(q, k, v, cu_q.diff().tolist(), None if left < 0 else left + 1)[0]
+
+    return varlen_attn
+
+
+@pytest.mark.parametrize(
+    "taken", [{"window_size", "enable_gqa", "scale"}, {"window_size", "scale"}, {"is_causal", "scale"}, {"is_causal"}]
+)
+@pytest.mark.parametrize("window", [None, 3])
+def test_the_kernel_is_called_as_each_version_wants_it(monkeypatch, taken, window):
+    if "window_size" not in taken:
+        window = None  # such a version is not asked for windows: see `_kernel`
+    monkeypatch.setattr(attention, "TAKEN", frozenset(taken))
+    monkeypatch.setattr(attention, "varlen_attn", kernel_of(frozenset(taken)))
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(2, heads, 9, 6, dtype=torch.float64) for heads in (4, 2, 2))
+    lengths = [4, 5, 1, 6, 2]
+    cu = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32)
+    mine = attention._by_kernel(q, k, v, cu, 6, window, 0.3)
+    assert torch.allclose(mine, by_definition(q, k, v, lengths, window))
+
+
 def test_an_empty_batch(model):
     assert list(batches_for(model, [], 10)) == []
     none = torch.empty(1, 4, 0, 8)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -19,6 +18,12 @@ from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+try:  # not every torch has it, and its arguments grow from version to version
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None  # type: ignore[assignment]
+TAKEN = frozenset() if varlen_attn is None else frozenset(inspect.signature(varlen_attn).parameters)
 
 NAME = "npd_varlen"
 
@@ -99,54 +104,47 @@ AttentionMaskInterface.register(NAME, sdpa_mask)  # a name that is not here gets
 # -- on a GPU
 
 
-@cache
-def _varlen_attn() -> tuple[Callable[..., Any], frozenset[str]] | None:
-    """torch's kernel and the names of its arguments, which grow from version to version; None where there is none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
+@torch.compiler.assume_constant_result
+def _capable() -> bool:
+    """Has this process's GPU what the kernel takes?"""
+    return torch.cuda.get_device_capability() >= (8, 0)
 
 
 def _kernel(query: Tensor, value: Tensor, window: int | None, dropout: float) -> Callable[..., Tensor] | None:
     """What computes all samples at once, where something can."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or dropout:
         return None
-    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256 or torch.cuda.get_device_capability(query.device) < (8, 0):
+    if query.shape[-1] != value.shape[-1] or query.shape[-1] > 256:
         return None
-    found = _varlen_attn()
-    if found is None or (window is not None and "window_size" not in found[1]):
+    if varlen_attn is None or (window is not None and "window_size" not in TAKEN):
         return None
-    return _by_kernel
+    return _by_kernel if _capable() else None
 
 
 def _by_kernel(
     query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, longest: int, window: int | None, scale: float
 ) -> Tensor:
-    found = _varlen_attn()
-    assert found is not None, "_kernel saw it"
-    varlen_attn, taken = found
     R, H, L, D = query.shape
     options: dict[str, Any] = {}
     if key.shape[1] != H:
-        if "enable_gqa" in taken:
+        if "enable_gqa" in TAKEN:
             options["enable_gqa"] = True
         else:
             key, value = _as_many(key, H), _as_many(value, H)
-    if "window_size" in taken:
+    if "window_size" in TAKEN:
         options["window_size"] = (-1 if window is None else window - 1, 0)
     else:
         options["is_causal"] = True
-    if "scale" in taken:
+    if "scale" in TAKEN:
         options["scale"] = scale
     else:
         query = query * (scale * D**0.5)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if D % 8 and "scale" in taken:
+    if D % 8 and "scale" in TAKEN:
         q, k, v = (F.pad(x, (0, -D % 8)) for x in (q, k, v))
-    out: Tensor = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, **options)
-    return out[..., :D].unflatten(0, (R, L))
+    out: Any = varlen_attn(q, k, v, cu_seq_lens, cu_seq_lens, longest, longest, **options)
+    attended: Tensor = out[..., :D].unflatten(0, (R, L))
+    return attended
 
 
 # -- everywhere

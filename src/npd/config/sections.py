@@ -241,8 +241,8 @@ class TrainingConfig(Section):
     batch_tokens: int = Field(default=131072, ge=1)
     """Tokens (prompt and response) per optimiser step, over all processes; rounded down to whole rows, at least one."""
     micro_batch_rows: int = Field(default=1, ge=1)
-    """Rows' worth of tokens in one forward pass, where samples lie end to end or in rows as short as they allow; the rest of a
-    step is accumulated. Changes speed and memory, not the mathematics."""
+    """Rows' worth of tokens in one forward pass, where samples lie end to end or in rows as short as they allow; the rest
+    of a step is accumulated. Changes speed and memory, not the mathematics."""
     learning_rate: float = Field(default=1.0e-5, gt=0, allow_inf_nan=False)
     """Peak rate (paper)."""
     final_learning_rate: float = Field(default=1.0e-6, ge=0)
