@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ from benchmarks.common import interleaved, matmul_rate, record, timed
 from benchmarks.scoring import SMOLLM2, Case
 from npd.config import LossConfig, Sampling
 from npd.demo.demo import TEACHER
-from npd.models import head_weight
-from npd.packing import pack_tokens, short_rows
+from npd.models import batches_for, head_weight
+from npd.packing import pack_tokens
 from npd.scoring import Prefill
 from npd.train.trainer import LossModel
 
@@ -47,9 +48,10 @@ Layout = Callable[[list[int], int], Iterator[tuple[list[list[int]], int]]]
 
 
 def stages(
-    student: Case, teacher: Case, options: argparse.Namespace, layout: Layout = short_rows
+    student: Case, teacher: Case, options: argparse.Namespace, layout: Layout | None = None
 ) -> dict[str, tuple[Callable[[], Any], float]]:
-    """Stage -> (work, operations); `layout` is that of training's rows."""
+    """Stage -> (work, operations); `layout` is that of training's rows, None: what the model takes."""
+    layout = layout or partial(batches_for, student.model)
     teacher.responses, teacher.contexts, teacher.response_tokens = (
         student.responses,
         student.contexts,
@@ -68,7 +70,7 @@ def stages(
             p = pack_tokens(student.contexts, student.responses, rows, length, student.pad)
             ids, values = (np.concatenate([readings[i][n] for i in p.samples]) for n in (1, 2))
             target = torch.from_numpy(ids).long(), torch.from_numpy(values)
-            loss(p.input_ids, p.position_ids, p.predictors, p.labels, *target).loss.backward()
+            loss(p.input_ids, p.position_ids, p.predictors, p.labels, *target, p.cu_seq_lens, p.lengths).loss.backward()
 
     def update() -> None:
         optimizer.step()

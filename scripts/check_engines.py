@@ -1,9 +1,10 @@
 """Check, on this machine's GPU (or its CPU), every path that an engine or a served teacher takes, and say what works.
 
-    python scripts/check_engines.py [--student MODEL --teacher MODEL] [--only engines|step] [--out FILE.json]
+    python scripts/check_engines.py [--student MODEL --teacher MODEL] [--only attention|engines|step]
+        [--out FILE.json]
 
-The training step is checked first (see check_step.py beside this file). Without models it makes random ones. It starts vLLM
-in this process and a vLLM server on loopback; needs `npd[vllm]`.
+Attention and the training step are checked first (see check_attention.py and check_step.py beside this file). Without models
+it makes random ones. It starts vLLM in this process and a vLLM server on loopback; needs `npd[vllm]`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import check_attention
 import check_step
 import numpy as np
 import torch
@@ -281,14 +283,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", help="model directory or Hub id [default: a random model]")
     parser.add_argument("--teacher", help="model directory or Hub id [default: a random model]")
-    parser.add_argument("--only", choices=["engines", "step"], help="check these alone")
+    parser.add_argument("--only", choices=["attention", "engines", "step"], help="check these alone")
     parser.add_argument("--out", "--json", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
     works = True
-    if options.only != "engines":
-        out = options.out if options.only == "step" or options.out is None else options.out.with_suffix(".step.json")
-        works = check_step.check(check_step.CHECKS, out)
-    if options.only != "step":
+    for name, script in (("attention", check_attention), ("step", check_step)):
+        if options.only in (None, name):
+            out = options.out if options.only or options.out is None else options.out.with_suffix(f".{name}.json")
+            works = script.check(script.CHECKS, out) and works
+    if options.only in (None, "engines"):
         works = check_engines(options) and works
     sys.exit(not works)
 

@@ -21,7 +21,7 @@ FLOORS = (
     ("inputs",),
     ("registry",),
     ("config",),
-    ("intervals", "packing", "schedule", "prompts", "records", "result"),
+    ("attention", "intervals", "packing", "schedule", "prompts", "records", "result"),
     ("models", "store"),
     ("losses",),
     ("observe",),

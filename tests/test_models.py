@@ -376,7 +376,7 @@ def leaking_mask(plain):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("leak", "mode"), [(leaking_positions, "block mask"), (leaking_mask, "one a row")])
 def test_a_model_that_mixes_packed_samples_is_read_in_another_way(teacher_dir, monkeypatch, leak, mode, dtype):
-    config = ModelConfig(model=str(teacher_dir), dtype=dtype)
+    config = ModelConfig(model=str(teacher_dir), dtype=dtype, attention="rows")
     assert layout_of(load_model(config)).mode == "packed"
     monkeypatch.setattr(LlamaModel, "forward", leak(LlamaModel.forward))
     model = load_model(config)

@@ -92,6 +92,24 @@ def short_rows(lengths: Sequence[int], tokens: int, *, alone: bool = False) -> I
         left = [sample for i, sample in enumerate(left) if i not in taken]
 
 
+def end_to_end(lengths: Sequence[int], tokens: int) -> Iterator[tuple[list[list[int]], int]]:
+    """All samples in batches of one row without padding, each with the length of its row.
+
+    Samples are taken in their order, as many as have `tokens` tokens together, or one that has more; in the row the
+    longest comes first, so that those of one length are neighbours and may be computed together.
+    """
+    row: list[int] = []
+    total = 0
+    for sample, length in enumerate(lengths):
+        if row and total + length > tokens:
+            yield [sorted(row, key=lambda i: -lengths[i])], total
+            row, total = [], 0
+        row.append(sample)
+        total += length
+    if row:
+        yield [sorted(row, key=lambda i: -lengths[i])], total
+
+
 class Packed(NamedTuple):
     """Samples laid into R rows of L tokens."""
 
@@ -103,6 +121,10 @@ class Packed(NamedTuple):
     """[T] flat indices into R * L of the positions that predict response tokens, sample after sample."""
     labels: Tensor
     """[T] the response tokens."""
+    cu_seq_lens: Tensor
+    """[S + 1] int32, where each sample begins in the flat R * L, and the end; padding is a sample."""
+    lengths: list[int]
+    """[S] tokens of each sample, padding included: what `cu_seq_lens` says, where no device need be asked."""
     samples: list[int]
     """Sample indices in the order of `labels`."""
 
@@ -120,7 +142,7 @@ def pack_tokens(
     """
     ids = np.full((len(rows), length), pad_id, dtype=np.int64)
     positions = np.zeros((len(rows), length), dtype=np.int64)
-    predictors, labels, samples = [], [], []
+    predictors, labels, lengths, samples = [], [], [], []
     for r, row in enumerate(rows):
         at = 0
         for sample in row:
@@ -132,13 +154,17 @@ def pack_tokens(
             first = r * length + at + len(context) - 1
             predictors.append(np.arange(first, first + len(response)))
             labels.append(np.asarray(response, dtype=np.int64))
+            lengths.append(size)
             samples.append(sample)
             at += size
         positions[r, at:] = np.arange(length - at)
+        lengths += [length - at] if at < length else []
     return Packed(
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         torch.from_numpy(np.concatenate(predictors)),
         torch.from_numpy(np.concatenate(labels)),
+        torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        lengths,
         samples,
     )

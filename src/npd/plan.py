@@ -234,7 +234,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
             f"{plan.student_parameters:,} parameters, {plan.training_bytes / GIB:.2f} GiB before activations",
         ],
         *_activations(plan),
-        ["student reads", models.MODES[models.expected_mode(setup.tokens.student)]],
+        ["student reads", models.expected_reading(setup.tokens.student, config.student.attention)],
     ]
     if contents.by_student:
         rows.append(["student in rollout", f"{plan.inference_bytes / GIB:.2f} GiB"])

@@ -20,6 +20,7 @@ from npd.prompts import Chat, Prompts, count_sources, read_data
 from npd.registry import ENGINES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store
+from npd.store.provenance import in_rows
 
 AnyConfig = Config | Mapping[str, Any] | str | Path
 
@@ -72,6 +73,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         UserError: whatever is wrong with what the user gave.
     """
     config = tuning(given) if command == SFT else given
+    if command != EVAL and Store(config.run_dir).began_in_rows:
+        config = in_rows(config)
     needs_teacher = command == DISTILL or (command == SFT and config.data.references == "teacher")
     if needs_teacher and not config.has_teacher:
         raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")

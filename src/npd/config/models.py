@@ -39,9 +39,10 @@ class ModelConfig(Section):
     """Type of the weights in memory. auto: on CPU float32; on CUDA bfloat16 for whatever is not itself trained. Weights that
     the optimiser updates are float32 whatever is said here: a smaller type would round most updates away. The finished
     student is saved in the type that is named, auto: in that of the checkpoint that it began as."""
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation; auto is sdpa, or eager for models that have none. However it is read, a sample must equal
-    itself alone: that is checked at load."""
+    attention: Literal["auto", "rows", "sdpa", "eager"] = "auto"
+    """How attention is computed. auto: over samples that lie end to end, without padding or masks, for models with which
+    that holds; others as rows. rows: samples in padded rows, with sdpa, or eager for models that have none. sdpa, eager: rows
+    with that alone. However it is read, a sample must equal itself alone: that is checked at load."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its authors."""
 

@@ -180,7 +180,7 @@ class TrainingConfig(Section):
     batch_tokens: int = Field(default=131072, ge=1, le=1 << 31)
     """Tokens (prompt and response) per optimiser step, over all processes; rounded down to whole rows, at least one."""
     micro_batch_rows: int = Field(default=1, ge=1, le=MANY)
-    """Rows' worth of tokens in one forward pass, in which they are laid into rows as short as the samples allow; the rest
+    """Rows' worth of tokens in one forward pass, where samples lie end to end or in rows as short as they allow; the rest
     of a step is accumulated. Changes speed and memory, not the mathematics."""
     learning_rate: float = Field(default=1.0e-5, gt=0, le=1000)
     """Peak rate (paper)."""

@@ -19,6 +19,7 @@ from npd.observe.display import Display
 from npd.observe.events import Events, SpanName
 from npd.placement import Placement, check_engine, resolve_placement
 from npd.store import REFERENCE, Store, check_places, explained_run, recorded
+from npd.store.provenance import in_rows
 
 ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way
 
@@ -159,6 +160,7 @@ def _workshop(config: Config, placement: Placement | None, rank: int, world: int
     """What makes the generations of a run from its directory alone, on devices of this machine."""
     store = Store(config.run_dir)
     store.joined = True
+    config = in_rows(config) if store.began_in_rows else config
     loaded = load_tokenizers(config)
     store.vocabulary_size = loaded.vocabulary.size
     if placement is None:  # the trainer's device is another machine's

@@ -2,7 +2,7 @@
 
 from npd.models.devices import device, fast_bfloat16, finish_copies, move, resolve_dtype, tensors_of, to_host, use_device
 from npd.models.head import AfterHead
-from npd.models.layout import MODES, Layout, Mode, expected_mode, layout_of
+from npd.models.layout import MODES, Layout, Mode, expected_mode, expected_reading, layout_of
 from npd.models.loading import (
     check_context,
     check_weights,
@@ -64,6 +64,7 @@ __all__ = [
     "directory_of",
     "evenly_spaced",
     "expected_mode",
+    "expected_reading",
     "fast_bfloat16",
     "finish_copies",
     "freeze_unread",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 from weakref import WeakKeyDictionary
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from npd.attention import end_to_end
 from npd.models.head import AfterHead, after_head_candidates
 from npd.models.rope import rope_switch
 
-Mode = Literal["packed", "block mask", "one a row"]
+Mode = Literal["varlen", "packed", "block mask", "one a row"]
 
 MODES: dict[Mode, str] = {
+    "varlen": "samples end to end, without padding or masks",
     "packed": "packed rows, samples kept apart by their positions",
     "block mask": "packed rows, samples kept apart by a mask: memory grows with the square of a row",
     "one a row": "one sample a row: exact, and slower by the padding",
@@ -27,6 +29,14 @@ MODES: dict[Mode, str] = {
 # Families that are found not to keep packed samples apart, for what is said before anything is loaded.
 BLOCK_MASK = {"afmoe", "biogpt", "falcon", "gpt_oss", "mpt", "opt", "qwen2_5_vl_text", "qwen2_vl_text", "xglm"}
 ONE_A_ROW = {"bloom"}
+OWN_ATTENTION = "it computes attention in a way of its own"
+DROPS = "its layers drop arguments that its attention needs"
+NOT_VARLEN = {
+    **dict.fromkeys(("bloom", "codegen", "doge", "falcon", "gpt_neo", "gptj", "mpt", "xglm"), OWN_ATTENTION),
+    **dict.fromkeys(("nemotron", "stablelm"), DROPS),
+    "gpt_oss": "its attention has sinks",
+}
+STATE = "something runs along its rows whatever the mask"
 
 
 class Parts(NamedTuple):
@@ -49,6 +59,8 @@ class Layout:
     """See `npd.models.rope.rope_switch`."""
     windows: tuple[tuple[str, int | None], ...] = ()
     """For block masks: kinds of layers and how many tokens they see, where the decoder takes a mask for each kind."""
+    why: str = ""
+    """Why it is not read end to end, where that was tried."""
 
 
 _layouts: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
@@ -69,12 +81,33 @@ def layout_of(model: PreTrainedModel) -> Layout:
     return _layouts[model]
 
 
-def expected_mode(config: PreTrainedConfig) -> Mode:
+def expected_mode(config: PreTrainedConfig, attention: str = "auto") -> Mode:
     """The fastest way that a model may be read, as far as its configuration says; `prove_layout` decides."""
+    if attention == "auto" and not _hinders(config):
+        return "varlen"
     text = config.get_text_config()
     if has_state(config) or getattr(text, "alibi", False) or text.model_type in ONE_A_ROW:
         return "one a row"
     return "block mask" if text.model_type in BLOCK_MASK else "packed"
+
+
+def expected_reading(config: PreTrainedConfig, attention: str = "auto") -> str:
+    """`expected_mode` in words, with the reason where it is not the fastest."""
+    words = MODES[expected_mode(config, attention)]
+    reason = _hinders(config) if attention == "auto" else f"attention is {attention}"
+    return f"{words} (not end to end: {reason})" if reason else words
+
+
+def _hinders(config: PreTrainedConfig) -> str:
+    """What keeps a model from being read end to end, as far as its configuration says; else nothing."""
+    text = config.get_text_config()
+    if has_state(config):
+        return STATE
+    if getattr(text, "alibi", False):
+        return "its attention has a bias by position"
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "its attention is soft-capped"
+    return NOT_VARLEN.get(text.model_type, "")
 
 
 def has_state(config: PreTrainedConfig) -> bool:
@@ -107,9 +140,26 @@ def decoder_names(model: PreTrainedModel) -> Iterator[str]:
             yield names[id(module)]
 
 
-def decoder_arguments(layout: Layout, decoder: Callable[..., Any], input_ids: Tensor, position_ids: Tensor) -> dict[str, Any]:
+def decoder_arguments(
+    layout: Layout,
+    decoder: Callable[..., Any],
+    input_ids: Tensor,
+    position_ids: Tensor,
+    cu_seq_lens: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
+    *,
+    compiled: bool = False,
+) -> dict[str, Any]:
     """What the decoder is called with for rows [R, L] whose positions restart at 0 with each sample."""
     arguments: dict[str, Any] = {"input_ids": input_ids, "attention_mask": None, "use_cache": False}
+    if layout.mode == "varlen":
+        if cu_seq_lens is None or lengths is None:
+            flat = position_ids.flatten()
+            ends = (flat == 0).nonzero()[1:, 0].tolist()
+            lengths = [end - start for start, end in zip([0, *ends], [*ends, len(flat)], strict=True)]
+            cu_seq_lens = torch.tensor([0, *ends, len(flat)], dtype=torch.int32, device=flat.device)
+        arguments |= {"position_ids": position_ids, **end_to_end(cu_seq_lens, lengths, compiled=compiled)}
+        return _accepted(getattr(decoder, "forward", decoder), arguments)
     if layout.mode == "packed":
         # transformers separates packed samples only with no mask and no cache: with either, attention leaks in silence.
         return arguments | {"position_ids": position_ids}

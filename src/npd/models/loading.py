@@ -235,7 +235,7 @@ def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = N
     if dequantised:
         loading["quantization_config"] = plain_quantisation(model_config)
     # Some families have an attention of their own, and no other.
-    attentions = ("sdpa", "eager") if config.attention == "auto" else (config.attention,)
+    attentions = ("sdpa", "eager") if config.attention in ("auto", "rows") else (config.attention,)
     with _explained(config, "model"):
         for attention in attentions:
             try:
@@ -252,7 +252,7 @@ def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = N
     if dequantised:
         model = model.to(loading["dtype"])
     model = model.to(on or device()).eval()
-    prove_layout(model, config.model)
+    prove_layout(model, config.model, varlen=config.attention == "auto")
     return model
 
 

@@ -14,9 +14,23 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 
+from npd.attention import NAME as VARLEN
+from npd.attention import NotEndToEnd
 from npd.errors import UserError
 from npd.models.head import AfterHead, after_head_candidates
-from npd.models.layout import MODES, Layout, Mode, Parts, decoder_names, has_state, probe_ids, remember_layout, windows_of
+from npd.models.layout import (
+    MODES,
+    OWN_ATTENTION,
+    STATE,
+    Layout,
+    Mode,
+    Parts,
+    decoder_names,
+    has_state,
+    probe_ids,
+    remember_layout,
+    windows_of,
+)
 from npd.models.reading import apply_layout
 from npd.models.rope import rope_switch
 
@@ -95,10 +109,14 @@ def samples_for(model: PreTrainedModel) -> list[Tensor]:
 
 
 @torch.no_grad()
-def prove_layout(model: PreTrainedModel, name: str) -> Layout:
+def prove_layout(model: PreTrainedModel, name: str, *, varlen: bool = False) -> Layout:
     """Find how a model is built and the fastest way that reads samples as it reads each alone; remembered for `layout_of`.
 
     It computes in float32 whatever the weights are, and compares hidden states by means over tokens.
+
+    Args:
+        varlen: try `npd.attention` too, and leave the model with it where it holds. A model that has it already is tried
+            with it in any case.
 
     Raises:
         UserError: it has no decoder with a plain language-model head, or no way to read it holds.
@@ -111,7 +129,7 @@ def prove_layout(model: PreTrainedModel, name: str) -> Layout:
     for exact in (True, False):
         try:
             with InFloat32() if exact else nullcontext():
-                layout = _prove(model, name, head, TOLERANCE if exact else OWN_TOLERANCE)
+                layout = _prove(model, name, head, TOLERANCE if exact else OWN_TOLERANCE, varlen)
             remember_layout(model, layout)
             return layout
         except UserError:
@@ -125,14 +143,14 @@ def prove_layout(model: PreTrainedModel, name: str) -> Layout:
     ) from failed
 
 
-def _prove(model: PreTrainedModel, name: str, head: nn.Module, tolerance: float) -> Layout:
+def _prove(model: PreTrainedModel, name: str, head: nn.Module, tolerance: float, varlen: bool) -> Layout:
     samples = samples_for(model)
     probe = _probe(model, head, samples)
     who = f"{name} ({model.config.model_type})"
     if not all(bool(x.isfinite().all()) for x in probe.inputs):
         raise UserError(f"{who} computes hidden states that are not finite: its weights are damaged. Restore them.")
     after = _prove_head(who, head, after_head_candidates(model.config), probe, tolerance)
-    ladder: list[Mode] = ["one a row"] if has_state(model.config) else list(MODES)
+    ladder: list[Mode] = ["one a row"] if has_state(model.config) else [mode for mode in MODES if mode != "varlen"]
     parts, found = _find_parts(model, head, samples, probe, tolerance)
     if parts is None:
         raise UserError(
@@ -140,6 +158,9 @@ def _prove(model: PreTrainedModel, name: str, head: nn.Module, tolerance: float)
             "language-model head is given. It can't be used."
         )
     layout = Layout(parts, "packed", after, rope_switch(model.config))
+    layout = _try_varlen(model, layout, samples, probe, tolerance, wanted=varlen)
+    if layout.mode == "varlen":
+        return layout
     differences = {}
     for mode in ladder:
         for windows in ((), windows_of(model.config)) if mode == "block mask" else ((),):
@@ -158,6 +179,35 @@ def _prove(model: PreTrainedModel, name: str, head: nn.Module, tolerance: float)
         f"than {tolerance:g} of its hidden states, in whatever way it is read ({told}). Choose another attention "
         "implementation."
     )
+
+
+def _try_varlen(
+    model: PreTrainedModel, layout: Layout, samples: list[Tensor], probe: _Probe, tolerance: float, *, wanted: bool
+) -> Layout:
+    """The layout that reads samples end to end, with the model left to compute so; else the given one with the reason."""
+    config: Any = getattr(model.get_submodule(layout.parts.decoder), "config", model.config)
+    started = config._attn_implementation
+    if started != VARLEN and not wanted:
+        return layout
+    if started not in (VARLEN, "sdpa"):
+        return replace(layout, why=OWN_ATTENTION)
+    if has_state(model.config):
+        config._attn_implementation = "sdpa"
+        return replace(layout, why=STATE)
+    tried = replace(layout, mode="varlen")
+    config._attn_implementation = VARLEN
+    try:
+        difference = max(map(apart, _read(model, tried, samples), probe.inputs))
+    except NotEndToEnd as reason:
+        why = str(reason)
+    except Exception as error:  # a decoder that looks into its mask
+        why = f"it cannot be called so ({type(error).__name__})"
+    else:
+        if difference <= tolerance:
+            return tried
+        why = f"read so, a sample differs from itself alone by {difference:.2g} of its hidden states"
+    config._attn_implementation = "sdpa"
+    return replace(layout, why=why)
 
 
 def _prove_head(who: str, head: Any, candidates: list[AfterHead], probe: _Probe, tolerance: float) -> AfterHead:
@@ -205,6 +255,8 @@ def _read(model: PreTrainedModel, layout: Layout, samples: list[Tensor]) -> list
     """Hidden states [L, D] of each sample, read together as a layout says."""
     if layout.mode == "one a row":
         rows = [[i] for i in range(len(samples))]
+    elif layout.mode == "varlen":
+        rows = [list(range(len(samples)))]
     else:
         # Two rows: some attention implementations keep samples apart in a single row only.
         rows = [list(range(len(samples))), list(range(len(samples)))[::-1]]

@@ -14,19 +14,29 @@ from npd.models.devices import device
 from npd.models.head import AfterHead
 from npd.models.layout import Layout, decoder_arguments, layout_of
 from npd.models.rope import split_at
-from npd.packing import short_rows
+from npd.packing import end_to_end, short_rows
 
 
 def hidden_states(
-    model: nn.Module, input_ids: Tensor, position_ids: Tensor, decoder: Callable[..., Any] | None = None
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    decoder: Callable[..., Any] | None = None,
+    *,
+    cu_seq_lens: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """What the language-model head is given, [R, L, D], for rows [R, L]; `position_ids` restart at 0 with each sample.
 
     Rows are those of `batches_for`: how many samples one may hold follows from the model (see `npd.models.layout`).
-    `decoder` is called in place of the model's own, for instance a compiled one.
+
+    Args:
+        decoder: called in place of the model's own, for instance a compiled one.
+        cu_seq_lens, lengths: as in `npd.packing.Packed`; without them, a model that needs them asks its device for
+            `position_ids`, and waits.
     """
     base = base_model(model)
-    return apply_layout(base, layout_of(base), input_ids, position_ids, decoder)
+    return apply_layout(base, layout_of(base), input_ids, position_ids, decoder, cu_seq_lens, lengths)
 
 
 def apply_layout(
@@ -35,10 +45,13 @@ def apply_layout(
     input_ids: Tensor,
     position_ids: Tensor,
     decoder: Callable[..., Any] | None = None,
+    cu_seq_lens: Tensor | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """`hidden_states` by a given layout."""
     own = base.get_submodule(layout.parts.decoder)
-    hidden = (decoder or own)(**decoder_arguments(layout, own, input_ids, position_ids)).last_hidden_state
+    arguments = decoder_arguments(layout, own, input_ids, position_ids, cu_seq_lens, lengths, compiled=decoder is not None)
+    hidden = (decoder or own)(**arguments).last_hidden_state
     if layout.parts.before_head is not None:
         hidden = base.get_submodule(layout.parts.before_head)(hidden)
     return hidden
@@ -49,13 +62,15 @@ def batches_for(
 ) -> Iterator[tuple[list[list[int]], int]]:
     """All samples in batches of rows that every one of the models reads rightly, each batch with the length of its rows.
 
-    As `npd.packing.short_rows`, but one sample a row where a model needs it, and never samples in one batch that would
-    change what each other's positions mean.
+    As `npd.packing.end_to_end` where every model reads so; else as `npd.packing.short_rows`, but one sample a row where a
+    model needs it. Never are samples in one batch that would change what each other's positions mean.
     """
     layouts = [layout_of(base_model(m)) for m in ([models] if isinstance(models, nn.Module) else models)]
     alone = any(layout.mode == "one a row" for layout in layouts)
+    unpadded = all(layout.mode == "varlen" for layout in layouts)
     for group in split_at(lengths, {layout.switch for layout in layouts if layout.switch is not None}):
-        for rows, length in short_rows([lengths[i] for i in group], tokens, alone=alone):
+        sizes = [lengths[i] for i in group]
+        for rows, length in end_to_end(sizes, tokens) if unpadded else short_rows(sizes, tokens, alone=alone):
             yield [[group[i] for i in row] for row in rows], length
 
 

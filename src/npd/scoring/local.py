@@ -52,7 +52,7 @@ class LocalTeacher(Teacher):
     def plan(cls, config: TeacherConfig, identity: Identity) -> str:
         count = models.parameter_count(identity.config, trust_remote_code=config.trust_remote_code)  # type: ignore[arg-type]
         held = count * models.resolve_dtype(config, trained=False).itemsize
-        how = models.MODES[models.expected_mode(identity.config)]  # type: ignore[arg-type]
+        how = models.expected_reading(identity.config, config.attention)  # type: ignore[arg-type]
         return f"{count:,} parameters, {held / (1 << 30):.2f} GiB; reads {how}"
 
     @property

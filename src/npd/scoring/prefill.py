@@ -72,7 +72,13 @@ class Prefill:
         """[T, D] hidden states that predict the packed responses."""
         device = self.model.device
         with torch.autocast(device.type, self.autocast) if self.autocast is not None else nullcontext():
-            hidden_RLD = hidden_states(self.model, packed.input_ids.to(device), packed.position_ids.to(device))
+            hidden_RLD = hidden_states(
+                self.model,
+                packed.input_ids.to(device),
+                packed.position_ids.to(device),
+                cu_seq_lens=packed.cu_seq_lens.to(device),
+                lengths=packed.lengths,
+            )
         hidden_TD = hidden_RLD.flatten(0, 1)[packed.predictors.to(device)]
         return hidden_TD if self.autocast is None else hidden_TD.to(self.autocast)
 

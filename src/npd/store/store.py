@@ -32,7 +32,7 @@ from npd.store.lock import run_lock
 from npd.store.names import CHECKPOINT, GENERATION, PART, PROGRESS, REFERENCES, SNAPSHOT, Numbered
 from npd.store.places import check_places
 from npd.store.pointers import point_latest, read_current
-from npd.store.provenance import versions
+from npd.store.provenance import VARLEN, versions
 from npd.store.recorded import CONFIG, record, recorded
 from npd.store.schema import REFERENCE, SCHEMA, write_columns
 from npd.store.sealed import check_sealed, seal, sealed_facts
@@ -95,7 +95,8 @@ class Store:
             files.end_last_line(self.path / "events.jsonl")
             if self.checkpoints():
                 self._tidy_checkpoints(config.checkpoint.keep)
-            record(self.path, config_tree(config), {"command": command, "versions": versions()})
+            provenance = {"command": command, "versions": versions(), VARLEN: not self.began_in_rows}
+            record(self.path, config_tree(config), provenance)
         except OSError as error:
             raise UserError(f"run_dir {self.path} cannot be written ({error.strerror}); choose another.") from error
         self.joined = True
@@ -119,6 +120,11 @@ class Store:
         self.check_there()
         with files.writing(path) as aside:
             yield aside
+
+    @property
+    def began_in_rows(self) -> bool:
+        """Was the run here begun by a version that read in rows where attention is auto?"""
+        return (self.path / CONFIG).exists() and not recorded(self.path).provenance.get(VARLEN)
 
     def selection(self) -> SelectionConfig:
         """The selection that config.yaml has now."""

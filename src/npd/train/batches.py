@@ -35,7 +35,7 @@ class MicroBatch(NamedTuple):
         written = [len(samples.behavior[i]) > 0 for i in packed.samples]
         by_student = np.flatnonzero(np.repeat(written, samples.response_lengths[packed.samples]))
         return cls(
-            (*packed[:4], *samples.topk(packed.samples)),
+            (*packed[:4], *samples.topk(packed.samples), packed.cu_seq_lens, packed.lengths),
             torch.from_numpy(by_student),
             torch.from_numpy(samples.behavior.gather(packed.samples, np.float32)),
         )

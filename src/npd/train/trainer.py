@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -59,10 +59,15 @@ class LossModel(nn.Module):
         labels: Tensor,
         topk_ids: Tensor,
         topk_logprobs: Tensor,
+        cu_seq_lens: Tensor | None = None,
+        lengths: Sequence[int] | None = None,
         scale: float = 1.0,
     ) -> LossOutput:
         """The loss of packed samples (see `npd.packing.Packed`), times `scale`; ce and kd are not scaled."""
-        hidden_TD = hidden_states(self.model, input_ids, position_ids, self.decoder).flatten(0, 1)[predictors]
+        hidden_RLD = hidden_states(
+            self.model, input_ids, position_ids, self.decoder, cu_seq_lens=cu_seq_lens, lengths=lengths
+        )
+        hidden_TD = hidden_RLD.flatten(0, 1)[predictors]
         if torch.is_autocast_enabled(hidden_TD.device.type):
             hidden_TD = hidden_TD.to(torch.get_autocast_dtype(hidden_TD.device.type))
         return sparse_soft_cross_entropy(
