@@ -1,7 +1,7 @@
 """One tree of options (`sections`), and how it is read, compared and explained (`loading`)."""
 
 from npd.config.base import KindOf, Sampling, Section
-from npd.config.loading import config_tree, differing_keys, flat, leaves, load_config, section_of
+from npd.config.loading import as_begun, config_tree, differing_keys, flat, leaves, load_config, section_of
 from npd.config.sections import (
     CheckpointConfig,
     Config,
@@ -45,6 +45,7 @@ __all__ = [
     "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "as_begun",
     "config_tree",
     "differing_keys",
     "flat",

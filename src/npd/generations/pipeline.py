@@ -24,7 +24,7 @@ from npd.rollout import Engine, Request
 from npd.schedule import derive_seed
 from npd.scoring import ScoreStudent, ScoreTeacher, teacher_kind
 from npd.scoring.routed import Routed
-from npd.selection import Select
+from npd.selection import Select, wants_free
 from npd.store import REFERENCE, Store
 from npd.store.schema import NO_POLICY, count_tokens
 
@@ -158,14 +158,17 @@ class Pipeline:
     def _finish_part(self, generation: int, part: int, table: pa.Table, version: int) -> None:
         """Score, select and store what was answered."""
         table = identify(table, generation, part, version)
+        selection, tokens = self.books.selection(), count_tokens(table["response_ids"])
+        free = wants_free(selection, self.config.scoring.free)
         with self.events.span(SpanName.PART, generation=generation, part=part):
             with self.events.span(SpanName.LOAD):
                 student = self.models.student(version)
                 for source in table["source"].unique().to_pylist():
                     self.models.teacher(self.config.teacher_of(source))
-            with self._step(SpanName.SCORE, generation, part, 3 * count_tokens(table["response_ids"])) as advance:
-                table = ScoreStudent(self.models.prefill(student))(self._score_teacher()(table, advance), advance)
-            self._store(generation, part, Select(self.books.selection())(table))
+            with self._step(SpanName.SCORE, generation, part, (1 + 2 * free) * tokens) as advance:
+                scored = self._score_teacher(free=free)(table, advance)
+                table = ScoreStudent(self.models.prefill(student), free=free)(scored, advance)
+            self._store(generation, part, Select(selection)(table))
 
     @contextmanager
     def _scoring(self, generation: int, version: int) -> Iterator[tuple[Callable[[int, pa.Table], None], Callable[[], None]]]:
@@ -205,9 +208,9 @@ class Pipeline:
         elsewhere = self.placement.teacher != self.placement.rollout or all(teacher_kind(t).elsewhere for t in teachers)
         return self.models.engine_kind.continuous and elsewhere
 
-    def _score_teacher(self) -> Routed:
+    def _score_teacher(self, *, free: bool) -> Routed:
         top_k = self.config.scoring.top_k
-        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self.models.teacher(key), top_k))
+        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self.models.teacher(key), top_k, free=free))
 
     # -- references
 
@@ -224,8 +227,9 @@ class Pipeline:
                 "finish_reason", pa.array(["stop"] * len(table), pa.string())
             )
         if generation == REFERENCE:  # mixed in, and so trained with the same loss as the student's own responses
-            with self._step(SpanName.SCORE, generation, part, 2 * count_tokens(table["response_ids"])) as advance:
-                table = self._score_teacher()(table, advance)
+            free = self.config.scoring.free == "always"  # no rule judges references
+            with self._step(SpanName.SCORE, generation, part, (1 + free) * count_tokens(table["response_ids"])) as advance:
+                table = self._score_teacher(free=free)(table, advance)
         table = identify(table, generation, part, NO_POLICY)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 

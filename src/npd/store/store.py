@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from npd.config import Config, SelectionConfig, config_tree, differing_keys
+from npd.config import Config, SelectionConfig, as_begun, config_tree, differing_keys
 from npd.errors import UserError
 from npd.prompts import Prompts
 from npd.records import Line, Manifest, PartEntry
@@ -79,6 +79,13 @@ class Store:
             not fnmatch(p.name, f".{file.name}.*.tmp") and p.name != ".lock" for p in self.path.iterdir()
         ):
             raise UserError(f"{self.path} is not empty and holds no run of npd; choose another run_dir.")
+
+    def as_begun(self, config: Config) -> Config:
+        """A configuration as the run here was begun, where it leaves that open; see `npd.config.as_begun`."""
+        file = self.path / "config.yaml"
+        if not file.is_file():
+            return config
+        return as_begun(config, self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8")))))
 
     def open(self, config: Config, command: str) -> None:
         """Start a run here, or go on with the one that is here.
