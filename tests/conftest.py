@@ -178,9 +178,9 @@ class Held:
         raise AssertionError("transformers' engine asks for no files")
 
 
-def engine_of(model: PreTrainedModel, vocabulary: Vocabulary, *, pad_id: int = 0, batch_size: int = 4) -> TransformersEngine:
+def engine_of(model: PreTrainedModel, vocabulary: Vocabulary, *, pad_id: int = 0, **rollout: Any) -> TransformersEngine:
     """What writes with a model that is loaded already, in transformers."""
-    tree = {"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": {"batch_size": batch_size}}
+    tree = {"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": {"batch_size": 4} | rollout}
     config = load_config(tree)
     engine = TransformersEngine(EngineSetting(config, config.student, vocabulary, pad_id, "cpu", longest_prompt=64))
     engine.take(Held(model))

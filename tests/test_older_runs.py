@@ -21,12 +21,18 @@ from npd.store import sha256
 
 DATA = Path(__file__).parent / "data"
 TIMED = ("tokens_per_second", "publish_seconds")
+AS_THEN = {"rollout": {"batching": "static"}, "scoring": {"free": "always"}}
+"""What those versions did without being asked; a run that they began goes on with it by itself."""
 VERSIONS = sorted(DATA.glob("runs-*"))
 
 
 def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
+
+
+def as_then(tree: dict[str, Any]) -> dict[str, Any]:
+    return tree | {section: tree[section] | options for section, options in AS_THEN.items()}
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda path: path.name)
@@ -38,7 +44,7 @@ def made(request, tmp_path_factory) -> tuple[Path, dict[str, Any], bool]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         tree = yaml.safe_load((folder / "distill.yaml").read_text())
-        npd.refresh(tree)  # from nothing: its parts tell
+        npd.refresh(as_then(tree))  # from nothing: its parts tell
     run_dir = folder / tree["run_dir"]
     known = {**expected["distill"]["parts"]}
     here = {str(part.relative_to(run_dir)): sha256(part) for part in run_dir.glob("generations/references/part-*")}
@@ -56,7 +62,7 @@ def test_it_ends_as_it_would_have_ended_then(made, monkeypatch, command, interru
     shutil.rmtree(run_dir, ignore_errors=True)
     if interrupted:
         shutil.copytree(Path("interrupted") / run_dir.name, run_dir)
-    result = getattr(npd, command)(tree)
+    result = getattr(npd, command)(tree if interrupted else as_then(tree))
     lines = metrics_of(run_dir)
     ended = [line["generation"] for line in lines if "generation_ended" in line]
     assert ended == [line["generation"] for line in wanted["metrics"] if "generation_ended" in line]
@@ -67,6 +73,8 @@ def test_it_ends_as_it_would_have_ended_then(made, monkeypatch, command, interru
             done = metrics_of(Path("interrupted") / run_dir.name)
             assert lines[: len(done)] == done
         return
+    kept = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert all(kept[section][name] == value for section, options in AS_THEN.items() for name, value in options.items())
     assert lines == wanted["metrics"]
     parts = {str(part.relative_to(run_dir)): sha256(part) for part in sorted(run_dir.glob("generations/*/part-*"))}
     assert parts == wanted["parts"]

@@ -28,9 +28,10 @@ def table_of(prompts: list[list[int]]) -> pa.Table:
     return pa.table({"prompt_id": ids, "prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
 
 
-def write(model, prompts=PROMPTS, seed=0, vocabulary=VOCABULARY, batch_size=4, **options) -> list[dict]:
+def write(model, prompts=PROMPTS, seed=0, vocabulary=VOCABULARY, batch_size=4, batching="auto", **options) -> list[dict]:
     sampling = Sampling(**{"max_new_tokens": 12} | options)
-    return engine_of(model, vocabulary, batch_size=batch_size).answer(table_of(prompts), sampling, seed).to_pylist()
+    engine = engine_of(model, vocabulary, batch_size=batch_size, batching=batching)
+    return engine.answer(table_of(prompts), sampling, seed).to_pylist()
 
 
 def recomputed(model, row: dict) -> np.ndarray:
