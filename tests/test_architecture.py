@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 # From the ground up: a room imports only from rooms of lower floors, and from itself.
 FLOORS = (
-    ("errors",),
+    ("errors", "threads"),
     ("registry",),
     ("config",),
     ("intervals", "packing", "schedule", "prompts", "records", "result"),

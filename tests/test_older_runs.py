@@ -73,6 +73,7 @@ def test_it_ends_as_it_would_have_ended_then(made, monkeypatch, command, interru
             done = metrics_of(Path("interrupted") / run_dir.name)
             assert lines[: len(done)] == done
         return
+    assert getattr(npd, command)(tree if interrupted else as_then(tree)).student == result.student  # once more, as before
     kept = yaml.safe_load((run_dir / "config.yaml").read_text())
     assert all(kept[section][name] == value for section, options in AS_THEN.items() for name, value in options.items())
     assert lines == wanted["metrics"]

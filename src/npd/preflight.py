@@ -71,7 +71,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     Raises:
         UserError: whatever is wrong with what the user gave.
     """
-    given = Store(given.run_dir).as_begun(given)
+    if command != EVAL:  # which goes on with nothing
+        given = Store(given.run_dir).as_begun(given)
     config = tuning(given) if command == SFT else given
     needs_teacher = command == DISTILL or (command == SFT and config.data.references == "teacher")
     if needs_teacher and not config.has_teacher:

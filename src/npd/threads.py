@@ -1,20 +1,22 @@
-"""CPU threads on a machine that others use too.
+"""How CPU threads wait for each other on a machine that others use too.
 
-PyTorch's threads (OpenMP's) spin while they wait for each other, so on a core that somebody else takes half of they wait for
-a thread that does not run: two of them beside one busy process were measured 13 to 48 times slower than one. Asked to sleep
-instead they lose a third where nobody else computes. So npd asks when it begins, and counts as it goes.
+PyTorch's threads (OpenMP's) spin while they wait, so that on a core which somebody else takes half of they wait for a thread
+that does not run: two of them beside one busy process were measured 13 to 48 times slower than one thread. Told to sleep
+instead they are 1.2 to 1.9 times slower than one, but lose a third where nobody else computes. So npd looks before it begins.
+The number of threads stays: sums are rounded by it, and what is computed must not hang on what else runs on a machine.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
 LOAD = Path("/proc/loadavg")
 ASKED = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
 """By any of these a user has said how threads wait."""
-SAMPLES, APART = 5, 0.002
+LOOKS, APART = 5, 0.002
 
 
 def cores() -> int:
@@ -23,32 +25,31 @@ def cores() -> int:
 
 
 def others_running() -> float:
-    """Threads of other processes that want this process's cores, about: the middle of a few looks; 0 where nobody says."""
-    looks = sorted(_look() for _ in range(SAMPLES) if not time.sleep(APART))
-    # Of a machine of which this process has a part, they want that part of the cores.
-    return looks[len(looks) // 2] * cores() / max(cores(), os.cpu_count() or 1)
+    """Threads of other processes that want this process's cores, about; 0 where the system does not say."""
+    looks = []
+    for _ in range(LOOKS):
+        looks.append(_look())
+        time.sleep(APART)
+    # Where this process has a part of the machine's cores, they want that part of them.
+    return sorted(looks)[LOOKS // 2] * cores() / max(cores(), os.cpu_count() or 1)
 
 
 def _look() -> int:
     try:
         running = int(LOAD.read_text().split()[3].split("/")[0])
-        mine = sum(
-            (task / "stat").read_text().rpartition(")")[2].split()[0] == "R" for task in Path("/proc/self/task").iterdir()
-        )
     except (OSError, ValueError, IndexError):
         return 0
-    return max(0, running - max(1, mine))
-
-
-def free_threads(most: int) -> int:
-    """Of `most` threads, as many as have a core of their own now; at least one."""
-    return most if most == 1 else max(1, min(most, cores() - round(others_running())))
+    return max(0, running - 1)  # this process, which looks
 
 
 def wait_politely() -> None:
-    """Let threads that are started later sleep while they wait, if somebody else computes on this machine now.
+    """Let threads that are started later sleep while they wait, if others now compute on cores that they would take.
 
     It must come before PyTorch is loaded, and changes nothing where the user has said how threads wait.
     """
-    if not any(name in os.environ for name in ASKED) and others_running() >= 1:
+    count = os.environ.get("OMP_NUM_THREADS", "")
+    threads = int(count) if count.isdecimal() and int(count) else cores()
+    if threads == 1 or "torch" in sys.modules or any(name in os.environ for name in ASKED):
+        return
+    if threads + others_running() > cores() + 0.5:
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"

@@ -122,7 +122,8 @@ def as_begun(config: Config, old: Mapping[str, Any]) -> Config:
         section, name = key.split(".")
         chosen: BaseModel = getattr(config, section)
         if name not in chosen.model_fields_set:
-            theirs = old.get(section, {}).get(name, _extra(field)["before"])
+            begun = old.get(section)
+            theirs = begun.get(name, _extra(field)["before"]) if isinstance(begun, Mapping) else _extra(field)["before"]
             config = config.model_copy(update={section: chosen.model_copy(update={name: theirs})})
     return config
 

@@ -289,15 +289,15 @@ def _apart_going_on(model: PreTrainedModel, samples: list[Tensor], windows: Wind
             step(2)
         differences = []
         head: Any = model.get_output_embeddings()
-        for i, sample in enumerate(samples):
-            whole = torch.cat([sample, sample.flip(0)[: len(found[i]) - 1]])
+        for i, ids in enumerate(samples):
+            whole = torch.cat([ids, ids.flip(0)[: len(found[i]) - 1]])
             alone: list[Tensor] = []
             hook = head.register_forward_hook(lambda module, args, output, alone=alone: alone.append(args[0]))
             try:
                 model(input_ids=whole[None], use_cache=False)
             finally:
                 hook.remove()
-            differences.append(apart(torch.stack(found[i]).float(), alone[0].detach().float()[0, len(sample) - 1 :]))
+            differences.append(apart(torch.stack(found[i]).float(), alone[0].detach().float()[0, len(ids) - 1 :]))
         return max(differences)
     except Exception:  # a decoder that takes no mask of this shape, or has a cache of its own kind
         return float("inf")

@@ -60,12 +60,10 @@ class Store:
         Raises:
             UserError: the directory belongs to another configuration or command, is not a run's, or is no directory.
         """
-        file = self.path / "config.yaml"
         tree = config_tree(config)
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"run_dir {self.path} is a file; choose a directory.")
-        if file.exists():
-            old = self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        if (old := self._config()) is not None:
             theirs = old.pop("provenance", {}).get("command")
             if theirs != command:
                 raise UserError(f"{self.path} holds a run of `npd {theirs}`; choose another run_dir for `npd {command}`.")
@@ -76,16 +74,17 @@ class Store:
                     "put the options back to go on with that run, or delete the directory to start over."
                 )
         elif self.path.exists() and any(
-            not fnmatch(p.name, f".{file.name}.*.tmp") and p.name != ".lock" for p in self.path.iterdir()
+            not fnmatch(p.name, ".config.yaml.*.tmp") and p.name != ".lock" for p in self.path.iterdir()
         ):
             raise UserError(f"{self.path} is not empty and holds no run of npd; choose another run_dir.")
 
     def as_begun(self, config: Config) -> Config:
         """A configuration as the run here was begun, where it leaves that open; see `npd.config.as_begun`."""
+        return config if (old := self._config()) is None else as_begun(config, old)
+
+    def _config(self) -> dict[str, Any] | None:
         file = self.path / "config.yaml"
-        if not file.is_file():
-            return config
-        return as_begun(config, self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8")))))
+        return None if not file.exists() else self._read(file, lambda: dict(yaml.safe_load(file.read_text(encoding="utf-8"))))
 
     def open(self, config: Config, command: str) -> None:
         """Start a run here, or go on with the one that is here.
@@ -108,8 +107,7 @@ class Store:
 
     def selection(self) -> SelectionConfig:
         """The selection that config.yaml has now."""
-        file = self.path / "config.yaml"
-        tree = self._read(file, lambda: yaml.safe_load(file.read_text(encoding="utf-8"))["selection"])
+        tree = self._read(self.path / "config.yaml", lambda: (self._config() or {})["selection"])
         return SelectionConfig.model_validate(tree)
 
     def sweep(self) -> None:
