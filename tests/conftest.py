@@ -214,7 +214,7 @@ def make_tree(tmp_path, teacher_dir, student_dir, data_file) -> Callable[..., di
             "data": {"train": str(data_file), "max_prompt_tokens": 32},
             "schedule": {"generations": 2, "passes": 2, "lead": 0.0},
             "rollout": {"max_new_tokens": 12, "batch_size": 4, "part_size": 5},
-            "scoring": {"top_k": 4, "batch_tokens": 128},
+            "scoring": {"top_k": 4, "batch_tokens": 128, "free": "always"},
             "selection": {"rule": "none"},
             "packing": {"length": 64},
             "training": {"batch_tokens": 128, "learning_rate": 1e-3},
