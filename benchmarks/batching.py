@@ -9,20 +9,24 @@ geometric lengths: the longest of 64 is some five times the mean. generate_batch
 from __future__ import annotations
 
 import argparse
+import time
 from typing import Any
 
 import pyarrow as pa
 import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from benchmarks.common import Loaded, interleaved, record, start_engine, timed
+from benchmarks.common import Loaded, interleaved, record, start_engine
 from npd.config import Sampling
 from npd.models import Vocabulary
 
 SHAPES: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4},
     "SmolLM2-135M": {
-        **{"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
         "num_key_value_heads": 3,
     },
 }
