@@ -55,18 +55,12 @@ def main() -> None:
         lengths = torch.randint(8, 40, (options.prompts,)).tolist()
         prompts = [torch.randint(size // 2, size, (length,)).tolist() for length in lengths]
         for turn, way in interleaved(options.ways, options.repeat):
-            written: list[int] = []
-            seconds = timed(lambda way=way, written=written: written.extend(write(way, model, prompts, stops, options)))
-            run = {
-                "shape": shape,
-                "way": way,
-                "turn": turn,
-                "seconds": seconds,
-                "tokens": sum(written),
-                "longest": max(written),
-            }
+            began = time.perf_counter()
+            written = write(way, model, prompts, stops, options)
+            seconds = time.perf_counter() - began
+            found = {"seconds": seconds, "tokens": sum(written), "longest": max(written)}
             print(f"{shape} {way}: {sum(written) / seconds:,.0f} tokens/s, longest {max(written)}", flush=True)
-            runs.append(run)
+            runs.append({"shape": shape, "way": way, "turn": turn} | found)
     record("batching", vars(options), runs)
 
 
