@@ -20,10 +20,10 @@ from transformers import PreTrainedModel
 
 from npd.config import load_config
 from npd.models import Vocabulary
-from npd.placement import cores
 from npd.registry import ENGINES
 from npd.rollout import Engine, EngineSetting
 from npd.store import write_json
+from npd.threads import cores
 
 RESULTS = Path("benchmarks/results")
 PACKAGES = ("npd", "torch", "transformers", "accelerate", "pyarrow", "trl")
@@ -89,9 +89,13 @@ def start_engine(
     batch_size: int,
     new_tokens: int = 1024,
     longest_prompt: int = 1024,
+    **others: Any,
 ) -> Engine:
-    """An engine by its name, with these weights; it answers at most `new_tokens` to at most `longest_prompt` tokens."""
-    rollout = {"engine": name, "batch_size": batch_size, "max_new_tokens": new_tokens}
+    """An engine by its name, with these weights; it answers at most `new_tokens` to at most `longest_prompt` tokens.
+
+    `others`: options of the section rollout.
+    """
+    rollout = others | {"engine": name, "batch_size": batch_size, "max_new_tokens": new_tokens}
     config = load_config({"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": rollout})
     device = str(weights.model().device)
     engine: Engine = ENGINES[name](EngineSetting(config, config.student, vocabulary, pad_id, device, longest_prompt))

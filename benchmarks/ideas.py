@@ -47,9 +47,12 @@ class LongRows(Prefill):
 
 
 class WithCache(TransformersEngine):
-    """Decodes with another cache than transformers' default."""
+    """Decodes by generate() with another cache than transformers' default."""
 
     cache: str | None = None
+
+    def _continuing(self, *request: Any) -> None:
+        return None
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         config = super()._generation_config(sampling)

@@ -180,9 +180,9 @@ class Held:
         raise AssertionError("transformers' engine asks for no files")
 
 
-def engine_of(model: PreTrainedModel, vocabulary: Vocabulary, *, pad_id: int = 0, batch_size: int = 4) -> TransformersEngine:
+def engine_of(model: PreTrainedModel, vocabulary: Vocabulary, *, pad_id: int = 0, **rollout: Any) -> TransformersEngine:
     """What writes with a model that is loaded already, in transformers."""
-    tree = {"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": {"batch_size": batch_size}}
+    tree = {"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "rollout": {"batch_size": 4} | rollout}
     config = load_config(tree)
     engine = TransformersEngine(EngineSetting(config, config.student, vocabulary, pad_id, "cpu", longest_prompt=64))
     engine.take(Held(model))
@@ -216,7 +216,7 @@ def make_tree(tmp_path, teacher_dir, student_dir, data_file) -> Callable[..., di
             "data": {"train": str(data_file), "max_prompt_tokens": 32},
             "schedule": {"generations": 2, "passes": 2, "lead": 0.0},
             "rollout": {"max_new_tokens": 12, "batch_size": 4, "part_size": 5},
-            "scoring": {"top_k": 4, "batch_tokens": 128},
+            "scoring": {"top_k": 4, "batch_tokens": 128, "free": "always"},
             "selection": {"rule": "none"},
             "packing": {"length": 64},
             "training": {"batch_tokens": 128, "learning_rate": 1e-3},

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from npd.config import Config, config_tree, differing_keys, leaves, load_config, section_of
+from npd.config import Config, as_begun, config_tree, differing_keys, leaves, load_config, section_of
 from npd.errors import UserError
 
 BASE: dict[str, Any] = {
@@ -329,6 +329,36 @@ def test_a_run_of_a_version_without_the_empty_options_goes_on():
         key: value for key, value in new["rollout"].items() if key not in ("vllm", "check_samples", "check_bound")
     }
     assert differing_keys(old, new) == []
+
+
+def begun(run: dict, asked: dict) -> tuple[Config, list[str]]:
+    """How a run of a tree goes on with what a user asks, and what is refused of that."""
+    config = as_begun(load_config(asked), run)
+    return config, differing_keys(run, config_tree(config))
+
+
+def test_a_run_goes_on_as_it_was_begun_where_a_default_has_changed_since():
+    new = config_tree(load_config(BASE))
+    changed = {key: extra_of(field)["before"] for key, field in leaves(Config) if "before" in extra_of(field)}
+    assert changed == {"rollout.batching": "static", "scoring.free": "always"}
+    for key, before in changed.items():
+        section, name = key.split(".")
+        default = new[section][name]
+        assert before != default
+        older = new | {section: {k: v for k, v in new[section].items() if k != name}}
+        then = new | {section: new[section] | {name: before}}
+        said = BASE | {section: {name: default}}
+        assert getattr(getattr(begun(older, BASE)[0], section), name) == before
+        assert getattr(getattr(begun(then, BASE)[0], section), name) == before  # as the older one is written again
+        assert getattr(getattr(begun(new, BASE)[0], section), name) == default
+        assert begun(older, BASE)[1] == begun(then, BASE)[1] == begun(new, BASE)[1] == []
+        assert begun(older, said)[1] == [f"{key}: None -> {default!r}"]
+        assert begun(then, said)[1] == [f"{key}: {before!r} -> {default!r}"]
+        assert begun(older, BASE | {section: {name: before}})[1] == []
+
+
+def extra_of(field: Any) -> dict[str, Any]:
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
 
 
 def test_configuration_cannot_be_changed_in_place():

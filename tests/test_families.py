@@ -182,7 +182,7 @@ def test_a_family_reads_learns_and_is_saved_as_transformers_does(family, tmp_pat
         "data": {"train": str(prompts), "max_prompt_tokens": 48},
         "schedule": {"generations": 2, "passes": 1, "lead": 0.0},
         "rollout": {"max_new_tokens": 10, "batch_size": 5, "part_size": 8},
-        "scoring": {"top_k": TOP_K, "batch_tokens": 128},
+        "scoring": {"top_k": TOP_K, "batch_tokens": 128, "free": "always"},
         "selection": {"rule": "none"},
         "packing": {"length": 64},
         "training": {"batch_tokens": 4096, "learning_rate": 1e-3},

@@ -21,6 +21,8 @@ from npd.store import sha256
 
 DATA = Path(__file__).parent / "data"
 TIMED = ("tokens_per_second", "publish_seconds")
+AS_THEN = {"rollout": {"batching": "static"}, "scoring": {"free": "always"}}
+"""What those versions did without being asked; a run that they began goes on with it by itself."""
 VERSIONS = sorted(DATA.glob("runs-*"))
 
 
@@ -29,13 +31,9 @@ def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in TIMED} for line in lines]
 
 
-def read_then(file: Path) -> dict[str, Any]:
-    """Options for a run from nothing that is to compute what that version did: a run that is continued needs none of it."""
-    tree: dict[str, Any] = yaml.safe_load(file.read_text())
-    for model in ("student", "teacher"):
-        if model in tree:
-            tree[model]["attention"] = "rows"
-    return tree
+def as_then(tree: dict[str, Any]) -> dict[str, Any]:
+    rows = {model: tree[model] | {"attention": "rows"} for model in ("student", "teacher") if model in tree}
+    return tree | rows | {section: tree[section] | options for section, options in AS_THEN.items()}
 
 
 @pytest.fixture(scope="module", params=VERSIONS, ids=lambda path: path.name)
@@ -46,8 +44,8 @@ def made(request, tmp_path_factory) -> tuple[Path, dict[str, Any], bool]:
     expected = json.loads((folder / "expected.json").read_text())
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        tree = read_then(folder / "distill.yaml")
-        npd.refresh(tree)  # from nothing: its parts tell
+        tree = yaml.safe_load((folder / "distill.yaml").read_text())
+        npd.refresh(as_then(tree))  # from nothing: its parts tell
     run_dir = folder / tree["run_dir"]
     known = {**expected["distill"]["parts"]}
     here = {str(part.relative_to(run_dir)): sha256(part) for part in run_dir.glob("generations/references/part-*")}
@@ -60,12 +58,12 @@ def made(request, tmp_path_factory) -> tuple[Path, dict[str, Any], bool]:
 def test_it_ends_as_it_would_have_ended_then(made, monkeypatch, command, interrupted):
     folder, expected, same_bits = made
     monkeypatch.chdir(folder)
-    tree = yaml.safe_load(Path(f"{command}.yaml").read_text()) if interrupted else read_then(Path(f"{command}.yaml"))
+    tree = yaml.safe_load(Path(f"{command}.yaml").read_text())
     run_dir, wanted = Path(tree["run_dir"]), expected[command]
     shutil.rmtree(run_dir, ignore_errors=True)
     if interrupted:
         shutil.copytree(Path("interrupted") / run_dir.name, run_dir)
-    result = getattr(npd, command)(tree)
+    result = getattr(npd, command)(tree if interrupted else as_then(tree))
     lines = metrics_of(run_dir)
     ended = [line["generation"] for line in lines if "generation_ended" in line]
     assert ended == [line["generation"] for line in wanted["metrics"] if "generation_ended" in line]
@@ -76,6 +74,9 @@ def test_it_ends_as_it_would_have_ended_then(made, monkeypatch, command, interru
             done = metrics_of(Path("interrupted") / run_dir.name)
             assert lines[: len(done)] == done
         return
+    assert getattr(npd, command)(tree if interrupted else as_then(tree)).student == result.student  # once more, as before
+    kept = yaml.safe_load((run_dir / "config.yaml").read_text())
+    assert all(kept[section][name] == value for section, options in AS_THEN.items() for name, value in options.items())
     assert lines == wanted["metrics"]
     parts = {str(part.relative_to(run_dir)): sha256(part) for part in sorted(run_dir.glob("generations/*/part-*"))}
     assert parts == wanted["parts"]

@@ -58,6 +58,7 @@ class Scripted:
         self.ahead, self.continuous = ahead, ahead > 1
         self.log: list[Any] = []
         self.health = Health()
+        self.readings = 0
         self.seeds: dict[int, int] = {}
         self.threads: dict[str, set[Any]] = {"write": set(), "read": set(), "name": set()}
         self.engine_kind = self
@@ -135,6 +136,7 @@ class Scripted:
     def __call__(
         self, contexts: Sequence[Any], responses: Sequence[Any], top_k: int = 0, progress: Any = None
     ) -> list[Reading]:
+        self.readings += 1
         if top_k:  # the teacher reads behind prompts
             self.before_reading()
             self.threads["read"].add(torch.get_num_threads())
@@ -352,6 +354,26 @@ def rows_of(made: Made, generation: int) -> list[dict[str, Any]]:
     return [
         row for part in sorted(made.store.parts(generation)) for row in made.store.read_part(generation, part).to_pylist()
     ]
+
+
+@pytest.mark.parametrize(
+    ("rule", "free", "passes"), [("none", "needed", 1), ("none", "always", 3), ("delta_ifd", "needed", 3)]
+)
+def test_what_the_rule_does_not_judge_by_is_not_read(tmp_path, rule, free, passes):
+    """A part has the same columns either way; those that nobody asked for are null, and the others are the same."""
+    models, whole = Scripted(), Scripted()
+    made = Made(tmp_path / "made", models, selection={"rule": rule}, scoring={"top_k": TOP_K, "free": free})
+    full = Made(tmp_path / "full", whole, selection={"rule": rule}, scoring={"top_k": TOP_K, "free": "always"})
+    for each in (made, full):
+        each.pipeline.make(0, iter([0]))
+    table, wanted = made.store.read_part(0, 0), full.store.read_part(0, 0)
+    assert table.column_names == SCHEMA.names
+    assert models.readings == passes
+    for name in SCHEMA.names:
+        if passes == 1 and (name.endswith("_nll_free") or "ifd" in name):
+            assert table[name].null_count == len(table) > 0
+        else:
+            assert table[name].equals(wanted[name]), name
 
 
 @pytest.mark.parametrize("whose", ["given", "teacher"])

@@ -48,6 +48,22 @@ def quiet() -> Display:
     return Display(Console(file=io.StringIO(), width=100))
 
 
+def test_a_rule_that_needs_what_was_not_read_is_refused(run):
+    store = Store(run)
+    for part in range(2):
+        table = store.read_part(0, part)
+        for name in ("student_nll_free", "teacher_nll_free", "ifd_student", "ifd_teacher", "delta_ifd"):
+            nulls = pa.nulls(len(table), pa.float32())
+            table = table.set_column(table.column_names.index(name), name, nulls)
+        store.write_part(0, part, table, keep_manifest=True)
+    before = files(run)
+    with pytest.raises(UserError, match="neither was asked") as refused:
+        reselect(config_of(run), store, 0, quiet())
+    assert "scoring.free: always" in str(refused.value)
+    assert files(run) == before
+    reselect(config_of(run, {"rule": "none", "upper": 0.7}), store, 0, quiet())
+
+
 def test_verdicts_are_those_of_the_new_selection_and_nothing_else_changes(run):
     store = Store(run)
     before = [store.read_part(0, part) for part in range(2)]

@@ -28,9 +28,10 @@ def table_of(prompts: list[list[int]]) -> pa.Table:
     return pa.table({"prompt_id": ids, "prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
 
 
-def write(model, prompts=PROMPTS, seed=0, vocabulary=VOCABULARY, batch_size=4, **options) -> list[dict]:
+def write(model, prompts=PROMPTS, seed=0, vocabulary=VOCABULARY, batch_size=4, batching="auto", **options) -> list[dict]:
     sampling = Sampling(**{"max_new_tokens": 12} | options)
-    return engine_of(model, vocabulary, batch_size=batch_size).answer(table_of(prompts), sampling, seed).to_pylist()
+    engine = engine_of(model, vocabulary, batch_size=batch_size, batching=batching)
+    return engine.answer(table_of(prompts), sampling, seed).to_pylist()
 
 
 def recomputed(model, row: dict) -> np.ndarray:
@@ -177,7 +178,8 @@ def test_ids_beyond_the_shared_vocabulary_are_never_written(padded, temperature)
 def test_progress_counts_responses(model):
     told: list[int] = []
     engine_of(model, VOCABULARY).answer(table_of(PROMPTS), Sampling(3, samples_per_prompt=2), 0, told.append)
-    assert told == [4, 4, 4]
+    assert sum(told) == 12
+    assert min(told) > 0
 
 
 def test_a_stream_answers_each_request_by_its_number(model):
@@ -192,7 +194,9 @@ def test_a_stream_answers_each_request_by_its_number(model):
         for number, table, seed in requests
     ]
     assert answered == alone
-    assert told == [(7, 4), (7, 8), (7, 12), (3, 4)]
+    assert told == sorted(told, key=lambda said: (-said[0], said[1]))
+    assert (7, 12) in told
+    assert told[-1] == (3, 4)
 
 
 def test_other_weights_can_be_taken(model, padded):

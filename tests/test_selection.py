@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from npd.config import SelectionConfig
 from npd.errors import RunError
-from npd.selection import Select, Summary, bands, check_some_kept, delta_ifd, instruction_following_difficulty
+from npd.selection import Select, Summary, bands, check_some_kept, delta_ifd, instruction_following_difficulty, wants_free
 
 NLL = st.floats(0.01, 20)
 ROWS = st.lists(st.tuples(NLL, NLL, NLL, NLL), min_size=1, max_size=20)
@@ -129,6 +129,26 @@ def test_select_by_perplexity():
     out = Select(SelectionConfig(ifd="perplexity_ratio", lower=-10, upper=1))(scored(MIXED))
     assert out["delta_ifd"][2].as_py() == pytest.approx(math.exp(2) - math.exp(-1.5), rel=1e-6)
     assert out["verdict"].to_pylist() == ["proximal", "proximal", "disconnect", "proximal", "proximal"]
+
+
+def test_what_was_not_read_without_its_prompt_has_no_delta():
+    for table in (scored(MIXED).drop_columns("student_nll_free"), with_null(scored(MIXED), "teacher_nll_free")):
+        out = Select(SelectionConfig(rule="none"))(table)
+        assert out["verdict"].to_pylist() == ["proximal"] * 5
+        assert all(out[name].null_count == 5 for name in ("ifd_student", "ifd_teacher", "delta_ifd"))
+        summary = Summary(SelectionConfig(rule="none"))
+        summary.add(out)
+        assert (summary.result().kept, summary.result().delta_ifd_quantiles) == (5, {})
+
+
+def with_null(table: pa.Table, name: str) -> pa.Table:
+    return table.set_column(table.column_names.index(name), name, pa.nulls(len(table), pa.float32()))
+
+
+@pytest.mark.parametrize("rule", ["none", "delta_ifd", "adaptive"])
+def test_free_passes_are_made_for_rules_that_read_them(rule):
+    assert wants_free(SelectionConfig(rule=rule), "needed") is (rule != "none")
+    assert wants_free(SelectionConfig(rule=rule), "always")
 
 
 def test_rule_none_keeps_all_and_still_measures():

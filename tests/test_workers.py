@@ -263,7 +263,7 @@ def base(tmp_path_factory, teacher_dir, student_dir) -> Tree:
         "data": {"train": str(data), "eval": str(data), "max_prompt_tokens": 16},
         "schedule": {"generations": 3, "passes": 2, "lead": 1.0},
         "rollout": {"max_new_tokens": 8, "batch_size": 4, "part_size": 2},
-        "scoring": {"top_k": 3, "batch_tokens": 64},
+        "scoring": {"top_k": 3, "batch_tokens": 64, "free": "always"},
         "selection": {"rule": "none"},
         "packing": {"length": 24},
         "training": {"batch_tokens": 48, "learning_rate": 1e-2},

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from npd.threads import wait_politely
+
 if TYPE_CHECKING:
     from npd import losses, packing, selection
     from npd.config import Config, load_config
@@ -26,6 +28,8 @@ _HOMES = {
     "refresh": "npd.run",
     "sft": "npd.run",
 }
+wait_politely()  # before anything imports PyTorch
+
 _MODULES = ("losses", "packing", "selection")
 
 __all__ = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass, replace
 
@@ -11,6 +10,7 @@ import torch
 from npd.config import Config, PlacementConfig, ScheduleConfig
 from npd.errors import UserError
 from npd.registry import ENGINES, PRODUCERS
+from npd.threads import cores
 
 
 @dataclass(frozen=True)
@@ -69,11 +69,6 @@ class Placement:
     def shared_gpu(self) -> bool:
         """Must models leave the GPU while others use it?"""
         return self.turns and len(self.train) == 1 and "cuda" in self.train[0]
-
-
-def cores() -> int:
-    """CPU cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_placement(config: Config, *, take_turns: bool = False, processes: int = 1, generates: bool = True) -> Placement:

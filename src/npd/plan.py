@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from transformers import PreTrainedConfig
 
 from npd import models
 from npd.config import Config
@@ -208,6 +209,16 @@ def _steps(config: Config, contents: Generations) -> tuple[int, int]:
     return min([steps, *(limit for limit in most if limit is not None)]), planned
 
 
+def _writes(config: Config, student: PreTrainedConfig) -> str:
+    """The engine, and how it fills its batches, as far as is known before weights are loaded."""
+    if config.rollout.engine != ENGINES.default:
+        return config.rollout.engine
+    if config.rollout.batching == "static":
+        return f"{config.rollout.engine}, generate(): rollout.batching is static"
+    why_not = models.expected_continuing(student)
+    return f"{config.rollout.engine}, " + (f"generate(): {why_not}" if why_not else "continuous batching, if that is proved")
+
+
 def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
     """(what, how much), for a table."""
     config, contents, prompts = setup.config, setup.generations, setup.prompts
@@ -219,7 +230,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
         ["longest prompt", f"{prompts.longest:,} tokens"],
         ["generations", f"{plan.generations:,} of {plan.samples:,} responses"],
         ["passes over each", str(config.schedule.passes)],
-        *([["answered by", config.rollout.engine]] if contents.by_student else []),
+        *([["answered by", _writes(config, setup.tokens.student)]] if contents.by_student else []),
         ["response tokens per generation", f"at most {plan.response_tokens:,.0f}"],
         [
             "optimiser steps",

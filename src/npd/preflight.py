@@ -72,6 +72,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     Raises:
         UserError: whatever is wrong with what the user gave.
     """
+    if command != EVAL:  # which goes on with nothing
+        given = Store(given.run_dir).as_begun(given)
     config = tuning(given) if command == SFT else given
     if command != EVAL and Store(config.run_dir).began_in_rows:
         config = in_rows(config)

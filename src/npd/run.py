@@ -307,6 +307,7 @@ def reselect(config: AnyConfig, *, display: Display | None = None) -> Generation
         RunError: the selection keeps nothing; nothing was changed then.
     """
     config, store = as_config(config), Store(as_config(config).run_dir)
+    config = store.as_begun(config)
     finished = [g for g in range(config.schedule.generations) if store.manifest(g) is not None]
     if not finished:
         raise UserError(f"{store.path} has no finished generation; make one with `npd refresh` first.")

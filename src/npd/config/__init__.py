@@ -1,7 +1,7 @@
 """One tree of options (`sections`), and how it is read (`trees`), compared and explained (`loading`)."""
 
 from npd.config.base import KindOf, Sampling, Section
-from npd.config.loading import config_tree, differing_keys, flat, leaves, load_config, section_of
+from npd.config.loading import as_begun, config_tree, differing_keys, flat, leaves, load_config, section_of
 from npd.config.models import LoraConfig, ModelConfig, StudentConfig, TeacherConfig
 from npd.config.sections import (
     CheckpointConfig,
@@ -43,6 +43,7 @@ __all__ = [
     "TeacherConfig",
     "TrackingConfig",
     "TrainingConfig",
+    "as_begun",
     "config_tree",
     "differing_keys",
     "flat",

@@ -114,18 +114,48 @@ def config_tree(config: Config) -> dict[str, Any]:
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[str, ...] = ()) -> list[str]:
     """Lines "key: old -> new" for options that differ and matter to what is computed.
 
-    A key that an older version did not have yet is what its default says: that is what the version did.
+    A key that an older version did not have yet is what that version did: see `as_begun`.
     """
     lines = []
     for key in sorted(old.keys() | new.keys(), key=str):
         here, a, b = (*path, key), old.get(key), new.get(key)
-        if a == b or _is_free(here) or (key not in old and b == _default(here)):
+        if a == b or _is_free(here) or (key not in old and b == _then(here)):
             continue
         if isinstance(a, Mapping) and isinstance(b, Mapping):
             lines += differing_keys(a, b, here)
         else:
             lines.append(f"{'.'.join(map(str, here))}: {foreign(repr(a), 200)} -> {foreign(repr(b), 200)}")
     return lines
+
+
+def as_begun(config: Config, old: Mapping[str, Any]) -> Config:
+    """A configuration for a run whose config.yaml holds `old`: where it leaves open an option that changed what is done by
+    default, the run goes on as it was begun.
+
+    Such an option has `before` in its json_schema_extra: what versions did that did not have it yet. All other options that
+    an older version did not have have the default that it did.
+    """
+    for key, field in leaves(Config):
+        if "before" not in _extra(field):
+            continue
+        section, name = key.split(".")
+        chosen: BaseModel = getattr(config, section)
+        if name not in chosen.model_fields_set:
+            begun = old.get(section)
+            theirs = begun.get(name, _extra(field)["before"]) if isinstance(begun, Mapping) else _extra(field)["before"]
+            config = config.model_copy(update={section: chosen.model_copy(update={name: theirs})})
+    return config
+
+
+def _then(path: tuple[str, ...]) -> Any:
+    """What versions did that did not have an option yet."""
+    field = _field(path)
+    return _extra(field)["before"] if field is not None and "before" in _extra(field) else _default(path)
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    extra = field.json_schema_extra
+    return extra if isinstance(extra, dict) else {}
 
 
 def _is_free(path: tuple[str, ...]) -> bool:

@@ -105,6 +105,10 @@ class RolloutConfig(Section):
     """Nucleus sampling; 1 switches it off. Below 1 the near-policy KL is a proxy."""
     batch_size: int = Field(default=64, ge=1, le=65536)
     """Sequences decoded at once (vllm: max_num_seqs, unless rollout.vllm says otherwise)."""
+    batching: Literal["auto", "continuous", "static"] = Field(default="auto", json_schema_extra={"before": "static"})
+    """How the engine transformers fills its batch: continuous gives the place of a response that has ended to the next
+    prompt at once; static is generate(), which waits for the longest of a batch. auto is continuous where that is proved,
+    when the model is first written with, to compute what reading each sequence alone does."""
     part_size: int = Field(default=1024, ge=1, le=MANY)
     """Prompts a part file holds: what a crash can lose, at most."""
     check_samples: int = Field(default=8, ge=0, le=65536)
@@ -137,6 +141,10 @@ class ScoringConfig(Section):
     """Teacher log-probabilities kept per response token (paper: 10, best of its sweep)."""
     batch_tokens: int = Field(default=8192, ge=1, le=1 << 31)
     """Tokens in one packed prefill batch."""
+    free: Literal["needed", "always"] = Field(default="needed", json_schema_extra={"before": "always"})
+    """When responses are read a second time, without their prompts, by student and teacher, as IFD wants it. needed: where
+    selection.rule judges by it; the columns *_nll_free, ifd_* and delta_ifd are null otherwise. always: so that a generation
+    can be judged by another rule later (`npd refresh --reselect`)."""
 
 
 class SelectionConfig(Section):

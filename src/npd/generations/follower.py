@@ -141,7 +141,8 @@ def follow(
     theirs = load_config(file, {"run_dir": str(run_dir)} | here)
     if recorded(run_dir).command != "distill":
         raise UserError(f"{run_dir} holds no run of `npd distill`, and only those have generations to make.")
-    config = config or theirs
+    store = Store(run_dir)
+    theirs, config = store.as_begun(theirs), store.as_begun(config or theirs)
     changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not ELSEWHERE.match(c)]
     if changes:
         raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")

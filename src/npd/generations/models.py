@@ -205,6 +205,7 @@ class Models:
             self.placement.rollout,
             self.longest_prompt,
             shares_device=shares_device,
+            say=self.display.say,
             base=base if lora else None,
         )
         return self.engine_kind(setting)

@@ -25,7 +25,7 @@ from npd.rollout import Engine, Request
 from npd.schedule import derive_seed
 from npd.scoring import ScoreStudent, ScoreTeacher, Teacher, teacher_kind
 from npd.scoring.routed import Routed
-from npd.selection import Select
+from npd.selection import Select, wants_free
 from npd.store import REFERENCE, Store
 from npd.store.answers import wrong_part
 from npd.store.schema import NO_POLICY, count_tokens
@@ -165,14 +165,17 @@ class Pipeline:
     def _finish_part(self, generation: int, part: int, table: pa.Table, version: int) -> None:
         """Score, select and store what was answered."""
         table = identify(table, generation, part, version)
+        selection, tokens = self.books.selection(), count_tokens(table["response_ids"])
+        free = wants_free(selection, self.config.scoring.free)
         with self.events.span(SpanName.PART, generation=generation, part=part):
             with self.events.span(SpanName.LOAD):
                 student = self.models.student(version)
                 for source in table["source"].unique().to_pylist():
                     self._teacher(self.config.teacher_of(source), generation)
-            with self._step(SpanName.SCORE, generation, part, 3 * count_tokens(table["response_ids"])) as advance:
-                table = ScoreStudent(self.models.prefill(student))(self._score_teacher(generation)(table, advance), advance)
-            self._store(generation, part, Select(self.books.selection())(table))
+            with self._step(SpanName.SCORE, generation, part, (1 + 2 * free) * tokens) as advance:
+                scored = self._score_teacher(generation, free=free)(table, advance)
+                table = ScoreStudent(self.models.prefill(student), free=free)(scored, advance)
+            self._store(generation, part, Select(selection)(table))
 
     @contextmanager
     def _scoring(self, generation: int, version: int) -> Iterator[tuple[Callable[[int, pa.Table], None], Callable[[], None]]]:
@@ -219,9 +222,9 @@ class Pipeline:
             teacher.health.recall(*earlier, self.config.scoring.top_k)
         return teacher
 
-    def _score_teacher(self, generation: int) -> Routed:
+    def _score_teacher(self, generation: int, *, free: bool) -> Routed:
         top_k = self.config.scoring.top_k
-        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self._teacher(key, generation), top_k))
+        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self._teacher(key, generation), top_k, free=free))
 
     # -- references
 
@@ -238,8 +241,9 @@ class Pipeline:
                 "finish_reason", pa.array(["stop"] * len(table), pa.string())
             )
         if generation == REFERENCE:  # mixed in, and so trained with the same loss as the student's own responses
-            with self._step(SpanName.SCORE, generation, part, 2 * count_tokens(table["response_ids"])) as advance:
-                table = self._score_teacher(generation)(table, advance)
+            free = self.config.scoring.free == "always"  # no rule judges references
+            with self._step(SpanName.SCORE, generation, part, (1 + free) * count_tokens(table["response_ids"])) as advance:
+                table = self._score_teacher(generation, free=free)(table, advance)
         table = identify(table, generation, part, NO_POLICY)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 

@@ -12,7 +12,7 @@ from npd.generations.generation import Generation
 from npd.observe.console import show_generation
 from npd.observe.display import Display
 from npd.records import GenerationEnd, StepLine
-from npd.selection import Select, Summary, check_some_kept
+from npd.selection import Select, Summary, check_some_kept, has_free
 from npd.store import Store, check_places, record, recorded
 
 JUDGED = ["ifd_student", "ifd_teacher", "delta_ifd", "verdict"]
@@ -54,7 +54,16 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
     select, summary = Select(config.selection), Summary(config.selection)
 
     def judged(part: int) -> pa.Table:
-        return select(store.read_part(generation, part, check=True).drop_columns(JUDGED))
+        table = store.read_part(generation, part, check=True).drop_columns(JUDGED)
+        if select.rule.reads_free and not has_free(table):
+            raise UserError(
+                f"selection.rule {config.selection.rule} judges by what student and teacher make of a response without its "
+                f"prompt, but generation {generation} of {store.path} was made by a rule that does not, so neither was asked "
+                "(the columns *_nll_free are null).",
+                "Choose a rule that does not read them, or make the generation anew with this rule, or with scoring.free: "
+                "always.",
+            )
+        return select(table)
 
     for part in parts:
         summary.add(judged(part))

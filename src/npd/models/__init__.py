@@ -30,6 +30,7 @@ from npd.models.reading import (
     hidden_states,
 )
 from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
+from npd.models.slots import Continuing, Slots, continuing, expected_continuing, going_on
 from npd.models.students import adapter_bytes, add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 from npd.models.writing import Writing, prompt_batches, ways_to_write
@@ -40,8 +41,10 @@ __all__ = [
     "PROBES",
     "Activations",
     "AfterHead",
+    "Continuing",
     "Layout",
     "Mode",
+    "Slots",
     "State",
     "Vocabulary",
     "Writing",
@@ -58,16 +61,19 @@ __all__ = [
     "check_saved",
     "check_weights",
     "context_length",
+    "continuing",
     "copy_state",
     "cut_student",
     "device",
     "directory_of",
     "evenly_spaced",
+    "expected_continuing",
     "expected_mode",
     "expected_reading",
     "fast_bfloat16",
     "finish_copies",
     "freeze_unread",
+    "going_on",
     "head_bias",
     "head_weight",
     "hidden_states",

@@ -55,6 +55,8 @@ class EngineSetting:
     """Tokens."""
     shares_device: bool = False
     """Must it give its device to others between generations?"""
+    say: Callable[[str], None] = lambda text: None
+    """Is told what a person should know meanwhile."""
     base: Path | None = None
     """Weights that adapters are trained on, where an engine may take adapters alone; None: it takes whole weights."""
 

@@ -1,4 +1,4 @@
-"""Rollouts with transformers' own generate()."""
+"""Rollouts with models of transformers: by continuous batching where that is proved to hold, else by its generate()."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation import StoppingCriteriaList
 
 from npd.config import Sampling
-from npd.models import prompt_batches
+from npd.errors import UserError
+from npd.models import Continuing, continuing, prompt_batches
 from npd.rollout import Engine, EngineSetting, Progress, Request, Weights
+from npd.rollout.continuous import write_continuously
 from npd.store.schema import add_answers
 
 
 class TransformersEngine(Engine):
-    """Answers one request after another, prompts of similar length in one batch."""
+    """Answers one request after another: what is computed together, and so every bit, follows from the request alone."""
 
     exact = True
 
     def __init__(self, setting: EngineSetting) -> None:
         super().__init__(setting)
         self.model: Any = None
+        self._told: set[str] = set()
 
     def take(self, weights: Weights) -> None:
         self.model = weights.model()
@@ -33,11 +36,62 @@ class TransformersEngine(Engine):
     def stream(
         self, requests: Iterable[Request], sampling: Sampling, progress: Progress | None = None
     ) -> Iterator[tuple[int, pa.Table]]:
-        """As `Engine.stream`; `progress` is told after each batch."""
+        """As `Engine.stream`."""
         for number, table, seed in requests:
-            yield number, self._answer(number, table, sampling, seed, progress)
+            with self._as_policy(sampling):
+                way = self._continuing(table, sampling)
+                if way is None:
+                    answered = self._answer_in_batches(number, table, sampling, seed, progress)
+                else:
+                    answered = self._answer_continuously(way, number, table, sampling, seed, progress)
+            yield number, answered
 
-    def _answer(self, number: int, table: pa.Table, sampling: Sampling, seed: int, progress: Progress | None) -> pa.Table:
+    def _continuing(self, table: pa.Table, sampling: Sampling) -> Continuing | None:
+        """How a request is answered by continuous batching; None: by generate().
+
+        Raises:
+            UserError: rollout.batching asks for what cannot be had.
+        """
+        batching = self.setting.config.rollout.batching
+        if batching == "static" or not len(table):
+            return None
+        way = continuing(self.model)
+        why_not = way.why_not
+        if way.longest is not None and why_not is None:
+            longest = max(map(len, table["prompt_ids"].to_pylist())) + sampling.max_new_tokens
+            if longest > way.longest:
+                why_not = f"with its window of {way.longest} tokens it was not proved for sequences of {longest}"
+        if why_not is None:
+            return way
+        if batching == "continuous":
+            raise UserError(
+                f"rollout.batching is continuous, but {self.setting.model.model} cannot write like that: {why_not}. "
+                "Set rollout.batching to auto."
+            )
+        if why_not not in self._told:
+            self._told.add(why_not)
+            self.setting.say(f"Responses of {self.setting.model.model} are written by generate(): {why_not}.")
+        return None
+
+    def _answer_continuously(
+        self, way: Continuing, number: int, table: pa.Table, sampling: Sampling, seed: int, progress: Progress | None
+    ) -> pa.Table:
+        responses, logprobs = write_continuously(
+            self.model,
+            way.windows,
+            table["prompt_ids"].to_pylist(),
+            sampling,
+            seed,
+            self.setting.vocabulary,
+            self.setting.config.rollout.batch_size,
+            None if progress is None else lambda finished: progress(number, finished),
+        )
+        return add_answers(table, responses, self.setting.vocabulary.stop_ids, logprobs)
+
+    def _answer_in_batches(
+        self, number: int, table: pa.Table, sampling: Sampling, seed: int, progress: Progress | None
+    ) -> pa.Table:
+        """Prompts of similar length in one batch, which ends with its longest response."""
         rows = [i for i in range(len(table)) for _ in range(sampling.samples_per_prompt)]
         prompts: list[list[int]] = table["prompt_ids"].to_pylist()
         lengths = [len(prompts[i]) for i in rows]
@@ -45,7 +99,7 @@ class TransformersEngine(Engine):
         logprobs: list[list[float]] = [[] for _ in rows]
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         batch_size, done = self.setting.config.rollout.batch_size, 0
-        with torch.random.fork_rng(devices=devices), self._as_policy(sampling):
+        with torch.random.fork_rng(devices=devices):
             torch.manual_seed(seed)
             for batch, cache in prompt_batches(self.model, lengths, sampling.max_new_tokens, batch_size):
                 answered = self._generate([prompts[rows[j]] for j in batch], cache)

@@ -213,15 +213,17 @@ def _mean_nll(readings: list[Reading]) -> pa.Array:
 class _Scorer:
     """Conditional and free reading of a table's responses by one model."""
 
-    def __init__(self, reader: Reader, top_k: int = 0) -> None:
-        self.reader, self.top_k = reader, top_k
+    def __init__(self, reader: Reader, top_k: int = 0, *, free: bool = True) -> None:
+        self.reader, self.top_k, self.free = reader, top_k, free
 
     def conditional(self, table: pa.Table, progress: Advance | None) -> list[Reading]:
         contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
         return self.reader(contexts, responses, self.top_k, progress)
 
     def free_nll(self, table: pa.Table, progress: Advance | None) -> pa.Array:
-        """Mean nats per response token without the prompt, behind one start token."""
+        """Mean nats per response token without the prompt, behind one start token; nulls where that is not wanted."""
+        if not self.free:
+            return pa.nulls(len(table), pa.float32())
         responses = table["response_ids"].to_pylist()
         return _mean_nll(self.reader([[self.reader.vocabulary.start_id]] * len(responses), responses, 0, progress))
 

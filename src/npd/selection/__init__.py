@@ -23,7 +23,7 @@ from npd.selection.rules import Bounds, Judgement, Rule, bands, judge
 
 __all__ = [
     "DEGENERATE", "DISCONNECT", "KEPT", "PROXIMAL", "QUANTILES", "UNDEFINED", "Bounds", "Judgement", "Rule", "Select",
-    "Summary", "bands", "check_some_kept", "delta_ifd", "instruction_following_difficulty",
+    "Summary", "bands", "check_some_kept", "delta_ifd", "has_free", "instruction_following_difficulty", "wants_free",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float64]
@@ -59,6 +59,17 @@ def delta_ifd(
         )
 
 
+def has_free(table: pa.Table) -> bool:
+    """Were a scored table's responses read without their prompts as well?"""
+    names = ("student_nll_free", "teacher_nll_free")
+    return all(name in table.column_names and table[name].null_count == 0 for name in names)
+
+
+def wants_free(selection: SelectionConfig, when: Literal["needed", "always"]) -> bool:
+    """Are responses to be read without their prompts as well, by `scoring.free`?"""
+    return when == "always" or bool(RULES[selection.rule]().reads_free)
+
+
 class Select:
     """Stage: adds ifd_student, ifd_teacher, delta_ifd and verdict to a scored table."""
 
@@ -67,6 +78,10 @@ class Select:
         self.rule: Rule = RULES[config.rule]()
 
     def __call__(self, table: pa.Table) -> pa.Table:
+        if not has_free(table):
+            for name in ("ifd_student", "ifd_teacher", "delta_ifd"):
+                table = table.append_column(name, pa.nulls(len(table), pa.float32()))
+            return self._judged(table)
         student, teacher = (
             instruction_following_difficulty(
                 table[f"{who}_nll"].to_numpy(), table[f"{who}_nll_free"].to_numpy(), ifd=self.config.ifd
@@ -81,6 +96,9 @@ class Select:
             .append_column("ifd_teacher", pa.array(teacher, pa.float32()))
             .append_column("delta_ifd", pa.array(delta, pa.float32()))
         )
+        return self._judged(table)
+
+    def _judged(self, table: pa.Table) -> pa.Table:
         verdicts = judge(self.rule, table, self.config).verdicts
         return table.append_column("verdict", pa.array(np.asarray(verdicts).tolist(), pa.string()))
 

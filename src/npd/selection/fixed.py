@@ -25,5 +25,7 @@ class FixedBand(Rule):
 class Everything(Rule):
     """Keeps all, an undefined Δ too."""
 
+    reads_free = False
+
     def __call__(self, table: pa.Table, config: SelectionConfig) -> Judgement:
         return Judgement(np.full(len(table), PROXIMAL), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +30,9 @@ class Judgement(NamedTuple):
 class Rule(ABC):
     """A kind of `selection.rule`: which responses of a part may be trained on. It has no state."""
 
+    reads_free: ClassVar[bool] = True
+    """Does it read what follows from responses without their prompts (*_nll_free, ifd_*, delta_ifd)? Where it does not,
+    those columns may be null."""
     bounds_of = "the rule's"
     """Whose bounds they are, in messages: "below the rule's lower bound"."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from npd.config import Config, SelectionConfig, config_tree, differing_keys
+from npd.config import Config, SelectionConfig, as_begun, config_tree, differing_keys
 from npd.errors import UserError, foreign
 from npd.prompts import Prompts
 from npd.records import Line, Manifest, PartEntry
@@ -49,10 +49,8 @@ class Store:
         self.student = self.path / "student"
         self.metrics = self.path / "metrics.jsonl"
         self.vocabulary_size: int | None = None  # token ids of parts lie below it, where it is known
-        self.joined = False
-        """Has this process begun to work on the run? Then its directory must stay."""
-        self.mended: list[str] = []
-        """What was found damaged when the run was opened, and is whole again; one sentence each."""
+        self.joined = False  # has this process begun to work on the run? Then its directory must stay
+        self.mended: list[str] = []  # a sentence on each thing that was damaged when the run was opened, and is whole again
 
     # -- the run itself
 
@@ -82,6 +80,10 @@ class Store:
             not fnmatch(p.name, f".{CONFIG}.*.tmp") and p.name != ".lock" for p in self.path.iterdir()
         ):
             raise UserError(f"{self.path} is not empty and holds no run of npd; choose another run_dir.")
+
+    def as_begun(self, config: Config) -> Config:
+        """A configuration as the run here was begun, where it leaves that open; see `npd.config.as_begun`."""
+        return as_begun(config, recorded(self.path).tree) if (self.path / CONFIG).exists() else config
 
     def open(self, config: Config, command: str) -> None:
         """Start a run here, or go on with the one that is here.
