@@ -1,0 +1,136 @@
+"""Runs cases, reports the faults, keeps the counts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import shutil
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import tqdm
+
+from .pinned import PINNED
+from .sandbox import become_reaper, leftover_processes
+from .world import Case, World
+
+KINDS = ("kills", "configurations", "data", "answers", "models", "runs", "disks")
+RESULTS = Path(__file__).resolve().parents[2] / "docs/reliability.json"
+
+
+def module(kind: str) -> ModuleType:
+    return importlib.import_module(f"{__package__}.{kind}")
+
+
+def attempt(kind: str, number: int, world: World) -> Case:
+    """Run one case; its faults tell what is wrong."""
+    case = Case(kind, number)
+    try:
+        module(kind).attack(case, world)
+    except Exception:
+        case.fault(f"the harness failed: {traceback.format_exc()}")
+    leftover_processes()
+    return case
+
+
+def warm_up(world: World) -> None:
+    """Import what a run imports, so that forks need not."""
+    case = Case("warm-up", 0)
+    scene = world.scene(case)
+    tree = world.tree(
+        scene.run, {"data": {"eval": str(world.data)}, "evaluation": {"tasks": ["answer"]}, "tracking": {"report": True}}
+    )
+    names = scene.path / "names"
+
+    def tell() -> None:
+        import atexit
+
+        atexit.register(lambda: names.write_text("\n".join(sys.modules)))
+
+    scene.npd("distill", str(scene.write_config(tree)), hook=tell, fine=[0])
+    if case.faults:
+        raise SystemExit(f"a plain run fails: {case.faults}\n{case.said}")
+    for name in [*names.read_text().split(), "datasets", "gguf", "peft", "npd.generations.follower", "npd.report.page"]:
+        if name.split(".")[0] in {
+            "npd",
+            "torch",
+            "transformers",
+            "accelerate",
+            "datasets",
+            "peft",
+            "pyarrow",
+            "tokenizers",
+        } | {*("jinja2", "rich", "safetensors", "numpy", "yaml", "plotly", "gguf", "urllib3", "http", "reasoning_gym")}:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                continue
+    assert threading.active_count() == 1, f"a process with threads can't be forked safely: {threading.enumerate()}"
+
+
+def told(case: Case) -> str:
+    lines = [f"{case.kind} {case.number}: {case.told}", *(f"    {fault}" for fault in case.faults)]
+    if case.said.strip():
+        lines.append("    said: " + case.said.strip()[-600:].replace("\n", "\n          "))
+    lines.append(f"    again: python -m tests.fuzz --kind {case.kind} --only {case.number}")
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def main(root: Path) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.fuzz")
+    parser.add_argument("--kind", choices=KINDS, action="append", help="kinds of cases; all by default")
+    parser.add_argument("--from", dest="first", type=int, default=0)
+    parser.add_argument("--to", type=int, help="the first number that is not run")
+    parser.add_argument("--only", type=int, action="append", help="numbers of cases")
+    parser.add_argument("--keep", action="store_true", help="leave the folder of the last case")
+    parser.add_argument("--pinned", action="store_true", help="only cases that once failed")
+    parser.add_argument("--shard", default="1/1", help="I/N: every Nth case from the Ith")
+    parser.add_argument(
+        "--record", type=Path, help="add each case's end to this file of JSON lines; what is there is not run again"
+    )
+    options = parser.parse_args()
+    become_reaper()
+    shard, shards = map(int, options.shard.split("/"))
+    done = recorded(options.record)
+    began, failures, count = time.monotonic(), 0, Counter[str]()
+    tqdm.tqdm.monitor_interval = 0  # no thread here: this process forks
+    try:
+        world = World(root)
+        warm_up(world)
+        for kind in options.kind or KINDS:
+            whole = options.to if options.to is not None else module(kind).COUNT
+            numbers = options.only or (PINNED.get(kind, []) if options.pinned else range(options.first, whole))
+            for number in numbers:
+                if number % shards != shard - 1 or (kind, number) in done:
+                    continue
+                case = attempt(kind, number, world)
+                count[kind] += 1
+                if case.faults:
+                    failures += 1
+                    print(told(case), flush=True)
+                elif options.only:
+                    print(f"{kind} {number}: {case.told}: {case.status}\n{case.said}", flush=True)
+                if options.record:
+                    line = {"kind": kind, "number": number, "status": case.status, "faults": case.faults, "told": case.told}
+                    with options.record.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+    finally:
+        if not options.keep:
+            shutil.rmtree(root, ignore_errors=True)
+        else:
+            print(f"The last case lies in {root}.")
+    each = ", ".join(f"{number} {kind}" for kind, number in count.items())
+    print(f"{sum(count.values())} cases ({each}) in {time.monotonic() - began:.0f} s, {failures} failed.")
+    sys.exit(bool(failures))
+
+
+def recorded(path: Path | None) -> set[tuple[str, int]]:
+    if path is None or not path.exists():
+        return set()
+    return {(line["kind"], line["number"]) for line in map(json.loads, path.read_text().splitlines())}
