@@ -276,7 +276,7 @@ class Hostile(FakeServer):
 
     def arm(self, fault: Fault, after: int, once: bool, early: str) -> None:
         self.fault, self.after, self.once, self.early, self.asked = fault, after, once, early, 0
-        self.faults = _Every(self)  # type: ignore[assignment]
+        self.faults = _Every(self)
 
     def get(self, handler: Any) -> None:
         if self.early == "models":
@@ -331,6 +331,21 @@ def serve(world: World, kind: str, fault: Fault, after: int, once: bool, early: 
     return pid, url
 
 
+def changed(change: Change, rng: random.Random) -> Fault:
+    """The right answer, altered."""
+
+    def fault(handler: Any, answer: Any) -> None:
+        with suppress(LookupError, TypeError, AttributeError):
+            answer = change(deepcopy(answer), rng)
+        try:
+            text = json.dumps(answer)
+        except ValueError:  # an integer longer than Python writes
+            text = '{"choices": ' + "9" * 6000 + "}"
+        reply(handler, text.encode("utf-8", "surrogatepass"))
+
+    return fault
+
+
 def attack(case: Case, world: World) -> None:
     scene = world.scene(case)
     rng = scene.rng
@@ -338,18 +353,7 @@ def attack(case: Case, world: World) -> None:
     kind = ("vllm", "sglang")[case.number // len(WAYS) % 2]
     early = rng.choice(("", "", "", "", "", "models", "tokenize"))
     after, once = rng.choice((0, 0, 0, 2, 5)), rng.random() < 0.25
-    if way in CHANGES:
-
-        def fault(handler: Any, answer: Any) -> None:
-            with suppress(LookupError, TypeError, AttributeError):
-                answer = CHANGES[way](deepcopy(answer), rng)
-            try:
-                text = json.dumps(answer)
-            except ValueError:
-                text = '{"choices": ' + "9" * 6000 + "}"
-            reply(handler, text.encode("utf-8", "surrogatepass"))
-    else:
-        fault = FAULTS[way]
+    fault = FAULTS[way] if way in FAULTS else changed(CHANGES[way], rng)
     lead = rng.choice((0.0, 0.0, 1.0))
     case.told = f"{kind}: {way}, after {after}{', once' if once else ''}{f', of {early}' if early else ''}, lead {lead:g}"
     pid, url = serve(world, kind, fault, after, once, early)

@@ -11,7 +11,7 @@ import yaml
 from npd.config import Config, leaves
 
 from .hostile import DICTIONARY, LONG, deep, mutated
-from .world import PASSWORD, Case, Tree, World, altered
+from .world import PASSWORD, Case, World, altered
 
 COUNT = 1000
 KEYS = [tuple(key.split(".")) for key, _ in leaves(Config)]
@@ -90,7 +90,7 @@ DOCUMENTS: list[str | bytes] = [
 ]
 
 
-def restructured(tree: Tree, rng: random.Random) -> Any:
+def restructured(tree: dict[Any, Any], rng: random.Random) -> Any:
     """The tree with sections dropped, swapped, emptied, or filled with what belongs elsewhere."""
     for _ in range(rng.randint(1, 3)):
         names = list(tree)

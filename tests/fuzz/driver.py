@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -16,12 +17,12 @@ from types import ModuleType
 
 import tqdm
 
+from .disks import permitted
 from .pinned import PINNED
 from .sandbox import become_reaper, leftover_processes
 from .world import Case, World
 
 KINDS = ("kills", "configurations", "data", "answers", "models", "runs", "disks")
-RESULTS = Path(__file__).resolve().parents[2] / "docs/reliability.json"
 
 
 def module(kind: str) -> ModuleType:
@@ -88,49 +89,70 @@ def main(root: Path) -> None:
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--to", type=int, help="the first number that is not run")
     parser.add_argument("--only", type=int, action="append", help="numbers of cases")
+    parser.add_argument("--pinned", action="store_true", help="only cases that failed once")
     parser.add_argument("--keep", action="store_true", help="leave the folder of the last case")
-    parser.add_argument("--pinned", action="store_true", help="only cases that once failed")
-    parser.add_argument("--shard", default="1/1", help="I/N: every Nth case from the Ith")
-    parser.add_argument(
-        "--record", type=Path, help="add each case's end to this file of JSON lines; what is there is not run again"
-    )
+    parser.add_argument("--shard", default="1/1", help="I/N: every Nth case, from the Ith")
+    parser.add_argument("--processes", type=int, default=1, help="shards to run at once")
+    parser.add_argument("--record", type=Path, help="add lines here; cases that stand here without a fault are not run again")
     options = parser.parse_args()
-    become_reaper()
-    shard, shards = map(int, options.shard.split("/"))
-    done = recorded(options.record)
-    began, failures, count = time.monotonic(), 0, Counter[str]()
-    tqdm.tqdm.monitor_interval = 0  # no thread here: this process forks
+    if options.processes > 1:
+        shards = range(1, options.processes + 1)
+        command = [sys.executable, "-m", "tests.fuzz", *sys.argv[1:], "--processes", "1"]
+        running = [subprocess.Popen([*command, "--shard", f"{shard}/{options.processes}"]) for shard in shards]
+        shutil.rmtree(root)
+        sys.exit(max(process.wait() for process in running))
     try:
-        world = World(root)
-        warm_up(world)
-        for kind in options.kind or KINDS:
-            whole = options.to if options.to is not None else module(kind).COUNT
-            numbers = options.only or (PINNED.get(kind, []) if options.pinned else range(options.first, whole))
-            for number in numbers:
-                if number % shards != shard - 1 or (kind, number) in done:
-                    continue
-                case = attempt(kind, number, world)
-                count[kind] += 1
-                if case.faults:
-                    failures += 1
-                    print(told(case), flush=True)
-                elif options.only:
-                    print(f"{kind} {number}: {case.told}: {case.status}\n{case.said}", flush=True)
-                if options.record:
-                    line = {"kind": kind, "number": number, "status": case.status, "faults": case.faults, "told": case.told}
-                    with options.record.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
+        failures = run(options, root)
     finally:
-        if not options.keep:
-            shutil.rmtree(root, ignore_errors=True)
+        if options.keep:
+            print(f"The last case lies in {root}/case.")
         else:
-            print(f"The last case lies in {root}.")
-    each = ", ".join(f"{number} {kind}" for kind, number in count.items())
-    print(f"{sum(count.values())} cases ({each}) in {time.monotonic() - began:.0f} s, {failures} failed.")
+            shutil.rmtree(root, ignore_errors=True)
     sys.exit(bool(failures))
 
 
+def run(options: argparse.Namespace, root: Path) -> int:
+    """Run the cases that are asked for; how many failed."""
+    become_reaper()
+    tqdm.tqdm.monitor_interval = 0  # no thread here: this process forks
+    shard, shards = map(int, options.shard.split("/"))
+    done = recorded(options.record)
+    began, failures, count = time.monotonic(), 0, Counter[str]()
+    kinds = options.kind or KINDS
+    can_mount = "disks" in kinds and permitted()
+    world = World(root)
+    warm_up(world)
+    for kind in kinds:
+        if kind == "disks" and not can_mount:
+            print("disks are left out: this system permits no mounts here.")
+            continue
+        whole = options.to if options.to is not None else module(kind).COUNT
+        numbers = options.only or (PINNED.get(kind, []) if options.pinned else range(options.first, whole))
+        for number in numbers:
+            if number % shards != shard - 1 or (kind, number) in done:
+                continue
+            start = time.monotonic()
+            case = attempt(kind, number, world)
+            count[kind] += 1
+            if case.faults:
+                failures += 1
+                print(told(case), flush=True)
+            elif options.only:
+                print(f"{kind} {number}: {case.told}: {case.status}\n{case.said}", flush=True)
+            if options.record:
+                line = {"kind": kind, "number": number, "status": case.status, "group": case.group, "told": case.told}
+                line |= {"faults": case.faults, "seconds": round(time.monotonic() - start, 2)}
+                options.record.parent.mkdir(parents=True, exist_ok=True)
+                with options.record.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    each = ", ".join(f"{number} {kind}" for kind, number in count.items())
+    print(f"{sum(count.values())} cases ({each}) in {time.monotonic() - began:.0f} s, {failures} failed.", flush=True)
+    return failures
+
+
 def recorded(path: Path | None) -> set[tuple[str, int]]:
+    """Cases whose last try had no fault."""
     if path is None or not path.exists():
         return set()
-    return {(line["kind"], line["number"]) for line in map(json.loads, path.read_text().splitlines())}
+    last = {(line["kind"], line["number"]): line["faults"] for line in map(json.loads, path.read_text().splitlines())}
+    return {case for case, faults in last.items() if not faults}

@@ -100,6 +100,7 @@ def attack(case: Case, world: World) -> None:
     if role == "worker" and name == "INT":
         name = "TERM"  # Ctrl-C is for the trainer
     number = getattr(signal, f"SIG{name}")
+    case.group = f"SIG{name} {'a fresh process, starting' if starting else f'{role}, {base}'}"
     at_change = not starting and base != "external" and role != "both" and name != "STOP" and rng.random() < 0.5
     if at_change:
         nth = rng.randint(1, max(1, facts["changes"][role]))

@@ -257,7 +257,7 @@ def fork_workers(note: Path, hook: Hook | None) -> None:
 
     there.close()
     stand_in = SimpleNamespace(Popen=start, PIPE=subprocess.PIPE, TimeoutExpired=subprocess.TimeoutExpired)
-    workers.subprocess = stand_in  # type: ignore[attr-defined, assignment]
+    workers.subprocess = stand_in  # type: ignore[assignment]
 
 
 def helper(orders: socket.socket, note: Path, hook: Hook | None) -> None:

@@ -43,6 +43,8 @@ class Case:
     number: int
     told: str = ""
     """What was done, in a few words."""
+    group: str = ""
+    """What it is counted with."""
     status: int | None = None
     faults: list[str] = field(default_factory=list)
     said: str = ""
@@ -265,7 +267,13 @@ def wrong_in_part(path: Path) -> list[str]:
 
 def state_of(run: Path) -> dict[str, Any]:
     """All of a finished run that must not depend on interruptions."""
-    patterns = ("student/*", "generations/*/part-*", "generations/*/manifest.json", "policy/v*/*", "policy/LATEST")
+    patterns: tuple[str, ...] = (
+        "student/*",
+        "generations/*/part-*",
+        "generations/*/manifest.json",
+        "policy/v*/*",
+        "policy/LATEST",
+    )
     patterns += ("checkpoints/step-*/model.safetensors", "checkpoints/LATEST")
     names = [path for pattern in patterns for path in run.glob(pattern) if path.is_file()]
     state: dict[str, Any] = {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in names}
