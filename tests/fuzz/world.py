@@ -118,6 +118,7 @@ class Scene:
             "HOME": str(self.path / "home"),
         }
         self.before: dict[str, Any] = {}
+        self.planted: set[Path] = set()
         self.count = 0
         self.killed = False
 
@@ -133,6 +134,7 @@ class Scene:
         """Start `npd ARGUMENTS` here; what lies around the run directory is looked at before the first start."""
         if not self.before:
             self.before = self.around()
+            self.planted = set(self.run.rglob(".*.tmp"))
         self.count += 1
         log = self.path / "logs" / f"{self.count}.log"
         return Process(arguments, cwd=self.path / "here", log=log, environment=self.environment, **options)
@@ -213,7 +215,7 @@ class Scene:
             case.fault(f"written outside of the run directory: {names[:5]}")
         if not self.killed and (left := [str(path.relative_to(self.path)) for path in (self.path / "tmp").iterdir()]):
             case.fault(f"left in TMPDIR: {left[:5]}")
-        if not self.killed and self.run.is_dir() and (left := [str(p) for p in self.run.rglob(".*.tmp")]):
+        if not self.killed and self.run.is_dir() and (left := [str(path) for path in {*self.run.rglob(".*.tmp")} - self.planted]):
             case.fault(f"left half written: {left[:5]}")
         for path in files_of(self.path / "logs", self.run):
             data = path.read_bytes()
