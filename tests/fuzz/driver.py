@@ -22,7 +22,7 @@ from .pinned import PINNED
 from .sandbox import become_reaper, leftover_processes
 from .world import Case, World
 
-KINDS = ("kills", "configurations", "data", "answers", "models", "runs", "disks")
+KINDS = ("kills", "configurations", "data", "answers", "models", "runs", "surroundings", "disks")
 
 
 def module(kind: str) -> ModuleType:

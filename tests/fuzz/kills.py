@@ -29,7 +29,8 @@ BASES: dict[str, dict[str, Any]] = {
     "external": {"schedule": {"lead": 1.0}, "placement": {"rollout": "external"}},
 }
 ORDER = ("turns", "beside", "measured", "beside", "turns", "beside", "measured", "external")
-SIGNALS = ("KILL", "KILL", "TERM", "INT", "STOP")
+SIGNALS = ("KILL", "KILL", "KILL", "TERM", "TERM", "INT", "INT", "STOP", "HUP", "INT twice")
+ENDS = {"KILL": (-9, 0), "TERM": (143, 0), "INT": (130, 0), "INT twice": (130, 0), "HUP": (-1, 129, 0), "STOP": (0,)}
 STARTING = 6.0  # seconds in which a fresh process starts, at most
 
 
@@ -97,11 +98,13 @@ def attack(case: Case, world: World) -> None:
     name = rng.choice(SIGNALS)
     roles = {"beside": ("trainer", "worker", "both"), "external": ("trainer", "follower", "both")}.get(base, ("trainer",))
     role = "trainer" if starting else rng.choice(roles)
-    if role == "worker" and name == "INT":
+    if role == "worker" and name.startswith("INT"):
         name = "TERM"  # Ctrl-C is for the trainer
-    number = getattr(signal, f"SIG{name}")
-    case.group = f"SIG{name} {'a fresh process, starting' if starting else f'{role}, {base}'}"
-    at_change = not starting and base != "external" and role != "both" and name != "STOP" and rng.random() < 0.5
+    number = getattr(signal, f"SIG{name.split()[0]}")
+    case.group = f"{name.replace(' ', '-')} {'a fresh process, starting' if starting else f'{role}, {base}'}"
+    at_change = (
+        not starting and base != "external" and role != "both" and name not in ("STOP", "INT twice") and rng.random() < 0.5
+    )
     if at_change:
         nth = rng.randint(1, max(1, facts["changes"][role]))
         case.told = f"{base}: SIG{name} to the {role} before change {nth} of the directory"
@@ -123,6 +126,10 @@ def attack(case: Case, world: World) -> None:
         worker = run.trainer.worker() if role in ("worker", "both") else None
         if worker is not None:
             signal_process(worker, number)
+        if name == "INT twice":
+            time.sleep(rng.choice((0.001, 0.02, 0.1)))
+            for process in hit:
+                process.signal(number)
         if name == "STOP":
             time.sleep(rng.choice((0.01, 0.1, 0.5)))
             for process in hit:
@@ -130,7 +137,7 @@ def attack(case: Case, world: World) -> None:
             if worker is not None:
                 signal_process(worker, signal.SIGCONT)
     scene.killed = True
-    finish(scene, run, {"KILL": (-9, 0), "TERM": (143, 0), "INT": (130, 0), "STOP": (0,)}[name], early=starting)
+    finish(scene, run, ENDS[name], early=starting)
     scene.killed = False
     scene.finish()
     state = state_of(scene.run) if (scene.run / "metrics.jsonl").exists() else {}

@@ -25,6 +25,7 @@ NAMES = {
     "answers": "answers of a hostile server",
     "models": "damaged model directories",
     "runs": "damaged run directories",
+    "surroundings": "odd streams, limits, environments; files that go meanwhile",
     "disks": "sizes of a small disk, and room made",
 }
 

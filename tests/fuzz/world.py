@@ -215,7 +215,11 @@ class Scene:
             case.fault(f"written outside of the run directory: {names[:5]}")
         if not self.killed and (left := [str(path.relative_to(self.path)) for path in (self.path / "tmp").iterdir()]):
             case.fault(f"left in TMPDIR: {left[:5]}")
-        if not self.killed and self.run.is_dir() and (left := [str(path) for path in {*self.run.rglob(".*.tmp")} - self.planted]):
+        if (
+            not self.killed
+            and self.run.is_dir()
+            and (left := [str(path) for path in {*self.run.rglob(".*.tmp")} - self.planted])
+        ):
             case.fault(f"left half written: {left[:5]}")
         for path in files_of(self.path / "logs", self.run):
             data = path.read_bytes()
