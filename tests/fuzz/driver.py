@@ -89,7 +89,7 @@ def main(root: Path) -> None:
     parser.add_argument("--from", dest="first", type=int, default=0)
     parser.add_argument("--to", type=int, help="the first number that is not run")
     parser.add_argument("--only", type=int, action="append", help="numbers of cases")
-    parser.add_argument("--pinned", action="store_true", help="only cases that failed once")
+    parser.add_argument("--pinned", action="store_true", help="cases that failed once too")
     parser.add_argument("--keep", action="store_true", help="leave the folder of the last case")
     parser.add_argument("--shard", default="1/1", help="I/N: every Nth case, from the Ith")
     parser.add_argument("--processes", type=int, default=1, help="shards to run at once")
@@ -127,7 +127,7 @@ def run(options: argparse.Namespace, root: Path) -> int:
             print("disks are left out: this system permits no mounts here.")
             continue
         whole = options.to if options.to is not None else module(kind).COUNT
-        numbers = options.only or (PINNED.get(kind, []) if options.pinned else range(options.first, whole))
+        numbers = options.only or [*range(options.first, whole), *(PINNED.get(kind, []) if options.pinned else [])]
         for number in numbers:
             if number % shards != shard - 1 or (kind, number) in done:
                 continue

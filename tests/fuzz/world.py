@@ -191,6 +191,8 @@ class Scene:
                 if here == self.path:
                     names[:] = [name for name in names if name not in ("run", "logs", "tmp")]
                 for name in (*names, *files):
+                    if here == self.path and name == "run":  # a file, if somebody has put one there
+                        continue
                     with suppress(OSError):
                         facts = (here / name).lstat()
                         directory = (here / name).is_dir() and not (here / name).is_symlink()
