@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,8 +166,9 @@ def finish(scene: Scene, run: Run, struck: tuple[int, ...], *, early: bool) -> N
                 continue
             ended: Ended = process.wait(LIMIT)
             fine = (*struck, 0) if first[role] else (0,)
-            if role == "trainer" and early and ended.status < 0:
-                fine = (*fine, ended.status) if -ended.status in (signal.SIGTERM, signal.SIGINT) and not ended.said else fine
+            if first[role] and early and -ended.status in (signal.SIGTERM, signal.SIGINT) and "/npd/" not in ended.said:
+                ended = replace(ended, said="")  # Python was hit, before npd began
+                fine = (*fine, ended.status)
             scene.judge(ended, fine)
             first[role] = False
             setattr(run, role, None)

@@ -80,7 +80,7 @@ class Process:
         if fresh:
             env = {**os.environ, **environment}
             with log.open("ab") as file:
-                command = [sys.executable, "-m", "npd.cli", *arguments]
+                command = [sys.executable, "-m", "npd", *arguments]
                 self.pid = subprocess.Popen(
                     command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True
                 ).pid
