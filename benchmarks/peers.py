@@ -1,6 +1,6 @@
-"""The contenders of the end-to-end benchmark: npd under two schedules, and TRL's two on-policy trainers.
+"""The contenders of the end-to-end benchmarks: npd under two schedules, TRL's two on-policy trainers, and a plain loop.
 
-All go on from one warm-up student of the demo's task, with the same teacher, prompts, lengths, learning rate and number of
+All go on from one student, with the same teacher, prompts, lengths, learning rate and number of
 optimiser steps, and are evaluated alike; what evaluation takes is no part of their seconds.
 """
 
@@ -10,39 +10,88 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
+from benchmarks.common import Clock
 from npd import models, run
 from npd.config import Config, ModelConfig
 from npd.demo import demo
+from npd.demo.task import Problem, make_problems
 from npd.observe.display import Display
 from npd.observe.events import SpanName, read_events
 from npd.store import Store
 
 QUIET = Display(quiet=True)
-NEW_TOKENS = 72
-RATES = {"learning_rate": 1e-3, "final_learning_rate": 1e-4}
 
 Curve = list[tuple[float, int, float]]
 """(seconds without evaluation, steps, accuracy)"""
 
 
-def warm_up(home: Path, seed: int) -> None:
-    """Data of the demo and a student that has learnt from its references, made once."""
+@dataclass(frozen=True)
+class Task:
+    """What contenders learn, and from whom."""
+
+    teacher: str
+    prompt_tokens: int
+    """The longest prompt."""
+    new_tokens: int
+    """The longest response."""
+    row: int
+    """Tokens of a training row."""
+    problems: Callable[[int, int], list[Problem]] = make_problems
+    """So many different ones, from a seed."""
+    untrained: Callable[[Path, int], None] = demo._write_untrained_student
+    """Write the student that is warmed up, from a seed."""
+    warm_up_steps: int = demo.WARM_UP_STEPS
+    rates: dict[str, float] = field(default_factory=lambda: {"learning_rate": 1e-3, "final_learning_rate": 1e-4})
+    selection: dict[str, Any] = field(default_factory=dict)
+    """npd's rule under the paper's schedule."""
+    batch_size: int = 256
+    """Responses that npd decodes at once."""
+
+    def config(self, home: Path, name: str, seed: int, **sections: Any) -> Config:
+        own: dict[str, dict[str, Any]] = {
+            "teacher": {"model": self.teacher},
+            "data": {"max_prompt_tokens": self.prompt_tokens, "train": str(home / "few-prompts.jsonl")},
+            "rollout": {"max_new_tokens": self.new_tokens, "batch_size": self.batch_size, "part_size": 2048},
+            "packing": {"length": self.row},
+        }
+        given = {name: own.get(name, {}) | sections.get(name, {}) for name in {*own, *sections}}
+        return demo._config(home, name, seed, given)
+
+
+DEMO = Task(demo.TEACHER, prompt_tokens=32, new_tokens=72, row=256)
+
+
+def warm_up(task: Task, home: Path, seed: int) -> None:
+    """Data of the task and a student that has learnt from its references, made once."""
     if (home / "warm-up/student/npd.json").exists():
         return
-    demo._write_data(home, seed)
-    demo._write_untrained_student(home / "untrained", seed)
-    sections: dict[str, dict[str, Any]] = {
-        "student": {"model": str(home / "untrained")},
-        "data": {"train": str(home / "references.jsonl")},
-        "schedule": {"passes": 1000},
-        "training": {"learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_steps": demo.WARM_UP_STEPS},
-    }
-    demo._run("warm-up", "sft", demo._config(home, "warm-up", seed, sections), QUIET)
+    problems = task.problems(demo.REFERENCES + demo.PROMPTS + demo.HELD_OUT, seed)
+    rows = [{"prompt": p.prompt, "completion": p.completion, "answer": p.answer} for p in problems]
+    ends = demo.REFERENCES, demo.REFERENCES + demo.PROMPTS
+    for name, part, keys in (
+        ("references", rows[: ends[0]], ("prompt", "completion")),
+        ("prompts", rows[ends[0] : ends[1]], ("prompt",)),
+        ("held-out", rows[ends[1] :], ("prompt", "answer")),
+    ):
+        demo._write_jsonl(home / f"{name}.jsonl", ({key: row[key] for key in keys} for row in part))
+    task.untrained(home / "untrained", seed)
+    config = task.config(
+        home,
+        "warm-up",
+        seed,
+        student={"model": str(home / "untrained")},
+        data={"train": str(home / "references.jsonl")},
+        schedule={"passes": 1000},
+        training={"learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_steps": task.warm_up_steps},
+    )
+    demo._run("warm-up", "sft", config, QUIET)
 
 
 def fewer_prompts(home: Path, count: int) -> None:
@@ -51,12 +100,12 @@ def fewer_prompts(home: Path, count: int) -> None:
     (home / "few-prompts.jsonl").write_text("".join(lines[:count]))
 
 
-def config_of(home: Path, name: str, seed: int, held_out: int, **sections: Any) -> Config:
+def config_of(task: Task, home: Path, name: str, seed: int, held_out: int, **sections: Any) -> Config:
+    """A run that begins anew; without `held_out` nothing is evaluated."""
     shutil.rmtree(home / name, ignore_errors=True)
-    sections["data"] = {"train": str(home / "few-prompts.jsonl")}
-    evaluation = {"tasks": [{"name": "answer", "size": held_out}], "kl_prompts": 0}
+    evaluation: dict[str, Any] = {"tasks": [{"name": "answer", "size": held_out}] if held_out else [], "kl_prompts": 0}
     sections["evaluation"] = evaluation | sections.get("evaluation", {})
-    return demo._config(home, name, seed, sections)
+    return task.config(home, name, seed, **sections)
 
 
 def npd(config: Config) -> dict[str, Any]:
@@ -87,31 +136,43 @@ def npd(config: Config) -> dict[str, Any]:
 
 
 def near_policy(
-    home: Path, seed: int, held_out: int, steps: int | None, batch_tokens: int, generations: int = 2
+    task: Task,
+    home: Path,
+    seed: int,
+    held_out: int,
+    steps: int | None,
+    batch_tokens: int,
+    generations: int = 2,
+    every: int = 1,
 ) -> dict[str, Any]:
-    """The paper's schedule: generations of five passes each, Δ-IFD's band; no overlap on so few cores."""
-    training = RATES | {"batch_tokens": batch_tokens} | ({"max_steps": steps} if steps else {})
-    schedule = {"generations": generations, "lead": 0.0}
-    return npd(config_of(home, f"npd-{generations}", seed, held_out, training=training, schedule=schedule))
+    """The paper's schedule: generations of five passes each, Δ-IFD's band; no overlap on so few cores.
+
+    It is evaluated after each `every` passes.
+    """
+    training = task.rates | {"batch_tokens": batch_tokens} | ({"max_steps": steps} if steps else {})
+    sections: dict[str, Any] = {"schedule": {"generations": generations, "lead": 0.0}, "selection": task.selection}
+    sections["evaluation"] = {"every_passes": every}
+    return npd(config_of(task, home, f"npd-{generations}", seed, held_out, training=training, **sections))
 
 
-def strict(home: Path, seed: int, held_out: int, steps: int, batch: int, every: int) -> dict[str, Any]:
+def strict(task: Task, home: Path, seed: int, held_out: int, steps: int, batch: int, every: int) -> dict[str, Any]:
     """Our own on-policy schedule: every step on responses of the newest weights."""
     return npd(
         config_of(
+            task,
             home,
             "strict",
             seed,
             held_out,
             schedule={"prompts": batch, "passes": 1, "generations": steps, "lead": 0.0},
             selection={"rule": "none"},
-            training=RATES | {"batch_tokens": 1 << 20, "max_steps": steps},
+            training=task.rates | {"batch_tokens": 1 << 20, "max_steps": steps},
             evaluation={"every_passes": every},
         )
     )
 
 
-def trl(which: str, home: Path, seed: int, held_out: int, steps: int, batch: int, every: int) -> dict[str, Any]:
+def trl(which: str, task: Task, home: Path, seed: int, held_out: int, steps: int, batch: int, every: int) -> dict[str, Any]:
     """TRL's trainer on the same student, teacher and prompts: forward KL, no padding beyond the batch's own."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -120,14 +181,14 @@ def trl(which: str, home: Path, seed: int, held_out: int, steps: int, batch: int
 
     out = home / which
     shutil.rmtree(out, ignore_errors=True)
-    evaluation = config_of(home, f"{which}-evaluation", seed, held_out)
-    began, lost, tokens = time.time(), 0.0, 0
+    evaluation = config_of(task, home, f"{which}-evaluation", seed, held_out)
+    began, lost, tokens, positions, decoded = time.time(), 0.0, 0, 0, 0
     curve: Curve = []
 
     class Watch(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
             nonlocal lost
-            if state.global_step % every and state.global_step != steps:
+            if not held_out or (state.global_step % every and state.global_step != steps):
                 return
             now = time.time()
             models.save_model(model, tokenizer, out / "now")
@@ -138,21 +199,26 @@ def trl(which: str, home: Path, seed: int, held_out: int, steps: int, batch: int
 
     class Distillation(DistillationTrainer):
         def _prepare_inputs(self, generation_batch: Any) -> Any:
-            nonlocal tokens
+            nonlocal tokens, positions, decoded
             inputs = super()._prepare_inputs(generation_batch)
             tokens += int(inputs["completion_mask"].sum())
+            positions += inputs["prompt_ids"].numel() + inputs["completion_ids"].numel()
+            decoded += inputs["completion_ids"].shape[1]
             return inputs
 
     class Gkd(GKDTrainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            nonlocal tokens
+            nonlocal tokens, positions, decoded
+            prompts = inputs["prompts"].shape[1]
             loss = super().training_step(model, inputs, num_items_in_batch)
             tokens += int((inputs["labels"] != -100).sum())
+            positions += inputs["labels"].numel()
+            decoded += inputs["labels"].shape[1] - prompts
             return loss
 
-    teacher = models.load_model(ModelConfig(model=demo.TEACHER))
+    teacher = models.load_model(ModelConfig(model=task.teacher))
     student = models.load_model(ModelConfig(model=str(home / "warm-up/student")))
-    tokenizer = models.load_tokenizer(ModelConfig(model=demo.TEACHER))
+    tokenizer = models.load_tokenizer(ModelConfig(model=task.teacher))
     tokenizer.padding_side = "left"
     texts = [json.loads(line)["prompt"] for line in (home / "few-prompts.jsonl").read_text().splitlines()]
 
@@ -169,9 +235,9 @@ def trl(which: str, home: Path, seed: int, held_out: int, steps: int, batch: int
         "gradient_checkpointing": False,
         "per_device_train_batch_size": batch,
         "max_steps": steps,
-        "learning_rate": RATES["learning_rate"],
+        "learning_rate": task.rates["learning_rate"],
         "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": {"min_lr": RATES["final_learning_rate"]},
+        "lr_scheduler_kwargs": {"min_lr": task.rates["final_learning_rate"]},
         "warmup_steps": round(0.03 * steps),
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,
@@ -188,14 +254,94 @@ def trl(which: str, home: Path, seed: int, held_out: int, steps: int, batch: int
     arguments: Any
     trainer: Any
     if which == "trl-distillation":
-        arguments = DistillationConfig(max_completion_length=NEW_TOKENS, **common)
+        arguments = DistillationConfig(max_completion_length=task.new_tokens, **common)
         trainer = Distillation(model=student, teacher_model=teacher, args=arguments, **shared)
     else:
-        arguments = GKDConfig(max_new_tokens=NEW_TOKENS, lmbda=1.0, **common)
+        arguments = GKDConfig(max_new_tokens=task.new_tokens, lmbda=1.0, **common)
         trainer = Gkd(model=student, teacher_model=teacher, args=arguments, data_collator=collate, **shared)
+    clock = Clock()
+    clock.watch(student, "generate", "generate")
+    for part in (teacher, models.backbone(teacher)):  # one calls the model, the other its decoder
+        clock.watch(part, "forward", "score")
     trainer.train()
     trainer.save_model(str(out / "student"))
-    return {"seconds": time.time() - began - lost, "tokens": tokens, "steps": steps, "curve": curve}
+    seconds = time.time() - began - lost
+    stages = clock.seconds | {"train": seconds - sum(clock.seconds.values())}
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "steps": steps,
+        "curve": curve,
+        "stages": stages,
+        "positions": positions,
+        "decoded": decoded,
+    }
+
+
+def plain(task: Task, home: Path, seed: int, held_out: int, steps: int, batch: int, every: int) -> dict[str, Any]:
+    """A loop as one would write it by hand: `generate()`, both models over one padded batch, KL over the whole vocabulary.
+
+    Weights that are trained are float32, all else is bfloat16 on a GPU; logits exist at response positions alone.
+    """
+    began, clock = time.time(), Clock()
+    torch.manual_seed(seed)
+    place = "cuda" if torch.cuda.is_available() else "cpu"
+    small = torch.bfloat16 if place == "cuda" else torch.float32
+
+    def load(model: str, dtype: torch.dtype) -> Any:
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").to(place)
+
+    path = str(home / "warm-up/student")
+    student, teacher = load(path, torch.float32), load(task.teacher, small)
+    policy = load(path, small) if small != torch.float32 else student
+    tokenizer = models.load_tokenizer(ModelConfig(model=task.teacher))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=task.rates["learning_rate"], weight_decay=0.0, fused=True)
+    texts = [json.loads(line)["prompt"] for line in (home / "few-prompts.jsonl").read_text().splitlines()]
+    clock.watch(policy, "generate", "generate")
+    clock.watch(models.backbone(teacher), "forward", "score")
+    stop, tokens, positions, decoded = student.config.eos_token_id, 0, 0, 0
+    for step in range(steps):
+        chosen = [texts[i % len(texts)] for i in range(step * batch, (step + 1) * batch)]
+        given = tokenizer(chosen, return_tensors="pt", padding=True, padding_side="left").to(place)
+        width = given["input_ids"].shape[1]
+        with torch.no_grad():
+            if policy is not student:
+                for mine, theirs in zip(policy.parameters(), student.parameters(), strict=True):
+                    mine.copy_(theirs)
+            out = policy.generate(
+                **{k: given[k] for k in ("input_ids", "attention_mask")},
+                max_new_tokens=task.new_tokens,
+                do_sample=True,
+                top_k=0,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        answer = out[:, width:]
+        ended = (answer == stop).cumsum(1) - (answer == stop).int()
+        wanted = ended == 0
+        mask = torch.cat([given["attention_mask"], wanted.long()], 1)
+        inputs = {"input_ids": out, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        with torch.autocast(place, small, enabled=small != torch.float32):
+            with torch.no_grad():
+                read = models.backbone(teacher)(**inputs, use_cache=False).last_hidden_state[:, width - 1 : -1][wanted]
+                target = torch.log_softmax((read @ models.head_weight(teacher).T).float(), -1)
+            hidden = models.backbone(student)(**inputs, use_cache=False).last_hidden_state[:, width - 1 : -1][wanted]
+            said = torch.log_softmax((hidden @ models.head_weight(student).T.to(hidden.dtype)).float(), -1)
+        torch.nn.functional.kl_div(said, target, reduction="batchmean", log_target=True).backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens, positions, decoded = tokens + int(wanted.sum()), positions + out.numel(), decoded + answer.shape[1]
+    seconds = time.time() - began
+    stages = clock.seconds | {"train": seconds - sum(clock.seconds.values())}
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "steps": steps,
+        "curve": [],
+        "stages": stages,
+        "positions": positions,
+        "decoded": decoded,
+    }
 
 
 CONTENDERS: dict[str, Callable[..., dict[str, Any]]] = {

@@ -185,6 +185,8 @@ NAMES = {
     "strict": "npd, strict on-policy",
     "trl-distillation": "TRL DistillationTrainer",
     "trl-gkd": "TRL GKDTrainer",
+    "plain": "a plain loop with `generate()`",
+    "released": "npd before, paper's schedule",
 }
 
 
@@ -261,6 +263,91 @@ def stages(results: dict[str, Any]) -> str:
     return table(["contender", "seconds", "of which", "publishing"], rows)
 
 
+def tails(results: dict[str, Any]) -> str:
+    """Tokens a second of every contender, and npd's over them within a turn."""
+    rows = []
+    for (shape, name), runs in grouped(_measured(results), "shape", "contender").items():
+        npd = {r["turn"]: r for r in _measured(results) if (r["shape"], r["contender"]) == (shape, "npd")}
+        ratio = [_speed(npd[r["turn"]]) / _speed(r) for r in runs if r["turn"] in npd]
+        rows.append(
+            [
+                shape,
+                NAMES[name],
+                str(len(runs)),
+                ranged([r["tokens"] / 1000 for r in runs]),
+                ranged([r["seconds"] for r in runs]),
+                ranged([_speed(r) for r in runs], 0),
+                ranged(ratio) + "×" if ratio else "",
+            ]
+        )
+    heads = ["models", "contender", "turns", "thousand tokens trained", "seconds", "tokens/s", "npd is faster by"]
+    return table(heads, rows)
+
+
+def tails_stages(results: dict[str, Any]) -> str:
+    """Where the time of a trained token goes."""
+    rows = []
+    for (shape, name), runs in grouped(_measured(results), "shape", "contender").items():
+        cells = {k: [1e6 * r["stages"].get(k, 0.0) / r["tokens"] for r in runs] for k in ("generate", "score", "train")}
+        whole = [1e6 * r["seconds"] / r["tokens"] for r in runs]
+        cells["other"] = [w - sum(values) for w, values in zip(whole, zip(*cells.values(), strict=True), strict=True)]
+        rows.append([shape, NAMES[name], *(f"{statistics.median(v):,.0f}" for v in (whole, *cells.values()))])
+    return table(["models", "contender", "µs per trained token", "generating", "scoring", "training", "other"], rows)
+
+
+def tails_count(results: dict[str, Any]) -> str:
+    """Operations that each way of working needs, what they would take at this machine's rate, and what was measured."""
+    counts = {r["shape"]: r["count"] for r in results["runs"] if "count" in r}
+    ways = {"npd": "npd", "strict": "strict", "released": "npd"}
+    rows = []
+    for (shape, name), runs in grouped(_measured(results), "shape", "contender").items():
+        if shape not in counts or runs[0]["matmul_rate"] is None:
+            continue
+        count, rate = counts[shape][ways.get(name, "padded")], statistics.median(r["matmul_rate"] for r in runs)
+        floor, best = rate / sum(count.values()), rate / sum(counts[shape]["npd"].values())
+        speed = statistics.median(_speed(r) for r in runs)
+        rows.append(
+            [
+                shape,
+                NAMES[name],
+                *(f"{value / 1e6:,.1f}" for value in (*count.values(), sum(count.values()))),
+                f"{floor:,.0f}",
+                f"{speed:,.0f}",
+                f"{100 * speed / floor:.0f}%",
+                f"{sum(count.values()) / sum(counts[shape]['npd'].values()):.1f}×",
+                f"{best / speed:.1f}×",
+            ]
+        )
+    heads = ["models", "contender", "generating", "scoring", "training", "Mflop per trained token", "floor, tokens/s"]
+    heads += ["measured", "of its floor", "npd's floor is faster than its floor by", "and than it by"]
+    return table(heads, rows)
+
+
+def tails_lengths(results: dict[str, Any]) -> str:
+    heads = ["models", "student", "teacher", "vocabulary", "mean response", "longest of 64 on average", "longest"]
+    rows = [
+        [
+            r["shape"],
+            f"{r['width']} × {r['layers']}",
+            f"{r['teacher_width']} × {r['teacher_layers']}",
+            f"{r['vocabulary']:,}",
+            *(f"{r[key]:,.0f}" for key in ("mean", "longest_of_64", "longest")),
+        ]
+        for r in results["runs"]
+        if "count" in r
+    ]
+    return table(heads, rows)
+
+
+def _measured(results: dict[str, Any]) -> Runs:
+    return [r for r in results["runs"] if "tokens" in r]
+
+
+def _speed(run: dict[str, Any]) -> float:
+    speed: float = run["tokens"] / run["seconds"]
+    return speed
+
+
 def ideas(results: dict[str, Any]) -> str:
     """Each way's seconds, and those of the first way over them, turn by turn; compiling apart."""
     rows = []
@@ -291,6 +378,18 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "end to end, small steps": ("distillation-small", distillation),
     "quality, small steps": ("distillation-small", quality),
     "stages, small steps": ("distillation-small", stages),
+    "tails": ("tails", tails),
+    "tails, lengths": ("tails", tails_lengths),
+    "tails, stages": ("tails", tails_stages),
+    "tails, count": ("tails", tails_count),
+    "tails, machine": ("tails", machine),
+    "tails on a GPU": ("tails-cuda", tails),
+    "tails on a GPU, lengths": ("tails-cuda", tails_lengths),
+    "tails on a GPU, stages": ("tails-cuda", tails_stages),
+    "tails on a GPU, machine": ("tails-cuda", machine),
+    "chains": ("chains", distillation),
+    "quality, chains": ("chains", quality),
+    "stages, chains": ("chains", stages),
     "ideas": ("ideas", ideas),
     "loss": ("loss", loss),
     "loss of many tokens": ("loss-8192", loss),

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from npd import packing
 from npd.packing import pack, pack_tokens, short_rows
 
 
@@ -17,16 +18,29 @@ def problems(draw, most=60):
     return draw(st.lists(st.integers(1, capacity), max_size=most)), capacity
 
 
+@st.composite
+def repeated(draw):
+    """Many samples of few lengths."""
+    capacity = draw(st.integers(1, 40))
+    few = draw(st.lists(st.integers(1, capacity), min_size=1, max_size=4))
+    return draw(st.lists(st.sampled_from(few), max_size=120)), capacity
+
+
 def naive_best_fit_decreasing(lengths, capacity):
-    """Free space of every row, by looking at all rows for each sample."""
+    """By looking at all rows for each sample; of rows with one free space the last to come to it is filled first."""
+    rows: list[list[int]] = []
     free: list[int] = []
-    for size in sorted(lengths, reverse=True):
-        fitting = [room for room in free if room >= size]
-        if fitting:
-            free[free.index(min(fitting))] -= size
-        else:
-            free.append(capacity - size)
-    return free
+    touched: list[int] = []
+    for n, index in enumerate(sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))):
+        fitting = [r for r in range(len(rows)) if free[r] >= lengths[index]]
+        if not fitting:
+            rows.append([])
+            free.append(capacity)
+            touched.append(n)
+        row = min(fitting, key=lambda r: (free[r], -touched[r])) if fitting else len(rows) - 1
+        rows[row].append(index)
+        free[row], touched[row] = free[row] - lengths[index], n
+    return rows
 
 
 @given(problems())
@@ -38,11 +52,12 @@ def test_every_index_once_within_capacity(problem):
     assert all(sum(lengths[i] for i in row) <= capacity for row in rows)
 
 
-@given(problems())
+@settings(max_examples=300)
+@given(st.one_of(problems(), repeated()))
 def test_is_best_fit_decreasing(problem):
+    """The very rows, not only their fill: a run that is resumed must lay out its samples as it would have."""
     lengths, capacity = problem
-    free = [capacity - sum(lengths[i] for i in row) for row in pack(lengths, capacity)]
-    assert sorted(free) == sorted(naive_best_fit_decreasing(lengths, capacity))
+    assert pack(lengths, capacity) == naive_best_fit_decreasing(lengths, capacity)
 
 
 @given(problems())
@@ -156,6 +171,27 @@ def test_predictors_index_across_rows():
     packed = pack_tokens([[7, 7], [8]], [[51], [52, 53]], [[0], [1]], 3, pad_id=0)
     assert packed.predictors.tolist() == [1, 3, 4]
     assert packed.labels.tolist() == [51, 52, 53]
+
+
+@given(st.lists(st.integers(1, 70), max_size=60), st.integers(1, 300))
+def test_short_rows_are_the_first_rows_of_what_is_left(lengths, tokens):
+    left = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    for rows, length in short_rows(lengths, tokens):
+        packed = naive_best_fit_decreasing([lengths[i] for i in left], length)[: max(1, tokens // length)]
+        assert rows == [[left[i] for i in row] for row in packed]
+        left = [i for i in left if not any(i in row for row in rows)]
+    assert not left
+
+
+def test_short_rows_of_very_many_samples(monkeypatch):
+    lengths = np.random.default_rng(0).integers(1, 50, 1000).tolist()
+    monkeypatch.setattr(packing, "WINDOW", 300)
+    expected = []
+    for start in range(0, 1000, 300):
+        window = short_rows(lengths[start : start + 300], 200)
+        expected += [([[start + i for i in row] for row in rows], length) for rows, length in window]
+    assert list(short_rows(lengths, 200)) == expected
+    assert sorted(i for rows, _ in expected for row in rows for i in row) == list(range(1000))
 
 
 @given(st.lists(st.integers(1, 70), max_size=60), st.integers(1, 300))

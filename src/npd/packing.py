@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor
 
 
-def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[list[int]]:
     """Rows of sample indices whose lengths sum to at most `capacity`; every index appears once.
 
-    Best-fit decreasing: longest sample first, each into the row it fills best. Free space takes whole numbers up to
-    `capacity`, so the fullest row that still fits is a lookup in a segment tree over free space: O(log capacity) a
-    sample. Ties go to the lower index, so the result is a function of the lengths alone.
+    Best-fit decreasing: longest sample first, each into the row it fills best. Ties go to the lower index, so the result
+    is a function of the lengths alone. Equal lengths go together (see `_best_fit`): O(log capacity) for each different
+    length, and little for a sample.
 
     Raises:
         ValueError: a length that is over the capacity, or not positive.
@@ -27,51 +28,19 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         if bad.any():
             index = int(np.argmax(bad))
             raise ValueError(f"sample {index} has a length of {sizes[index]} tokens, which is {why}")
-
-    leaves = 1 << int(capacity).bit_length()
-    occupied = [False] * (2 * leaves)  # a node: does any row below it have this free space?
-    rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]
+    groups = _by_length(sizes)
     rows: list[list[int]] = []
-
-    def tightest(need: int) -> int:
-        """Least free space >= need that some row has, or -1."""
-        node = need + leaves
-        if occupied[node]:
-            return need
-        while node > 1:
-            if node % 2 == 0 and occupied[node + 1]:
-                node += 1
-                while node < leaves:
-                    node = 2 * node if occupied[2 * node] else 2 * node + 1
-                return node - leaves
-            node //= 2
-        return -1
-
-    def mark(free: int, value: bool) -> None:
-        node = free + leaves
-        while node and occupied[node] != value:
-            occupied[node] = value
-            if not value and node > 1 and occupied[node ^ 1]:
-                return
-            node //= 2
-
-    for index in np.argsort(-sizes, kind="stable").tolist():
-        size = int(sizes[index])
-        free = tightest(size)
-        if free < 0:
-            row, free = len(rows), capacity
-            rows.append([])
-        else:
-            row = rows_with[free].pop()
-            if not rows_with[free]:
-                mark(free, False)
-        rows[row].append(index)
-        left = free - size
-        if left:
-            rows_with[left].append(row)
-            if len(rows_with[left]) == 1:
-                mark(left, True)
+    for size, first, each, into in _best_fit({size: len(group) for size, group in groups.items()}, capacity):
+        group = groups[size]
+        if into[0] == len(rows):
+            rows += [[] for _ in into]
+        for at, row in enumerate(into):
+            rows[row] += group[first + at * each : first + (at + 1) * each]
     return rows
+
+
+WINDOW = 2048
+"""Samples that `short_rows` sorts and packs together."""
 
 
 def short_rows(lengths: Sequence[int], tokens: int, *, alone: bool = False) -> Iterator[tuple[list[list[int]], int]]:
@@ -81,15 +50,75 @@ def short_rows(lengths: Sequence[int], tokens: int, *, alone: bool = False) -> I
     masked. So a batch begins with the longest sample left, its rows are as long as that one, and samples of like lengths
     meet; short ones fill what is left in a row. A batch has at most `tokens` tokens, padding included, unless a single
     sample has more. Every index appears once, and the result is a function of the arguments alone.
+
+    For each batch all that is left is packed anew, so of very many samples each `WINDOW` makes batches of its own.
     """
-    left = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable").tolist()
-    while left:
-        length = int(lengths[left[0]])
-        rows = [[i] for i in range(len(left))] if alone else pack([lengths[i] for i in left], length)
-        rows = rows[: max(1, tokens // length)]
-        yield [[left[i] for i in row] for row in rows], length
-        taken = {i for row in rows for i in row}
-        left = [sample for i, sample in enumerate(left) if i not in taken]
+    for start in range(0, len(lengths), WINDOW):
+        sizes = np.asarray(lengths[start : start + WINDOW], dtype=np.int64)
+        left = np.argsort(-sizes, kind="stable")
+        while left.size:
+            length = int(sizes[left[0]])
+            rows = [[i] for i in range(len(left))] if alone else pack(sizes[left], length)
+            rows = rows[: max(1, tokens // length)]
+            yield [[start + int(left[i]) for i in row] for row in rows], length
+            left = np.delete(left, [i for row in rows for i in row])
+
+
+def _by_length(sizes: np.ndarray) -> dict[int, list[int]]:
+    """Indices of the samples of each length, the longest first."""
+    order = np.argsort(-sizes, kind="stable")
+    negative, starts = np.unique(-sizes[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    return {-int(n): part.tolist() for n, part in zip(negative, parts, strict=False)}
+
+
+Fill = tuple[int, int, int, range]
+"""(length, first, each, rows): of the samples of a length, from the first on, so many into each of these rows in turn."""
+
+
+def _best_fit(of_each: Mapping[int, int], capacity: int) -> Iterator[Fill]:
+    """Best-fit decreasing of so many samples of each length, the longest first. Rows are numbered as they are begun.
+
+    A row that a sample fits best is also the one that the next of its length fits best, as long as that goes in: what is
+    left in it is less than in any other row that would take it. So rows of the same free space are filled one after
+    another, all by one rule, and stay together: the work is in runs of rows, not in samples. Of the rows with one free
+    space the last to come to it is filled first.
+    """
+    spaces: list[int] = []  # free spaces that some row has, sorted
+    runs_with: dict[int, list[range]] = {}  # free space -> its rows as a stack of runs, the last row on top
+
+    def put(space: int, rows: range) -> None:
+        if space and rows:
+            if space not in runs_with:
+                insort(spaces, space)
+                runs_with[space] = []
+            runs_with[space].append(rows)
+
+    begun = 0
+    for size, count in of_each.items():
+        first = 0
+        while first < count:
+            left, place = count - first, bisect_left(spaces, size)
+            space = spaces[place] if place < len(spaces) else capacity
+            each = min(space // size, left)
+            if place < len(spaces):
+                run = runs_with[space].pop()[::-1]
+                if not runs_with[space]:
+                    del runs_with[space], spaces[place]
+            else:
+                run = range(begun, begun + -(-left // each))
+                begun = run.stop
+            full, rest = run[: left // each], run[left // each :]
+            over = left % each if rest else 0  # samples that fill one more row in part
+            yield size, first, each, full
+            first += len(full) * each
+            if over:
+                yield size, first, over, rest[:1]
+                first, rest = first + over, rest[1:]
+            put(space, rest[::-1])
+            put(space - each * size, full)
+            if over:
+                put(space - over * size, run[len(full) : len(full) + 1])
 
 
 def end_to_end(lengths: Sequence[int], tokens: int) -> Iterator[tuple[list[list[int]], int]]:
