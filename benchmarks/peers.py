@@ -289,7 +289,8 @@ def plain(task: Task, home: Path, seed: int, held_out: int, steps: int, batch: i
     small = torch.bfloat16 if place == "cuda" else torch.float32
 
     def load(model: str, dtype: torch.dtype) -> Any:
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa").to(place)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, attn_implementation="sdpa")
+        return loaded.to(place)
 
     path = str(home / "warm-up/student")
     student, teacher = load(path, torch.float32), load(task.teacher, small)

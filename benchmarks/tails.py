@@ -267,7 +267,7 @@ def main() -> None:
                 count = counted(shape, lengths, passes=5)
                 answers = [r for _, r in lengths]
                 longest = [max(answers[i : i + 64]) for i in range(0, len(answers), 64)]
-                facts = {"mean": np.mean(answers), "longest_of_64": np.mean(longest), "longest": max(answers)}
+                facts: dict[str, Any] = {"mean": np.mean(answers), "longest_of_64": np.mean(longest), "longest": max(answers)}
                 runs.append({"shape": name, **asdict(shape), **{k: float(v) for k, v in facts.items()}, "count": count})
                 print(runs[-1], flush=True)
             drop = ("curve", "publications")
