@@ -14,7 +14,7 @@ from npd.registry import DIVERGENCES, ENGINES, RULES, TEACHERS, Registry
 MANY = 1_000_000  # of what is counted one by one
 LONGEST_TEXT = 1 << 24  # tokens: more than any model reads
 LONGEST_NAME = 255  # bytes of a file's name, as file systems have it
-_USERINFO = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
+_USERINFO = re.compile(r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
 _SECRET = re.compile(r"(api[_-]?key|password|passwd|secret|(access|auth|hf)[_-]?token)$", re.IGNORECASE)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from npd.errors import UserError, foreign
@@ -341,3 +341,7 @@ def check_generation_config(file: Path) -> None:
     for token in named if isinstance(named, list) else [named]:
         if token is not None and (type(token) is not int or token < 0):
             raise UserError(f"{file} names {str(token)[:60]!r} as eos_token_id, which is no token id.", remedy)
+    try:
+        GenerationConfig.from_dict(tree)
+    except Exception as error:  # whatever transformers makes of values of another kind
+        raise UserError(f"{foreign(file, 200)} can't be used ({type(error).__name__}: {foreign(error)}).", remedy) from error
