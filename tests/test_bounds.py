@@ -75,8 +75,15 @@ def test_every_key_takes_or_refuses_what_is_hostile(key):
 
 
 def test_every_number_is_bounded_above_and_finite():
-    """10^18 and infinity, unless the option says that it may be: what separates, and what clips nothing."""
-    free = {"seed", "selection.lower", "selection.upper", "selection.adaptive_lower", "training.max_grad_norm"}
+    """10^18 and infinity, unless the option says that it may be: what separates, and what limits nothing."""
+    free = {
+        "seed",
+        "selection.lower",
+        "selection.upper",
+        "selection.adaptive_lower",
+        "training.max_grad_norm",
+        "schedule.kl_budget",
+    }
     base = {**BASE, "teacher": {"model": "t", "server": "http://x"}}
     for key, field in leaves(Config):
         if {int, float} & {field.annotation, *getattr(field.annotation, "__args__", ())} and key not in free:

@@ -59,7 +59,7 @@ def imported(file: Path) -> set[str]:
 @pytest.mark.parametrize("room", ["observe", "report"])
 def test_reports_and_displays_know_no_stage(room):
     """They know the ground, each other from report to observe, and nothing of what makes a run, unless to name a type."""
-    ground = ("config", "errors", "records", "registry", "schedule", "store", "intervals", "observe", room)
+    ground = ("config", "errors", "signals", "records", "registry", "schedule", "store", "intervals", "observe", room)
     for file in (SOURCE / room).glob("*.py"):
         for name in imported(file):
             inner = name.split(".")[1] if "." in name else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from npd.placement import Placement, check_engine, engine_beside_training, resol
 from npd.prompts import Chat, Prompts, count_sources, read_data
 from npd.registry import ENGINES
 from npd.scoring import Question, teacher_kind
-from npd.store import Store
+from npd.store import Store, explained_disk
 from npd.store.provenance import in_rows
 
 AnyConfig = Config | Mapping[str, Any] | str | Path
@@ -100,7 +101,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     # What is not trained any more need not be there any more.
     seen = [] if command == EVAL or finished else models.check_weights(config.student, tokens.student, trained=True)
     chat = chat_of(config, tokens)
-    prompts, held_out = read_data(config, command, chat, needed_of_eval(config))
+    with explained_disk(Path(tempfile.gettempdir())):  # where prompts lie until the run has them
+        prompts, held_out = read_data(config, command, chat, needed_of_eval(config))
     if config.schedule.references and prompts is not None and not len(usable_references(config, prompts)):
         raise UserError(
             "schedule.references asks for reference responses, but no row of data.train has a completion of at most "

@@ -60,7 +60,7 @@ class ScheduleConfig(Section):
     distillation is one batch of prompts and passes 1."""
     passes: int = Field(default=5, ge=1, le=MANY)
     """Passes over one generation's responses. 2 generations x 5 are the paper's K = 10 epochs (paper)."""
-    kl_budget: float | None = Field(default=None, gt=0, le=1e6)
+    kl_budget: float | None = Field(default=None, gt=0, allow_inf_nan=True)
     """End a generation as soon as its smoothed near-policy KL passes this many nats per token; `passes` is then the most
     it may last. The paper bounds the KL by about 0.10. Set training.max_steps with it: the learning rate then follows the
     steps; otherwise it jumps where a generation ends early."""
