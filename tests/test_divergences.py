@@ -1,9 +1,10 @@
-"""Divergences that a plug-in brings, against plain autograd over the full vocabulary in float64."""
+"""Divergences, those of a plug-in among them, against plain autograd over the full vocabulary in float64."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import npd
 from npd.config import load_config
 from npd.errors import UserError
-from npd.losses import TopKMass, sparse_soft_cross_entropy
+from npd.losses import TopKMass, check_divergence, divergence_of, sparse_soft_cross_entropy
 from npd.records import StepLine
 from npd.registry import DIVERGENCES, load_plugins
 from npd.store import Store
@@ -26,6 +27,7 @@ PLUGIN = Path(__file__).parent / "plugins/divergences.py"
 LEAST = math.exp(-40)
 MASSES: tuple[TopKMass, ...] = ("raw", "renormalize", "tail")
 
+BUILT_IN = tuple(DIVERGENCES)
 load_plugins([str(PLUGIN)])
 
 
@@ -49,17 +51,28 @@ def dense(name: str, inputs: tuple[Tensor, ...], mass: TopKMass) -> Tensor:
         if outside.any():
             pairs.append(((1 - teacher.sum()) if mass == "tail" else teacher.new_zeros(()), s[outside].sum()))
         for p_teacher, p_student in pairs:
-            p = p_teacher.clamp(min=LEAST)
-            if name == "reverse_kl":
-                value = value + p_student * (p_student / p).log()
-            else:
-                mean = (p + p_student) / 2
-                value = value + p * (p / mean).log() / 2 + p_student * (p_student / mean).log() / 2
+            value = value + WRITTEN_OUT[name](p_teacher.clamp(min=LEAST), p_student)
     return value
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
-@settings(max_examples=60)
+def kl(p: Tensor, q: Tensor) -> Tensor:
+    return p * (p / q).log()
+
+
+WRITTEN_OUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reverse_kl": lambda p, q: kl(q, p),
+    "jensen_shannon": lambda p, q: kl(p, (p + q) / 2) / 2 + kl(q, (p + q) / 2) / 2,
+    "skewed_forward_kl": lambda p, q: kl(p, 0.1 * p + 0.9 * q),
+    "skewed_reverse_kl": lambda p, q: kl(q, 0.1 * q + 0.9 * p),
+    "total_variation": lambda p, q: (p - q).abs() / 2,
+    "jeffreys": lambda p, q: kl(p, q.clamp(min=LEAST)) + kl(q.clamp(min=LEAST), p),
+    "hellinger": lambda p, q: (p.sqrt() - q.sqrt()) ** 2 / 2,
+}
+"""What a pair of probabilities contributes, teacher's and student's."""
+
+
+@pytest.mark.parametrize("name", list(WRITTEN_OUT))
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     tokens=st.integers(1, 9),
@@ -103,7 +116,7 @@ def test_gradcheck(name, mass):
     assert gradcheck(loss, (hidden.requires_grad_(), weight.requires_grad_()))
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "jensen_shannon"])
+@pytest.mark.parametrize("name", list(DIVERGENCES))
 @pytest.mark.parametrize("mass", MASSES)
 def test_finite_in_float32_where_a_student_gives_next_to_nothing(name, mass):
     hidden, weight, labels, ids, logprobs = (x.float() if x.is_floating_point() else x for x in make(2, scale=300.0))
@@ -137,7 +150,7 @@ class _Sweeps(TorchDispatchMode):
 
 @pytest.mark.parametrize(("name", "mass", "sweeps"), [
     ("forward_kl", "raw", 1), ("forward_kl", "renormalize", 1), ("forward_kl", "tail", 2),
-    ("reverse_kl", "raw", 2), ("reverse_kl", "renormalize", 2), ("reverse_kl", "tail", 2),
+    ("reverse_kl", "raw", 2), ("reverse_kl", "renormalize", 2), ("reverse_kl", "tail", 2), ("skewed_forward_kl", "raw", 1),
 ])  # fmt: skip
 def test_the_logits_are_swept_once_more_only_for_a_rest_that_counts(name, mass, sweeps):
     hidden, weight, labels, ids, logprobs = make(4, tokens=6, vocabulary=11)
@@ -189,3 +202,60 @@ def test_a_run_minimises_what_its_configuration_names(make_tree):
     assert first["forward_kl"].ce == first["jensen_shannon"].ce
     assert 0 < first["jensen_shannon"].kd <= math.log(2)
     assert first["jensen_shannon"].kd != first["forward_kl"].kd
+
+
+@pytest.mark.parametrize(("name", "options"), [
+    ("jensen_shannon", {"beta": 0.1}), ("jensen_shannon", {"beta": 0.9}), ("skewed_forward_kl", {"alpha": 0.4}),
+    ("skewed_reverse_kl", {"alpha": 0.4}),
+])  # fmt: skip
+def test_options_are_the_formulas(name, options):
+    share = next(iter(options.values()))
+    written_out: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+        "jensen_shannon": lambda p, q: (
+            share * kl(p, share * p + (1 - share) * q) + (1 - share) * kl(q, share * p + (1 - share) * q)
+        ),
+        "skewed_forward_kl": lambda p, q: kl(p, share * p + (1 - share) * q),
+        "skewed_reverse_kl": lambda p, q: kl(q, share * q + (1 - share) * p),
+    }
+    teacher, student = (torch.randn(5, 7, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    found = divergence_of(name, options)(teacher, student)
+    torch.testing.assert_close(found, written_out[name](teacher.exp(), student.exp()))
+
+
+@pytest.mark.parametrize("name", [name for name in WRITTEN_OUT if name in BUILT_IN] + ["forward_kl"])
+def test_equal_distributions_are_no_distance_apart_and_others_are(name):
+    """With K = V, and with the rest as one symbol; k = 1 too."""
+    hidden, weight, labels, _, _ = make(8, vocabulary=9)
+    full = (hidden @ weight.T).log_softmax(-1)
+    for k in (1, 4, 9):
+        logprobs, ids = full.topk(k)
+        out = sparse_soft_cross_entropy(
+            hidden, weight, labels, ids, logprobs, kd_weight=1.0, top_k_mass="tail", divergence=name
+        )
+        assert abs(float(out.kd)) < 1e-12
+        other = sparse_soft_cross_entropy(
+            -hidden, weight, labels, ids, logprobs, kd_weight=1.0, top_k_mass="tail", divergence=name
+        )
+        assert float(other.kd) > 0.01
+
+
+@pytest.mark.parametrize("name", [*BUILT_IN])
+def test_a_kept_top_k_with_its_tail_never_shows_more_than_the_whole_vocabulary(name):
+    """Symbols taken together lose information (data processing): what is seen is a lower bound, and grows with K."""
+    hidden, weight, labels, _, _ = make(9, tokens=40, vocabulary=30)
+    full = torch.randn(40, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).log_softmax(-1)
+    seen = []
+    for k in (1, 3, 10, 30):
+        logprobs, ids = full.topk(k)
+        seen.append(float(sparse_soft_cross_entropy(
+            hidden, weight, labels, ids, logprobs, kd_weight=1.0, top_k_mass="tail", divergence=name).kd))  # fmt: skip
+    assert seen == sorted(seen)
+
+
+@pytest.mark.parametrize(("name", "options", "words"), [
+    ("jensen_shannon", {"beta": 1.0}, "beta must lie between 0 and 1"), ("jensen_shannon", {"bta": 0.5}, "bta"),
+    ("reverse_kl", {"beta": 0.5}, "it takes none"), ("skewed_forward_kl", {"alpha": "x"}, "loss.options do not fit"),
+])  # fmt: skip
+def test_options_that_do_not_fit_are_refused(name, options, words):
+    with pytest.raises(UserError, match=words):
+        check_divergence(name, "tail", options)

@@ -89,7 +89,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     if generates:
         check_engine(config, placed, processes, trains=not take_turns)
         if config.loss.kd_weight:
-            check_divergence(config.loss.divergence, config.loss.top_k_mass)
+            check_divergence(config.loss.divergence, config.loss.top_k_mass, config.loss.options)
     elif config.evaluation.tasks or config.data.eval is not None or needs_teacher:
         beside = engine_beside_training(config, placed, processes, trains=command != EVAL)
         ENGINES[beside].check(config)

@@ -131,6 +131,11 @@ DIVERGENCES = Registry(
     "loss.divergence",
     {
         "forward_kl": "npd.losses.divergences:forward_kl",
+        "reverse_kl": "npd.losses.divergences:reverse_kl",
+        "jensen_shannon": "npd.losses.divergences:JensenShannon",
+        "skewed_forward_kl": "npd.losses.divergences:SkewedForwardKL",
+        "skewed_reverse_kl": "npd.losses.divergences:SkewedReverseKL",
+        "total_variation": "npd.losses.divergences:total_variation",
     },
 )
 BENCHMARKS = Registry(

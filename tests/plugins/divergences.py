@@ -1,7 +1,5 @@
 """Two divergences between the teacher's top-k with its rest and the student's."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -10,17 +8,16 @@ from npd.registry import DIVERGENCES
 LEAST = -40.0  # nats: what the teacher gives nothing would cost infinitely much
 
 
-def reverse_kl(teacher: Tensor, student: Tensor) -> Tensor:
-    """D_KL(student || teacher): Σ p_S (log p_S - log p_T)."""
-    return student.exp() * (student - teacher.clamp(min=LEAST))
-
-
-def jensen_shannon(teacher: Tensor, student: Tensor) -> Tensor:
-    """The mean of both models' KL to the mean of both."""
+def jeffreys(teacher: Tensor, student: Tensor) -> Tensor:
+    """D_KL(teacher || student) + D_KL(student || teacher): Σ (p_T - p_S) (log p_T - log p_S)."""
     teacher = teacher.clamp(min=LEAST)
-    mean = torch.logaddexp(teacher, student) - math.log(2)
-    return (teacher.exp() * (teacher - mean) + student.exp() * (student - mean)) / 2
+    return (teacher.exp() - student.exp()) * (teacher - student.clamp(min=LEAST))
 
 
-DIVERGENCES.register("reverse_kl", reverse_kl)
-DIVERGENCES.register("jensen_shannon", jensen_shannon)
+def hellinger(teacher: Tensor, student: Tensor) -> Tensor:
+    """Half the squared distance of the probabilities' square roots."""
+    return torch.square((teacher / 2).exp() - (student / 2).exp()) / 2
+
+
+DIVERGENCES.register("jeffreys", jeffreys)
+DIVERGENCES.register("hellinger", hellinger)

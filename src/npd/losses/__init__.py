@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from npd.losses.divergences import Divergence
-from npd.losses.linear import LossOutput, TopKMass, check_divergence, chunk_for, sparse_soft_cross_entropy
+from npd.losses.linear import LossOutput, TopKMass, check_divergence, chunk_for, divergence_of, sparse_soft_cross_entropy
 
 __all__ = [
-    "Divergence", "LossOutput", "TopKMass", "check_divergence", "chunk_for", "near_policy_kl",
+    "Divergence", "LossOutput", "TopKMass", "check_divergence", "chunk_for", "divergence_of", "near_policy_kl",
     "sparse_soft_cross_entropy",
 ]  # fmt: skip
 

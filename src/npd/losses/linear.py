@@ -13,13 +13,14 @@ the gradients of hidden states and weight are produced in that same pass.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from npd.errors import UserError
+from npd.errors import UserError, foreign
 from npd.losses.chunks import Terms, add_product, compare, in_place, in_two_sweeps, product
 from npd.losses.divergences import Divergence
 from npd.registry import DIVERGENCES
@@ -123,7 +124,7 @@ def sparse_soft_cross_entropy(
         chunk_tokens = chunk_for(weight.shape[0], on_cpu=hidden.device.type == "cpu")
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, but it is {chunk_tokens}")
-    kind: Divergence = DIVERGENCES[divergence] if isinstance(divergence, str) else divergence
+    kind = divergence_of(divergence) if isinstance(divergence, str) else divergence
     return LossOutput(
         *_SparseSoftCrossEntropy.apply(
             hidden,
@@ -229,7 +230,27 @@ def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bo
     return torch.cat((logprobs_CK, rest_C), -1)
 
 
-def check_divergence(name: str, top_k_mass: TopKMass) -> None:
+def divergence_of(name: str, options: Mapping[str, Any] | None = None) -> Divergence:
+    """A divergence by its name; a class is made with `options`, anything else takes none.
+
+    Raises:
+        UserError: there is none of this name, or it does not take these options.
+    """
+    kind = DIVERGENCES[name]
+    try:
+        if isinstance(kind, type):
+            return cast(Divergence, kind(**(options or {})))
+        if options:
+            raise TypeError("it takes none")
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"loss.options do not fit loss.divergence {name!r}: {foreign(error)}.",
+            "docs/objectives.md has each one's options.",
+        ) from error
+    return cast(Divergence, kind)
+
+
+def check_divergence(name: str, top_k_mass: TopKMass, options: Mapping[str, Any] | None = None) -> None:
     """See, on two tokens, that a divergence gives what the loss needs: also where the teacher gives a symbol nothing.
 
     Raises:
@@ -238,7 +259,9 @@ def check_divergence(name: str, top_k_mass: TopKMass) -> None:
     teacher_CK = torch.tensor([[0.6, 0.3], [1.0, 0.0]]).log()
     student_CS = torch.tensor([[0.5, 0.2, 0.3], [0.1, 0.3, 0.6]]).log()
     try:
-        found = compare(DIVERGENCES[name], _teacher_sheet(teacher_CK, top_k_mass, rest_exists=True), student_CS, True)
+        found = compare(
+            divergence_of(name, options), _teacher_sheet(teacher_CK, top_k_mass, rest_exists=True), student_CS, True
+        )
         if not all(part is None or part.isfinite().all() for part in found):
             raise ValueError("what it gives, or its derivative, is not finite where the teacher gives a symbol nothing")
     except (ValueError, RuntimeError, TypeError) as error:

@@ -29,7 +29,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from npd import models
 from npd.config import Config, LossConfig
 from npd.errors import RunError, UserError
-from npd.losses import LossOutput, near_policy_kl, sparse_soft_cross_entropy
+from npd.losses import LossOutput, divergence_of, near_policy_kl, sparse_soft_cross_entropy
 from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
 from npd.observe.events import Events, SpanName
 from npd.schedule import derive_seed, learning_rate
@@ -50,6 +50,7 @@ class LossModel(nn.Module):
         # The loss stays outside: it works in place and in chunks, which is what a compiler would make of it.
         self.decoder = torch.compile(models.backbone(model).forward, dynamic=True) if compiled else None
         self.loss = loss
+        self.divergence = divergence_of(loss.divergence, loss.options)
 
     def forward(
         self,
@@ -78,7 +79,7 @@ class LossModel(nn.Module):
             topk_logprobs,
             kd_weight=self.loss.kd_weight,
             top_k_mass=self.loss.top_k_mass,
-            divergence=self.loss.divergence,
+            divergence=self.divergence,
             bias=models.head_bias(self.model),
             after_head=models.after_head_of(self.model),
             scale=scale,
