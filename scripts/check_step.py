@@ -318,6 +318,7 @@ def waits(bench: Bench, result: Result) -> str:
             warnings.simplefilter("always")
             if GPU:
                 torch.cuda.set_sync_debug_mode("warn")
+            heard.clear()  # that warns of itself
             try:
                 act(trainer, samples, rows, 3)
             finally:

@@ -365,9 +365,7 @@ def test_a_compiled_decoder_takes_any_lengths():
     torch._dynamo.reset()
     compiled = torch.compile(model.model.forward, dynamic=True, backend="eager")
     samples = samples_of([9, 3, 12, 1, 7, 7, 5, 2, 8, 4])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "error_on_recompile", False)
-        patch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    with torch._dynamo.config.patch(error_on_recompile=False, fail_on_recompile_limit_hit=True):
         for first in range(0, 9, 2):
             some = samples[first:]
             lengths = [len(s) for s in some]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreT
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from npd.attention import NAME as VARLEN
 from npd.models.layout import decoder_arguments, has_state, layout_of, windows_of
 from npd.models.proof import OWN_TOLERANCE, TOLERANCE, InFloat32, apart, samples_for
 from npd.models.reading import base_model
@@ -140,7 +142,9 @@ class Slots:
 
     def _decode(self, ids: Tensor, positions: Tensor, mask: Any) -> Tensor:
         arguments = {"attention_mask": mask, "past_key_values": self._cache, "use_cache": True}
-        taken = decoder_arguments(self.layout, self.decoder, ids, positions)
+        # Of rows that are read end to end it takes what it takes of packed ones: the mask here is one of its own.
+        layout = replace(self.layout, mode="packed") if self.layout.mode == "varlen" else self.layout
+        taken = decoder_arguments(layout, self.decoder, ids, positions)
         hidden: Tensor = self.decoder(**taken | {"input_ids": ids, "position_ids": positions} | arguments).last_hidden_state
         return hidden
 
@@ -194,14 +198,15 @@ def going_on(model: Any) -> Iterator[None]:
     """Around everything that is done with `Slots`: attention as it is fastest there."""
     base = base_model(model)
     configs = {id(m.config): m.config for m in base.modules() if isinstance(getattr(m, "config", None), PreTrainedConfig)}
-    changed = [config for config in configs.values() if config._attn_implementation == "sdpa"]
-    for config in changed:
+    before = [(config, config._attn_implementation) for config in configs.values()]
+    before = [(config, name) for config, name in before if name in ("sdpa", VARLEN)]
+    for config, _ in before:
         config._attn_implementation = GROUPED
     try:
         yield
     finally:
-        for config in changed:
-            config._attn_implementation = "sdpa"
+        for config, name in before:
+            config._attn_implementation = name
 
 
 # -- the proof
