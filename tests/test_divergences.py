@@ -66,7 +66,7 @@ WRITTEN_OUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "skewed_reverse_kl": lambda p, q: kl(q, 0.1 * q + 0.9 * p),
     "total_variation": lambda p, q: (p - q).abs() / 2,
     "jeffreys": lambda p, q: kl(p, q.clamp(min=LEAST)) + kl(q.clamp(min=LEAST), p),
-    "hellinger": lambda p, q: (p.sqrt() - q.sqrt()) ** 2 / 2,
+    "hellinger": lambda p, q: (torch.where(p > LEAST, p, 0).sqrt() - q.sqrt()) ** 2 / 2,
 }
 """What a pair of probabilities contributes, teacher's and student's."""
 

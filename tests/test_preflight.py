@@ -8,7 +8,7 @@ import torch
 from npd.config import PlacementConfig, ScheduleConfig, load_config
 from npd.errors import UserError
 from npd.placement import Placement, assign_devices, check_engine, resolve_placement
-from npd.preflight import prepare
+from npd.preflight import DISTILL, prepare
 
 
 def placed(lead: float, size: int = 1, **options) -> Placement:
@@ -64,3 +64,13 @@ def test_a_machine_without_a_compiler_is_told_before_anything_is_loaded(make_tre
     prepare(load_config(make_tree()), "distill")
     with pytest.raises(UserError, match=r"training.compile is true, but .*No working C\+\+ compiler.*set training.compile"):
         prepare(load_config(make_tree(training={"compile": True})), "distill")
+
+
+@pytest.mark.parametrize(("loss", "noted"), [
+    ({}, False), ({"divergence": "reverse_kl"}, True), ({"divergence": "reverse_kl", "top_k_mass": "tail"}, False),
+    ({"divergence": "skewed_forward_kl"}, False), ({"divergence": "jensen_shannon", "options": {"beta": 0.2}}, True),
+    ({"divergence": "reverse_kl", "kd_weight": 0.0}, False),
+])  # fmt: skip
+def test_a_divergence_that_takes_the_rest_for_impossible_is_noted(make_tree, loss, noted):
+    setup = prepare(load_config(make_tree(loss=loss)), DISTILL)
+    assert any("takes for impossible" in note for note in setup.notes) is noted

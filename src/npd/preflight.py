@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from npd import models
-from npd.config import Config, load_config
+from npd.config import Config, LossConfig, load_config
 from npd.errors import UserError, foreign
 from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.models import Tokens, load_tokenizers
-from npd.losses import check_divergence
+from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
 from npd.prompts import Chat, Prompts, count_sources, read_data
 from npd.registry import ENGINES
@@ -120,6 +120,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     notes = [*seen] + [
         f"{name}: {note}" for data, name in ((prompts, "data.train"), (held_out, "data.eval")) if data for note in data.notes
     ]
+    if generates and config.loss.kd_weight:
+        notes += divergence_notes(config.loss)
     if any(data is not None and data.templated for data in (prompts, held_out)):
         notes += tokens.notes
     compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
@@ -133,6 +135,16 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     if command != EVAL:
         Store(config.run_dir).check(given, command)
     return Setup(config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, notes)
+
+
+def divergence_notes(loss: LossConfig) -> list[str]:
+    """What does not go together well, though it can be computed."""
+    if loss.top_k_mass == "tail" or getattr(divergence_of(loss.divergence, loss.options), "on_teacher_support", False):
+        return []
+    return [
+        f"loss.top_k_mass {loss.top_k_mass} gives all tokens outside the teacher's top-k nothing, which {loss.divergence} "
+        "takes for impossible. loss.top_k_mass: tail gives them what the teacher gave them."
+    ]
 
 
 def _processes() -> int:

@@ -178,7 +178,8 @@ class LossConfig(Section):
     divergence: DivergenceName = DIVERGENCES.default
     """Distance from teacher to student on the teacher's top-k: forward_kl (paper), or another of docs/objectives.md."""
     options: dict[str, Any] = {}
-    """Options of the divergence: {beta: 0.5} of jensen_shannon, {alpha: 0.1} of the skewed ones, a plug-in's by its own names."""
+    """Options of the divergence: {beta: 0.5} of jensen_shannon, {alpha: 0.1} of the skewed ones; a plug-in's by its own
+    names."""
     kd_weight: float = Field(default=0.9, ge=0, le=1)
     """Lambda: weight of the KL to the teacher against cross-entropy on the response (paper: 0.9)."""
     top_k_mass: Literal["raw", "renormalize", "tail"] = "raw"
