@@ -18,6 +18,7 @@ ONE_IN = 32  # responses of a part, for each that is kept
 BOUND = 0.25
 """Nats by which answers may differ: kernels, batches and eight-bit weights make less than 0.1, another model makes more."""
 EXACT = 5e-4  # nats: what rounding to four decimals makes
+SAME, CERTAIN = 1e-6, 0.95  # nats, and a probability
 STORED = 5e-3  # nats: what storing as float16 makes, and kernels of another machine
 
 Lists = Sequence[Sequence[int]]
@@ -95,6 +96,7 @@ class Health:
             return
         first = self._kept is None
         if self._kept is None:
+            self._check_varies(name, readings)
             self._kept = self._keep(contexts, responses, readings)
         kept_contexts, kept_responses, was = self._kept
         found = difference(was, _joined(read(kept_contexts, kept_responses, top_k)))
@@ -117,6 +119,21 @@ class Health:
                 f"{self._between:.3g}), it ranks the same token first at {found.same_first:.0%} of them, and its top {top_k} "
                 f"hold {found.mass_now:.3g} of all probability (before {found.mass:.3g}). What it read last is not kept.",
                 f"{remedy}; then run the same command again.",
+            )
+
+    @staticmethod
+    def _check_varies(name: str, readings: Sequence[Reading]) -> None:
+        """See that not all tokens of a part are the same to it; of one that is certain that may be right: of repetitions."""
+        logprobs_TK = np.concatenate([reading.topk_logprobs for reading in readings])
+        best = float(np.exp(logprobs_TK.max(axis=1)).mean())
+        with np.errstate(invalid="ignore"):  # two times -inf
+            spread = float(np.ptp(logprobs_TK, axis=0).max())
+        if len(logprobs_TK) >= FEWEST and best < CERTAIN and spread <= SAME:
+            raise RunError(
+                f"The teacher {name} says the same of everything that it reads: at all of {len(logprobs_TK)} tokens behind "
+                f"{len(readings)} prompts the best has the probability {best:.3g}, and its top {logprobs_TK.shape[1]} together "
+                f"{float(np.exp(logprobs_TK[0]).sum()):.3g}. Nothing of it is kept.",
+                "See to its weights, or to its server; then run the same command again.",
             )
 
     def _keep(
