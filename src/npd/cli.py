@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
 import signal
@@ -335,6 +336,9 @@ def entry() -> None:
         click.echo("npd needs PyTorch; install it as https://pytorch.org says.", err=True)
         sys.exit(1)
     end_at_once()
+    for stream in (sys.stdout, sys.stderr):  # of a terminal that lacks some characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         main(prog_name="npd", standalone_mode=False)
     except click.ClickException as error:

@@ -190,7 +190,9 @@ def attack(case: Case, world: World) -> None:
     ended = process.wait(60)
     if server is not None:
         os.kill(server, signal.SIGKILL)
-    silent = name.split()[-1] in SILENT or any(word in name.split() for word in SILENT)
+    silent = any(word in name.split() for word in SILENT)
+    if name.startswith("files of") and name.endswith("bytes"):  # what is said goes into such a file here
+        silent |= len(ended.said.encode()) + 1000 > int(name.split()[2])
     if silent and ended.status in (1, 2, 120, 141):
         if "Traceback" in ended.said:
             case.fault(f"a traceback: {ended.said.strip().splitlines()[-1][:200]}")

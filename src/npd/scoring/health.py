@@ -131,8 +131,8 @@ class Health:
         if len(logprobs_TK) >= FEWEST and best < CERTAIN and spread <= SAME:
             raise RunError(
                 f"The teacher {name} says the same of everything that it reads: at all of {len(logprobs_TK)} tokens behind "
-                f"{len(readings)} prompts the best has the probability {best:.3g}, and its top {logprobs_TK.shape[1]} together "
-                f"{float(np.exp(logprobs_TK[0]).sum()):.3g}. Nothing of it is kept.",
+                f"{len(readings)} prompts the best has the probability {best:.3g}, and its top {logprobs_TK.shape[1]} "
+                f"together {float(np.exp(logprobs_TK[0]).sum()):.3g}. Nothing of it is kept.",
                 "See to its weights, or to its server; then run the same command again.",
             )
 
