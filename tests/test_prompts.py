@@ -375,3 +375,23 @@ def test_a_tokenizer_that_ends_every_text(tmp_path):
     table = load(write(tmp_path / "d.jsonl", ROWS[:1]), tokenizer).table
     assert table["prompt_ids"].to_pylist() == [ids_of(tokenizer, "1+2=")]
     assert table["completion_ids"].to_pylist() == [[*ids_of(tokenizer, "1+2=3;#3"), tokenizer.eos_token_id]]
+
+
+def test_what_is_longer_than_any_model_reads_is_left_out_unread(tmp_path, tokenizer, monkeypatch):
+    """A tokenizer takes gigabytes for it."""
+    monkeypatch.setattr("npd.prompts.load.MANY_CHARACTERS", 1000)
+    file = tmp_path / "long.jsonl"
+    rows = [{"prompt": "1+2="}, {"prompt": "1" * 5000}, {"prompt": "3=", "completion": "1" * 5000}, {"prompt": "4="}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[int] = []
+    real = type(tokenizer).__call__
+
+    def heard(self, text, *args, **options):
+        asked.append(len(text))
+        return real(self, text, *args, **options)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", heard)
+    prompts = load(file, tokenizer, max_prompt_tokens=16, max_completion_tokens=8)
+    assert len(prompts) == 2
+    assert max(asked) < 1000
+    assert "1 left out, prompt longer than data.max_prompt_tokens 16" in " ".join(prompts.report())

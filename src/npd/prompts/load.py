@@ -24,6 +24,11 @@ if TYPE_CHECKING:  # to read a run's files, nobody should wait for transformers
     from transformers import PreTrainedTokenizerBase
 
 
+LONG_PROMPT = "prompt longer than data.max_prompt_tokens {}"
+LONG_COMPLETION = "completion longer than rollout.max_new_tokens {}"
+MANY_CHARACTERS, TOKEN_CHARACTERS = 1 << 20, 256  # no text of more than both, for each token that may be, has as few tokens
+
+
 class _Seen:
     """A set of 64-bit hashes in sorted runs that double, eight bytes an entry."""
 
@@ -140,6 +145,10 @@ def load_prompts(
                     missing -= record.keys()
                 row = read_row(where, record, columns, chat=bool(chat.template), remark=partial(prompts.remark, where=where))
                 _check_needed(row, need)
+                reason = overlong(row, max_prompt_tokens, max_completion_tokens)
+                if reason is not None:
+                    prompts.leave_out(reason, where)
+                    continue
                 asked, completion_ids = _rendered(row, chat, prompts, lenient)
                 reason = unusable(row, asked, completion_ids, max_prompt_tokens, max_completion_tokens)
                 if reason is not None:
@@ -213,10 +222,29 @@ def unusable(
     if row.is_empty or not asked.ids:
         return "empty prompt"
     if len(asked.ids) > longest_prompt:
-        return f"prompt longer than data.max_prompt_tokens {longest_prompt}"
+        return LONG_PROMPT.format(longest_prompt)
     if longest_completion is not None and len(completion_ids or []) > longest_completion:
-        return f"completion longer than rollout.max_new_tokens {longest_completion}"
+        return LONG_COMPLETION.format(longest_completion)
     return None
+
+
+def overlong(row: Row, longest_prompt: int, longest_completion: int | None) -> str | None:
+    """Why a row can't be used, seen from its length alone: a tokenizer takes gigabytes for what no model reads."""
+    if _characters(row.prompt) > max(MANY_CHARACTERS, longest_prompt * TOKEN_CHARACTERS):
+        return LONG_PROMPT.format(longest_prompt)
+    most = None if longest_completion is None else max(MANY_CHARACTERS, longest_completion * TOKEN_CHARACTERS)
+    if most is not None and _characters(row.completion) > most:
+        return LONG_COMPLETION.format(longest_completion)
+    return None
+
+
+def _characters(text: Any) -> int:
+    """Of a string, or of the strings in messages."""
+    if isinstance(text, str):
+        return len(text)
+    if isinstance(text, dict):
+        return sum(map(_characters, text.values()))
+    return sum(map(_characters, text)) if isinstance(text, list | tuple) else 0
 
 
 def _columns(row: Row, asked: Asked, completion_ids: list[int] | None) -> dict[str, Any]:
