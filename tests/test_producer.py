@@ -18,7 +18,7 @@ from npd.errors import NpdError, RunError, UserError
 from npd.generations import workers
 from npd.generations.follower import External
 from npd.generations.producer import Beside, Producer, Turns, Workshop, producer_kind
-from npd.generations.workers import LAST_WORDS, Worker, Workers, visible_gpus
+from npd.generations.workers import BEGIN, LAST_WORDS, Worker, Workers, visible_gpus
 from npd.observe.events import SpanName, read_events
 from npd.placement import Placement, WorkerDevices, assign_devices
 from npd.records import WorkerEnd
@@ -439,7 +439,7 @@ def test_workers_inherit_nothing_that_is_the_trainers(monkeypatch, bench, starte
     assert environment["OMP_NUM_THREADS"] == "3"
     assert environment["PATH"] == os.environ["PATH"]
     assert started[0].options["start_new_session"]
-    assert started[0].command[1:4] == ["-m", "npd.generations.workers", str(bench.store.path)]
+    assert started[0].command[1:4] == ["-c", BEGIN, str(bench.store.path)]
     supervisor.close()
 
 

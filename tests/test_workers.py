@@ -35,7 +35,7 @@ import npd.store
 from npd.config import PlacementConfig, ScheduleConfig
 from npd.generations.books import Books
 from npd.generations.generation import Generations
-from npd.generations.workers import Workers
+from npd.generations.workers import BEGIN, Workers
 from npd.observe.display import Display
 from npd.observe.events import read_events
 from npd.records import WorkerEnd
@@ -76,7 +76,7 @@ class Forked:
     """A file with the process id of every job of a test."""
 
     def __init__(self, command: list[str], *, stdout: IO[bytes], pass_fds: tuple[int, ...], **_: Any) -> None:
-        assert command[:3] == [sys.executable, "-m", "npd.generations.workers"]
+        assert command[:3] == [sys.executable, "-c", BEGIN]
         theirs, mine = os.pipe()
         self.returncode: int | None = None
         self.pid = os.fork()
@@ -541,7 +541,7 @@ def test_a_log_that_cannot_be_written_hides_no_failure(tmp_path):
     told, tells = os.pipe()
     with open("/dev/full", "wb") as log:
         arguments = [str(tmp_path), json.dumps(asdict(placed)), "0", "1", "0", str(tells)]
-        job = Forked([sys.executable, "-m", "npd.generations.workers", *arguments], stdout=log, pass_fds=(tells,))
+        job = Forked([sys.executable, "-c", BEGIN, *arguments], stdout=log, pass_fds=(tells,))
     os.close(tells)
     assert job.wait() == 2
     end = WorkerEnd.hear(told)

@@ -13,7 +13,7 @@ from npd.config import Config
 from npd.errors import UserError
 from npd.observe.display import Display
 from npd.prompts.layouts import read_row
-from npd.prompts.load import render_row, unusable
+from npd.prompts.load import overlong, render_row, unusable
 from npd.prompts.readers import Source
 from npd.prompts.table import Prompts, count_sources
 from npd.prompts.templates import Chat
@@ -79,6 +79,11 @@ def describe_rows(
         try:
             row = read_row(where, record, columns, chat=bool(chat.template), remark=said.append)
             lines[0] += f"; source {row.source or '(none)'!r}, teacher {_teacher(config, row.source)}"
+            needs = command == "sft" and data.references == "given"
+            longest = config.rollout.max_new_tokens if needs else None
+            if (reason := overlong(row, data.max_prompt_tokens, longest)) is not None:
+                yield [*lines, f"It is left out: {reason}."]
+                continue
             asked, remarks = render_row(row, chat)
             lines += [f"The prompt, {len(asked.ids):,} tokens {_ids(asked.ids)}:", visible(chat, asked.ids, whole)]
             said += remarks
@@ -91,8 +96,6 @@ def describe_rows(
                 lines.append(visible(chat, answer, whole))
             else:
                 lines.append("It has no reference: the response begins here.")
-            needs = command == "sft" and data.references == "given"
-            longest = config.rollout.max_new_tokens if needs else None
             reason = unusable(row, asked, answer, data.max_prompt_tokens, longest)
             lines += [f"It is left out: {reason}."] if reason else []
         except UserError as error:

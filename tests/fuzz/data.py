@@ -218,7 +218,7 @@ ODD: list[Callable[[Path], Path]] = [
     table(prompt=["1="], unused=pa.array([2**63 - 1], pa.time64("ns"))),
     table(prompt=["1="], unused=pa.array([0], pa.timestamp("ns", "No/Where"))),
     table(prompt=["1="], unused=pa.array([decimal.Decimal("1e30")], pa.decimal256(70, 3))),
-    table(prompt=pa.array([2**62], pa.timestamp("s"))),
+    table(prompt=pa.array([2**62], pa.timestamp("ms"))),
     table(prompt=pa.array([b"\xff\xfe"], pa.binary())),
     table(prompt=pa.array([b"\xff\xfe"], pa.binary()).view(pa.utf8()) if hasattr(pa.Array, "view") else ["1="]),
     table(prompt=pa.nulls(3)),

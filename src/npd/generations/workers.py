@@ -75,6 +75,10 @@ class Worker:
             os.close(self.said)
 
 
+# SIGINT ends a worker as SIGTERM does, from the first moment on: in the middle of an import it would be a traceback.
+BEGIN = "import signal; signal.signal(2, signal.SIG_DFL); from npd.generations.workers import main; main()"
+
+
 class Workers(Beside):
     """One process for each engine; a worker that dies is started again, a few times."""
 
@@ -160,7 +164,7 @@ class Workers(Beside):
         inherited = {k: v for k, v in os.environ.items() if k not in OF_TRAINERS and not k.startswith("ACCELERATE_")}
         with explained_disk(log), opened(log, "ab") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "npd.generations.workers", *map(str, arguments)],
+                [sys.executable, "-c", BEGIN, *map(str, arguments)],
                 stdin=subprocess.PIPE,
                 stdout=file,
                 stderr=file,
@@ -226,7 +230,3 @@ def main() -> None:
         sys.stdout.flush()
     if status:
         os._exit(status)
-
-
-if __name__ == "__main__":
-    main()
