@@ -356,6 +356,8 @@ def entry() -> None:
     except Exception as error:
         _explain_disk(error)
         raise
+    finally:
+        end_at_once()  # an exception would be in the way of what Python does at its own end
 
 
 def _stopped(number: signal.Signals) -> NoReturn:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -75,8 +77,11 @@ class Worker:
             os.close(self.said)
 
 
-# SIGINT ends a worker as SIGTERM does, from the first moment on: in the middle of an import it would be a traceback.
-BEGIN = "import signal; signal.signal(2, signal.SIG_DFL); from npd.generations.workers import main; main()"
+# SIGINT ends a worker as SIGTERM does: in the middle of an import it would be a traceback. It waits until that is said.
+BEGIN = (
+    "import signal as s; s.signal(s.SIGINT, s.SIG_DFL); s.pthread_sigmask(s.SIG_UNBLOCK, [s.SIGINT]); "
+    "from npd.generations.workers import main; main()"
+)
 
 
 class Workers(Beside):
@@ -162,7 +167,7 @@ class Workers(Beside):
         said, says = os.pipe()
         arguments = shop.store.path, json.dumps(asdict(placed)), rank, world, time.time(), says
         inherited = {k: v for k, v in os.environ.items() if k not in OF_TRAINERS and not k.startswith("ACCELERATE_")}
-        with explained_disk(log), opened(log, "ab") as file:
+        with explained_disk(log), opened(log, "ab") as file, _without_interrupts():
             process = subprocess.Popen(
                 [sys.executable, "-c", BEGIN, *map(str, arguments)],
                 stdin=subprocess.PIPE,
@@ -188,6 +193,16 @@ class Workers(Beside):
         current = store.current
         generations = (REFERENCE, current - 1, current, current + 1)
         return {(g, part) for g in {*generations} for part in store.parts(g) if part % world == rank}
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """SIGINT waits meanwhile, and in processes that are begun here until they say otherwise."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def visible_gpus(devices: list[str]) -> dict[str, str]:
