@@ -9,6 +9,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -338,7 +339,8 @@ def entry() -> None:
     end_at_once()
     for stream in (sys.stdout, sys.stderr):  # of a terminal that lacks some characters
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+            with suppress(OSError):  # a pipe that nobody reads
+                stream.reconfigure(errors="replace")
     try:
         main(prog_name="npd", standalone_mode=False)
     except click.ClickException as error:
