@@ -29,8 +29,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 9,
         "num_key_value_heads": 3,
     },
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+    },
 }
-VOCABULARIES = {"small": 2048, "SmolLM2-135M": 49152}
+VOCABULARIES = {"small": 2048, "SmolLM2-135M": 49_152, "0.5B": 151_936}
 BLOCK = 256
 
 
@@ -44,13 +51,15 @@ def main() -> None:
     parser.add_argument("--mean", type=int, default=75)
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--name", default="batching", help="of the file in benchmarks/results")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for shape in options.shapes:
         size = VOCABULARIES[shape]
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(vocab_size=size, tie_word_embeddings=True, **SHAPES[shape])).eval()
-        model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+        if torch.cuda.is_available():
+            model = model.to("cuda", torch.bfloat16)
         stops = tuple(range(1, 1 + round(size / options.mean)))
         lengths = torch.randint(8, 40, (options.prompts,)).tolist()
         prompts = [torch.randint(size // 2, size, (length,)).tolist() for length in lengths]
@@ -61,7 +70,7 @@ def main() -> None:
             found = {"seconds": seconds, "tokens": sum(written), "longest": max(written)}
             print(f"{shape} {way}: {sum(written) / seconds:,.0f} tokens/s, longest {max(written)}", flush=True)
             runs.append({"shape": shape, "way": way, "turn": turn} | found)
-    record("batching", vars(options), runs)
+    record(options.name, vars(options), runs)
 
 
 def write(way: str, model: Any, prompts: list[list[int]], stops: tuple[int, ...], options: argparse.Namespace) -> list[int]:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tails             # three turns; about ten minutes on two quiet cores
     python -m benchmarks.tails --quick     # one turn of less
-    python -m benchmarks.tails --device cuda --quick    # weights of 0.5 B; without TRL
+    python -m benchmarks.tails --device cuda --quick    # weights of 0.5 B
 
 Student and teacher have random weights in which the stop token has the same probability everywhere: lengths are geometric,
 whoever draws them. Learning rates are too small to change that. Contenders are those of `benchmarks.distillation`, *plain*,
@@ -252,7 +252,7 @@ def main() -> None:
             "plain": lambda act=on_policy: act(peers.plain),  # type: ignore[misc]
             "released": lambda home=home, same=same: released(home, RELEASED, same),  # type: ignore[misc]
         }
-        if not cuda and importlib.util.find_spec("trl"):
+        if importlib.util.find_spec("trl"):
             contenders["trl-distillation"] = lambda act=on_policy: act(peers.CONTENDERS["trl-distillation"])  # type: ignore[misc]
             contenders["trl-gkd"] = lambda act=on_policy: act(peers.CONTENDERS["trl-gkd"])  # type: ignore[misc]
         if cuda or quick:
