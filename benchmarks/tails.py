@@ -131,9 +131,9 @@ def build(home: Path, shape: Shape, mean: float, prompts: int, device: str) -> N
     done.write_text("{}")
 
 
-def task_of(home: Path, cap: int) -> peers.Task:
+def task_of(home: Path, cap: int, at_once: int) -> peers.Task:
     rates = {"learning_rate": 1e-8, "final_learning_rate": 1e-9}
-    return peers.Task(str(home / "teacher"), 16, cap, cap + 16, rates=rates, selection=KEEP_ALL, batch_size=64)
+    return peers.Task(str(home / "teacher"), 16, cap, cap + 16, rates=rates, selection=KEEP_ALL, batch_size=at_once)
 
 
 def batch_tokens(task: peers.Task, mean: float) -> int:
@@ -231,7 +231,7 @@ def main() -> None:
     runs: list[dict[str, Any]] = []
     for name in options.shapes:
         shape, home = SHAPES[name], options.out / f"{name}-{options.mean:g}"
-        task = task_of(home, options.cap)
+        task = task_of(home, options.cap, 256 if cuda else 64)
         build(home, shape, options.mean, options.prompts, options.device)
 
         def npd(task: peers.Task = task, home: Path = home) -> dict[str, Any]:
