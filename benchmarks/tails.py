@@ -19,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -261,7 +262,11 @@ def main() -> None:
         count: dict[str, dict[str, float]] | None = None
         for turn, contender in interleaved(wanted, options.repeat):
             rate = matmul_rate(seconds=0.3) if not cuda else None
-            result = contenders[contender]()
+            try:
+                result = contenders[contender]()
+            except Exception as error:  # one that fails must not take the others' figures with it
+                traceback.print_exc()
+                result = {"failed": f"{type(error).__name__}: {error}"}
             if contender == "npd" and count is None:
                 lengths = lengths_of(home / "npd-2")
                 count = counted(shape, lengths, passes=5)
