@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from benchmarks import peers
 from benchmarks.chains import tokenizer_of
@@ -55,7 +55,7 @@ class Shape:
     """Standard deviation of the weights."""
     constant: float = 0.5
     """What the embeddings' first element is."""
-    qwen: bool = False
+    wide: bool = False
 
     def config(self, width: int, layers: int) -> PreTrainedConfig:
         common: dict[str, Any] = {
@@ -69,9 +69,9 @@ class Shape:
             "bos_token_id": 1,
             "eos_token_id": 2,
         }
-        if self.qwen:
+        if self.wide:
             heads = width // 64
-            return Qwen2Config(intermediate_size=4864, num_attention_heads=heads, num_key_value_heads=2, **common)
+            return LlamaConfig(intermediate_size=4864, num_attention_heads=heads, num_key_value_heads=2, **common)
         heads = width // 32
         return LlamaConfig(intermediate_size=3 * width, num_attention_heads=heads, num_key_value_heads=heads, **common)
 
@@ -79,7 +79,7 @@ class Shape:
 SHAPES = {
     "small": Shape(128, 4, 192, 4, 512),
     "larger": Shape(256, 6, 384, 6, 2048),
-    "0.5B": Shape(896, 24, 896, 24, 151_936, spread=0.02, constant=0.1, qwen=True),
+    "0.5B": Shape(896, 24, 896, 24, 151_936, spread=0.02, constant=0.1, wide=True),
 }
 
 
@@ -168,8 +168,8 @@ def lengths_of(run_dir: Path) -> list[tuple[int, int]]:
 
 def forward(shape: tuple[int, int, int, bool], tokens: float, head: float, pairs: float) -> float:
     """Operations of matrix products in one forward pass; `pairs` are those of queries and keys that attention computes."""
-    width, layers, vocabulary, qwen = shape
-    block = 3 * width * 4864 + 2 * width * width + 2 * width * 128 if qwen else 13 * width * width
+    width, layers, vocabulary, wide = shape
+    block = 3 * width * 4864 + 2 * width * width + 2 * width * 128 if wide else 13 * width * width
     return 2 * block * layers * tokens + 2 * vocabulary * width * head + 4 * width * layers * pairs
 
 
@@ -179,8 +179,8 @@ def counted(shape: Shape, lengths: list[tuple[int, int]], passes: int) -> dict[s
     A padded trainer decodes and reads every response at the length of the batch's longest, and its attention computes what
     is masked; the others decode and read each response alone, with causal attention.
     """
-    student = (shape.width, shape.layers, shape.vocabulary, shape.qwen)
-    teacher = (shape.teacher_width, shape.teacher_layers, shape.vocabulary, shape.qwen)
+    student = (shape.width, shape.layers, shape.vocabulary, shape.wide)
+    teacher = (shape.teacher_width, shape.teacher_layers, shape.vocabulary, shape.wide)
     real, trained = np.zeros(3), 0.0  # tokens, head, pairs
     padded, decoded = np.zeros(3), 0.0
     free = np.zeros(3)
