@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -256,6 +257,21 @@ def test_beside_begins_with_what_can_be_made(bench):
     other = Asked(bench)
     other.shop.rank = 1
     other.begin(0)  # only the main process looks
+
+
+def test_what_nobody_can_write_any_more_is_not_waited_for(bench):
+    beside = Asked(bench)
+    beside.check()
+    bench.store.publish(0, lambda path: path.mkdir(parents=True), 0)
+    beside.begin(0)
+    bench.write(0, 0)
+    beside.check()
+    shutil.rmtree(bench.store.policy(0))
+    with pytest.raises(UserError, match=r"Generation 0 of .* lacks 2 parts, and the snapshot that writes them is not there"):
+        beside.check()
+    for part in (1, 2):
+        bench.write(0, part)
+    beside.check()
 
 
 # -- workers: decisions, with processes that are none

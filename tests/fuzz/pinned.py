@@ -9,6 +9,6 @@ PINNED: dict[str, list[int]] = {
     "answers": [9, 10, 35, 44, 61, 64, 88],
     "models": [7, 42, 152],
     "runs": [10, 28, 73, 77, 83, 97],
-    "surroundings": [29, 35, 41],
+    "surroundings": [28, 29, 35, 41],
     "disks": [15, 20],
 }

@@ -171,6 +171,8 @@ class Beside(Producer):
 
     in_order: ClassVar[bool] = False
     """Do parts land in the order of their numbers?"""
+    _begun: int | None = None
+    """The generation that the trainer began last."""
 
     def open(self) -> None:
         self.shop.store.current = self.shop.store.resumed_generation()
@@ -182,6 +184,16 @@ class Beside(Producer):
         if shop.store.manifest(generation) is not None:  # others are looked at as they are taken
             with shop.events.span(SpanName.VERIFY, generation=generation):
                 shop.books.mend(generation)
+        self._check_snapshot(generation)
+        self._begun = generation
+
+    def check(self) -> None:
+        """Once the snapshot is gone nobody can write what is missing: to wait for it would be to wait for ever."""
+        if self._begun is not None and self._begun not in self.shop.store.policies():
+            self._check_snapshot(self._begun)
+
+    def _check_snapshot(self, generation: int) -> None:
+        shop = self.shop
         missing = shop.books.missing(generation)
         begun = shop.books.begun_by(generation)
         if missing and (generation if begun is None else begun) not in shop.store.policies():

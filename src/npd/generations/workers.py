@@ -120,6 +120,7 @@ class Workers(Beside):
         Raises:
             UserError, RunError: a worker failed for a reason that it can name, or died too often.
         """
+        super().check()
         shop = self.shop
         for rank, worker in enumerate(self.workers):
             code = worker.process.poll()
