@@ -247,6 +247,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
         *_activations(plan),
         ["student reads", models.expected_reading(setup.tokens.student, config.student.attention)],
     ]
+    rows += [["evaluation", task.plan] for task in setup.tasks if task.plan]
     if contents.by_student:
         rows.append(["student in rollout", f"{plan.inference_bytes / GIB:.2f} GiB"])
     reads = contents.by_student or config.data.references == "teacher"
