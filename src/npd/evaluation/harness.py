@@ -282,9 +282,7 @@ class TaskIndex:
         with quiet():
             if include_path is not None:
                 self.manager = TaskManager(include_path=include_path, include_defaults=False)
-                kinds = [self.manager.task_index.get(name) for name in names]
-                # A group may name members that are lm-eval's.
-                if all(entry is not None and entry.kind.name in ("TASK", "PY_TASK") for entry in kinds):
+                if all(map(self._is_whole, names)):
                     return
             self.manager = TaskManager(include_path=include_path)
         unknown = [name for name in names if name not in self.manager.task_index]
@@ -295,6 +293,11 @@ class TaskIndex:
                 f"{'' if include_path is None else f' or of {foreign(include_path, 120)}'}{near}.",
                 "`lm-eval ls tasks` lists lm-eval's; evaluation.harness.include_path brings others.",
             )
+
+    def _is_whole(self, name: str) -> bool:
+        """Is a name known, and are all that it stands for? A group may have members that are lm-eval's."""
+        leaves = self.leaves(name)
+        return bool(leaves) and all(leaf in self.manager.task_index for leaf, _ in leaves)
 
     def leaves(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
         """(name, options) of every task that a name stands for, before anything is loaded."""
@@ -315,8 +318,8 @@ class TaskIndex:
         members = options.get("task")
         for member in members if isinstance(members, list) else []:
             over = member if isinstance(member, dict) else {}
-            inner = over.get("group") or over.get("task") if over else member
-            if isinstance(inner, list):  # a group that stands in this one
+            inner = over.get("group", over.get("task")) if over else member
+            if inner not in self.manager.task_index and isinstance(over.get("task"), list):  # a group inside this one
                 yield from self._members(name, over, seen)
             elif inner in self.manager.task_index:
                 own = {key: value for key, value in over.items() if key not in ("task", "group")}
@@ -410,9 +413,11 @@ def unasked_hub() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without its bars and its log, which would run through npd's own display, and without processes of its own."""
+    """Without its bars and its log, which would run through npd's own display, without processes of its own, and without
+    what it finds out about the machine, which takes seconds each time."""
     import datasets
-    import lm_eval.api.task as task
+    from lm_eval import evaluator
+    from lm_eval.api import task
     from tqdm import tqdm
 
     log, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
@@ -420,11 +425,13 @@ def quiet() -> Iterator[None]:
     os.environ["DISABLE_MULTIPROC"] = "1"
     log.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
-    theirs, task.tqdm = task.tqdm, functools.partial(tqdm, disable=True)
+    theirs = task.tqdm, evaluator.add_env_info, evaluator.get_git_commit_hash
+    task.tqdm = functools.partial(tqdm, disable=True)
+    evaluator.add_env_info, evaluator.get_git_commit_hash = (lambda results: None), lambda: None
     try:
         yield
     finally:
-        task.tqdm = theirs
+        task.tqdm, evaluator.add_env_info, evaluator.get_git_commit_hash = theirs
         log.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()
