@@ -34,7 +34,7 @@ installed = pytest.mark.skipif(
 )
 
 CHOICES = ["1", "23", "456"]
-PROBLEMS = [{"q": f"{n}+{n % 7}=", "gold": n % 3, "target": str(n)} for n in range(10, 22)]
+PROBLEMS: list[dict[str, Any]] = [{"q": f"{n}+{n % 7}=", "gold": n % 3, "target": str(n)} for n in range(10, 22)]
 
 
 @pytest.fixture(scope="module")
@@ -185,11 +185,11 @@ def test_training_and_random_numbers_are_as_without_it(harness_tree, make_tree):
     assert all("eval/harness/choices/acc" in line.figures for line in lines)
     evaluator, lent = make_evaluator(harness_tree(limit=3))
     model = lent.weights.model().train()
-    states = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
+    states = torch.get_rng_state(), np.random.get_state(legacy=False)["state"]["key"].tolist(), random.getstate()
     evaluator(lent)
     assert model.training
     assert torch.equal(torch.get_rng_state(), states[0])
-    assert np.random.get_state()[1].tolist() == states[1]
+    assert np.random.get_state(legacy=False)["state"]["key"].tolist() == states[1]
     assert random.getstate() == states[2]
     assert "DISABLE_MULTIPROC" not in os.environ
 

@@ -108,8 +108,6 @@ class Benchmark(ABC):
     """Does it take so long that training is checkpointed before it?"""
     only_at_end: bool = False
     """Is it left out of a run's evaluations but the last one?"""
-    plan: str = ""
-    """What it asks and when, for the dry run; nothing where that goes without saying."""
 
     def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         self.task, self.setting, self.name = task, setting, task.name
@@ -123,6 +121,11 @@ class Benchmark(ABC):
     def notes(self) -> list[str]:
         """What the user should know before it begins."""
         return []
+
+    @property
+    def plan(self) -> str:
+        """What it asks and when, for the dry run; nothing where that goes without saying."""
+        return ""
 
     @property
     def longest_prompt(self) -> int:
@@ -185,7 +188,9 @@ def benchmarks(setting: BenchmarkSetting) -> list[Benchmark]:
         UserError: options of one, or the data it needs, are wrong.
     """
     named = [benchmark_kind(task)(task, setting) for task in setting.config.evaluation.tasks]
-    others = [kind for kind in BENCHMARKS.values() if isinstance(kind, type) and kind not in {type(one) for one in named}]
+    taken = {type(one) for one in named}
+    others = [kind for kind in BENCHMARKS.values() if isinstance(kind, type) and issubclass(kind, Benchmark)]
+    others = [kind for kind in others if kind not in taken]
     return [*named, *(one for kind in others for one in kind.from_section(setting))]
 
 

@@ -140,7 +140,8 @@ class Harness(Benchmark):
         Raises:
             RunError: lm-eval failed.
         """
-        files, figures = self.options.backend != "transformers", {}
+        files = self.options.backend != "transformers"
+        figures: Figures = {}
         with (
             student.lend(f"evaluate by lm-eval ({self.options.backend})", len(self.asked), "tasks", files=files) as lent,
             as_it_was(lent.weights),
@@ -218,19 +219,21 @@ def figures_of(task: str, results: Mapping[str, Any]) -> Figures:
     figures: Figures = {}
     for key, value in results.items():
         metric, comma, kind = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not _is_number(value):
+        figure, error = _number(value), _number(results.get(f"{metric}_stderr,{kind}"))
+        if not comma or metric.endswith("_stderr") or figure is None:
             continue
         name = f"{task}/{metric}" + ("" if kind == "none" else f",{kind}")
-        figures[name] = float(value)
-        error = results.get(f"{metric}_stderr,{kind}")
-        if _is_number(error):
-            figures[f"{name}_stderr"] = float(error)
-            figures[f"{name}_low"], figures[f"{name}_high"] = value - NORMAL * error, value + NORMAL * error
+        figures[name] = figure
+        if error is not None:
+            figures[f"{name}_stderr"] = error
+            figures[f"{name}_low"], figures[f"{name}_high"] = figure - NORMAL * error, figure + NORMAL * error
     return figures
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and bool(np.isfinite(value))
+def _number(value: Any) -> float | None:
+    """A figure as it is; None for what is none, such as "N/A"."""
+    number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
+    return float(value) if number and np.isfinite(value) else None
 
 
 # -- what is checked
@@ -257,7 +260,14 @@ def check_placed(config: Config) -> None:
     Raises:
         UserError: it cannot.
     """
-    if config.evaluation.harness.backend == "vllm" and config.student.lora is not None:
+    if config.evaluation.harness.backend != "vllm":
+        return
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            "evaluation.harness.backend vllm starts vLLM in this process, which is one of several that train together.",
+            "Set evaluation.harness.backend: transformers, or ask `npd eval` when the run is finished.",
+        )
+    if config.student.lora is not None:
         raise UserError(
             "evaluation.harness.backend vllm takes whole weights, but the student is trained by adapters (student.lora).",
             "Set evaluation.harness.backend: transformers.",

@@ -221,6 +221,13 @@ class Models:
             self._engine.rest()
         self.free()
 
+    def end_engine(self) -> None:
+        """End the engine, for another one in this process; it starts again when it is next asked for."""
+        self.release()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def free(self) -> None:
         """Give memory of the GPU that nothing uses back to the system, for other processes and engines."""
         if torch.cuda.is_available():
@@ -236,9 +243,7 @@ class Models:
         for teacher in self._teachers.values():
             teacher.close()
         self._student, self._teachers = None, {}
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self.end_engine()
 
 
 class Evaluated:
@@ -268,7 +273,7 @@ class Evaluated:
             if files:
                 path = self.weights.path()
                 with self.aside():
-                    self.models.release()
+                    self.models.end_engine()
                     yield Lent(path, advance)
             else:
                 with torch.autocast("cuda", self.autocast) if mine else nullcontext():
@@ -331,7 +336,7 @@ class AskedTeacher:
             )
         with self.models.display.task(f"the teacher: {title}", total, unit) as advance:
             if files:
-                self.models.release()
+                self.models.end_engine()
             yield Lent(teacher.path() if files else teacher.model(), advance)
 
 
