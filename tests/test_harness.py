@@ -10,6 +10,7 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -282,7 +283,7 @@ def test_a_task_of_the_hub_without_network_is_refused_within_seconds(harness_tre
     assert "HF_HOME" in said
     assert "include_path" in said
     assert not constants.HF_HUB_OFFLINE
-    monkeypatch.setattr(harness, "offline", lambda: pytest.fail("data that lie here need no network"))
+    monkeypatch.setattr(harness, "why_unreachable", lambda: pytest.fail("data that lie here need no network"))
     prepare(load_config(harness_tree()), DISTILL)
 
 
@@ -318,6 +319,43 @@ def test_code_runs_where_that_is_asked_for(harness_tree):
     evaluator, lent = make_evaluator(harness_tree(names=["runs_code"], unsafe_code=True, limit=2))
     assert "eval/harness/runs_code/exact_match" in evaluator(lent)
     assert "HF_ALLOW_CODE_EVAL" not in os.environ
+
+
+@installed
+def test_vllm_gets_the_students_files(harness_tree, monkeypatch):
+    """With lm-eval's HFLM in the place of its VLLM: what it is given are the weights as they are at that step."""
+    from lm_eval.models.huggingface import HFLM
+
+    given: list[tuple[Path, dict[str, Any]]] = []
+    ended: list[str] = []
+
+    def start(path: str, **options: Any) -> Any:
+        given.append((Path(path), options))
+        assert (Path(path) / "config.json").is_file()
+        lm = HFLM(path, device="cpu", batch_size=5)
+        core = SimpleNamespace(shutdown=lambda: ended.append("engine"))
+        object.__setattr__(lm.model, "llm_engine", SimpleNamespace(engine_core=core))
+        return lm
+
+    monkeypatch.setitem(sys.modules, "lm_eval.models.vllm_causallms", SimpleNamespace(VLLM=start))
+    monkeypatch.setitem(
+        sys.modules, "vllm.distributed", SimpleNamespace(cleanup_dist_env_and_memory=lambda: ended.append("devices"))
+    )
+    find = harness.importlib.util.find_spec
+    monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: find("json") if name == "vllm" else find(name))
+    result = npd.distill(harness_tree(backend="vllm", limit=5, options={"max_model_len": 64}))
+    ((path, options),) = given
+    assert not path.exists()
+    assert options == {"batch_size": "auto", "trust_remote_code": False, "max_model_len": 64}
+    assert ended == ["engine", "devices"]
+    _, figures = npd.evaluate(harness_tree(limit=5), str(result.student))
+    assert figures == pytest.approx(result.after)
+
+
+def test_vllm_stands_in_no_process_of_several(harness_tree, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(npd.UserError, match="one of several that train together"):
+        harness.check_placed(load_config(harness_tree(backend="vllm")))
 
 
 def test_vllm_takes_no_adapters(harness_tree, monkeypatch):

@@ -304,6 +304,11 @@ class TaskIndex:
                 "`lm-eval ls tasks` lists lm-eval's; evaluation.harness.include_path brings others.",
             )
 
+    @functools.cached_property
+    def offline(self) -> str | None:
+        """Why the Hub cannot be reached; None: it can. It is asked once."""
+        return why_unreachable()
+
     def _is_whole(self, name: str) -> bool:
         """Is a name known, and are all that it stands for? A group may have members that are lm-eval's."""
         leaves = self.leaves(name)
@@ -346,7 +351,7 @@ class TaskIndex:
         from lm_eval.api.group import Group
 
         asks_hub = any(not _is_local(leaf) for _, leaf in self.leaves(one.name))
-        why_offline = offline() if asks_hub else None
+        why_offline = self.offline if asks_hub else None
         try:
             with unasked_hub() if why_offline else contextlib.nullcontext():
                 found = self.manager.load([one.name])
@@ -390,8 +395,8 @@ def _near(name: str, names: list[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
-def offline() -> str | None:
-    """Why the Hub cannot be reached; None: it can. It is asked once, for a few seconds at most."""
+def why_unreachable() -> str | None:
+    """Why the Hub cannot be reached, after a few seconds at most; None: it can."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
