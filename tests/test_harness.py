@@ -23,7 +23,7 @@ from test_evaluation import greedy, make_evaluator
 import npd
 from npd import models
 from npd.config import load_config
-from npd.evaluation import harness
+from npd.evaluation import harness, harness_tasks
 from npd.evaluation.harness import PAPER, figures_of
 from npd.preflight import DISTILL, prepare
 from npd.records import EvaluationLine, GenerationEnd
@@ -283,7 +283,7 @@ def test_a_task_of_the_hub_without_network_is_refused_within_seconds(harness_tre
     assert "HF_HOME" in said
     assert "include_path" in said
     assert not constants.HF_HUB_OFFLINE
-    monkeypatch.setattr(harness, "why_unreachable", lambda: pytest.fail("data that lie here need no network"))
+    monkeypatch.setattr(harness_tasks, "why_unreachable", lambda: pytest.fail("data that lie here need no network"))
     prepare(load_config(harness_tree()), DISTILL)
 
 
@@ -404,9 +404,9 @@ def test_the_papers_suite_is_lm_evals(harness_tree, monkeypatch):
 
     def load(self: Any, one: Any, length: Any) -> Any:
         asked.append(one.name)
-        return harness.Asked(one, [], [one.name], 1)
+        return harness_tasks.Asked(one, [], [one.name], 1)
 
-    monkeypatch.setattr(harness.TaskIndex, "load", load)
+    monkeypatch.setattr(harness_tasks.TaskIndex, "load", load)
     setup = prepare(load_config(harness_tree(names=[], suite="paper", include_path=None)), DISTILL)
     assert asked == [one.task for one in PAPER if one.benchmark not in ("MBPP", "HumanEval")]
     notes = " ".join(setup.notes)

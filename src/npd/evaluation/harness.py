@@ -6,18 +6,13 @@ interval. A filter other than "none" is part of the metric's name: exact_match,s
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import difflib
 import functools
 import importlib.util
-import json
-import logging
 import os
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +22,11 @@ import torch
 from npd.config import Config, HarnessConfig, HarnessTaskConfig, TaskConfig
 from npd.errors import NpdError, RunError, UserError, foreign
 from npd.evaluation import Benchmark, BenchmarkSetting, Figures, Student
+from npd.evaluation.harness_tasks import Asked, TaskIndex, allowed_code, quiet
 
 NAME = "harness"
 NORMAL = 1.959963984540054  # standard errors to either end of a 95% interval
 RESAMPLES = 1000  # for the error of what is no mean, such as an F1 over all problems
-PROBE_SECONDS = 5.0
-LENGTHS = {"max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"}  # what tasks call a response's length
-LOCAL_DATA = ("json", "csv", "parquet", "arrow", "text", "pandas")  # loaders of datasets that read files
 
 
 class Stated(NamedTuple):
@@ -59,18 +52,6 @@ PAPER = (
     Stated("HumanEval", "humaneval", "runs what the model wrote"),
 )
 """The benchmarks that METHOD's paper reports, in its order."""
-
-
-@dataclass
-class Asked:
-    """A task, group or tag, loaded."""
-
-    config: HarnessTaskConfig
-    loaded: list[Any]
-    """lm-eval's Group, or its Tasks."""
-    names: list[str]
-    """Under which names of lm-eval's results its figures stand."""
-    problems: int
 
 
 class Harness(Benchmark):
@@ -188,26 +169,43 @@ class Harness(Benchmark):
 
     @contextmanager
     def _model(self, weights: Any) -> Iterator[Any]:
-        """lm-eval's model around the weights that were lent."""
-        options, tokenizer = self.options, self.setting.chat.tokenizer
-        if options.backend == "transformers":
-            from lm_eval.models.huggingface import HFLM
+        """lm-eval's model around the weights that were lent.
 
-            # Of a tokenizer it may set the padding token.
-            lm = HFLM(weights, tokenizer=copy.deepcopy(tokenizer), batch_size=options.batch_size, **options.options)
-            yield _silent(lm)
-            return
+        Raises:
+            RunError: it cannot be made.
+        """
+        files = self.options.backend != "transformers"
+        try:
+            lm = self._vllm(weights) if files else self._hflm(weights)
+        except Exception as error:  # whatever its options make of it
+            raise RunError(
+                f"lm-eval's model for evaluation.harness.backend {self.options.backend} cannot be made "
+                f"({type(error).__name__}: {foreign(error, 400)}).",
+                "evaluation.harness.options has its options.",
+            ) from error
+        for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):  # without bars
+            setattr(lm, name, functools.partial(getattr(lm, name), disable_tqdm=True))
+        try:
+            yield lm
+        finally:
+            if files:
+                from vllm.distributed import cleanup_dist_env_and_memory
+
+                lm.model.llm_engine.engine_core.shutdown()
+                del lm
+                cleanup_dist_env_and_memory()
+
+    def _hflm(self, model: Any) -> Any:
+        from lm_eval.models.huggingface import HFLM
+
+        tokenizer = copy.deepcopy(self.setting.chat.tokenizer)  # whose padding token it may set
+        return HFLM(model, tokenizer=tokenizer, batch_size=self.options.batch_size, **self.options.options)
+
+    def _vllm(self, path: Path) -> Any:
         from lm_eval.models.vllm_causallms import VLLM
-        from vllm.distributed import cleanup_dist_env_and_memory
 
         trust = self.setting.config.student.trust_remote_code
-        lm = VLLM(str(weights), batch_size="auto", trust_remote_code=trust, **options.options)
-        try:
-            yield _silent(lm)
-        finally:
-            lm.model.llm_engine.engine_core.shutdown()
-            del lm
-            cleanup_dist_env_and_memory()
+        return VLLM(str(path), batch_size="auto", trust_remote_code=trust, **self.options.options)
 
 
 def figures_of(task: str, results: Mapping[str, Any]) -> Figures:
@@ -274,201 +272,6 @@ def check_placed(config: Config) -> None:
         )
 
 
-# -- tasks
-
-
-class TaskIndex:
-    """Tasks by name: those of a directory of one's own, and lm-eval's where one is named that is not there.
-
-    lm-eval's own are thousands of files, which take seconds to read.
-    """
-
-    def __init__(self, include_path: str | None, names: Iterable[str]) -> None:
-        from lm_eval.tasks import TaskManager
-
-        self.include_path, names = include_path, list(names)
-        if include_path is not None and not Path(include_path).is_dir():
-            raise UserError(f"evaluation.harness.include_path is {foreign(include_path, 200)}, which is no directory.")
-        with quiet():
-            if include_path is not None:
-                self.manager = TaskManager(include_path=include_path, include_defaults=False)
-                if all(map(self._is_whole, names)):
-                    return
-            self.manager = TaskManager(include_path=include_path)
-        unknown = [name for name in names if name not in self.manager.task_index]
-        if unknown:
-            near = _near(unknown[0], list(self.manager.task_index))
-            raise UserError(
-                f"evaluation.harness.tasks has {foreign(unknown[0], 80)!r}, which is no task, group or tag of lm-eval"
-                f"{'' if include_path is None else f' or of {foreign(include_path, 120)}'}{near}.",
-                "`lm-eval ls tasks` lists lm-eval's; evaluation.harness.include_path brings others.",
-            )
-
-    @functools.cached_property
-    def offline(self) -> str | None:
-        """Why the Hub cannot be reached; None: it can. It is asked once."""
-        return why_unreachable()
-
-    def _is_whole(self, name: str) -> bool:
-        """Is a name known, and are all that it stands for? A group may have members that are lm-eval's."""
-        leaves = self.leaves(name)
-        return bool(leaves) and all(leaf in self.manager.task_index for leaf, _ in leaves)
-
-    def leaves(self, name: str) -> list[tuple[str, Mapping[str, Any]]]:
-        """(name, options) of every task that a name stands for, before anything is loaded."""
-        return list(self._leaves(name, {}, set()))
-
-    def _leaves(self, name: str, over: Mapping[str, Any], seen: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        entry = self.manager.task_index.get(name)
-        if entry is None or name in seen:
-            return
-        if entry.tags and entry.kind.name == "TAG":
-            for member in sorted(entry.tags):
-                yield from self._leaves(member, over, seen | {name})
-            return
-        options = {**(entry.cfg or {}), **over}
-        yield from self._members(name, options, seen) if entry.kind.name == "GROUP" else [(name, options)]
-
-    def _members(self, name: str, options: Mapping[str, Any], seen: set[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        members = options.get("task")
-        for member in members if isinstance(members, list) else []:
-            over = member if isinstance(member, dict) else {}
-            inner = over.get("group", over.get("task")) if over else member
-            if inner not in self.manager.task_index and isinstance(over.get("task"), list):  # a group inside this one
-                yield from self._members(name, over, seen)
-            elif inner in self.manager.task_index:
-                own = {key: value for key, value in over.items() if key not in ("task", "group")}
-                yield from self._leaves(str(inner), own, seen | {name})
-            else:
-                yield str(inner), {**options, **over}
-
-    def load(self, one: HarnessTaskConfig, max_new_tokens: int | None) -> Asked:
-        """A task with its data; a response has `max_new_tokens` at most where the task does not say.
-
-        Raises:
-            UserError: it cannot be loaded; without the network that is said, after seconds.
-        """
-        from lm_eval.api.group import Group
-
-        asks_hub = any(not _is_local(leaf) for _, leaf in self.leaves(one.name))
-        why_offline = self.offline if asks_hub else None
-        try:
-            with unasked_hub() if why_offline else contextlib.nullcontext():
-                found = self.manager.load([one.name])
-        except Exception as error:  # whatever a task's own code and data make of it
-            name, told = foreign(one.name, 80), f"{type(error).__name__}: {foreign(error, 300)}"
-            if isinstance(error, ModuleNotFoundError) or isinstance(error.__cause__, ModuleNotFoundError):
-                raise UserError(f"lm-eval's task {name!r} needs a package that is not here ({told}).") from error
-            if why_offline:
-                raise UserError(
-                    f"lm-eval's task {name!r} reads its data from the Hub, which cannot be reached ({why_offline}), and they "
-                    f"are not in the cache ({told}).",
-                    "Load them once where there is a network and bring the cache here (HF_HOME), or write a task file with "
-                    "`dataset_path: json` and files of your own (evaluation.harness.include_path).",
-                ) from error
-            raise UserError(
-                f"lm-eval's task {name!r} cannot be loaded ({told}).", "Check its name, its file and its data."
-            ) from error
-        tasks, groups = found["tasks"], found.get("groups", {})
-        for task in tasks.values():
-            said = getattr(task.config, "generation_kwargs", None)
-            if max_new_tokens is not None and said is not None and not LENGTHS & said.keys():
-                task.set_config("generation_kwargs", {"max_gen_toks": max_new_tokens}, update=True)
-        root = groups.get(one.name)
-        loaded = [root] if isinstance(root, Group) else list(tasks.values())
-        whole = isinstance(root, Group) and root.has_aggregation
-        return Asked(one, loaded, [one.name] if whole else list(tasks), sum(len(task.eval_docs) for task in tasks.values()))
-
-
-def _is_local(options: Mapping[str, Any]) -> bool:
-    """Does a task read files of this machine?"""
-    path = options.get("dataset_path")
-    return (
-        isinstance(path, str)
-        and (path in LOCAL_DATA or Path(path).exists())
-        and "://" not in json.dumps(options.get("dataset_kwargs"), default=str)
-    )
-
-
-def _near(name: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {found[0]!r}?)" if found else ""
-
-
-def why_unreachable() -> str | None:
-    """Why the Hub cannot be reached, after a few seconds at most; None: it can."""
-    from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
-
-    if constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(constants.ENDPOINT, timeout=PROBE_SECONDS)
-    except Exception as error:  # of whatever library it asks with
-        return foreign(f"{type(error).__name__}: {error}".removesuffix(": "), 120)
-    return None
-
-
-@contextmanager
-def unasked_hub() -> Iterator[None]:
-    """What is read from the Hub is read from its cache, at once: retries would take minutes."""
-    import datasets
-    from huggingface_hub import constants
-
-    before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
-
-
-# -- what lm-eval does beside computing
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without its bars and its log, which would run through npd's own display, without processes of its own, and without
-    what it finds out about the machine, which takes seconds each time."""
-    import datasets
-    from lm_eval import evaluator
-    from lm_eval.api import task
-    from tqdm import tqdm
-
-    log, bars = logging.getLogger("lm_eval"), datasets.are_progress_bars_disabled()
-    level, before = log.level, os.environ.get("DISABLE_MULTIPROC")
-    os.environ["DISABLE_MULTIPROC"] = "1"
-    log.setLevel(logging.ERROR)
-    datasets.disable_progress_bars()
-    theirs = task.tqdm, evaluator.add_env_info, evaluator.get_git_commit_hash
-    task.tqdm = functools.partial(tqdm, disable=True)
-    evaluator.add_env_info, evaluator.get_git_commit_hash = (lambda results: None), lambda: None
-    try:
-        yield
-    finally:
-        task.tqdm, evaluator.add_env_info, evaluator.get_git_commit_hash = theirs
-        log.setLevel(level)
-        if not bars:
-            datasets.enable_progress_bars()
-        if before is None:
-            del os.environ["DISABLE_MULTIPROC"]
-        else:
-            os.environ["DISABLE_MULTIPROC"] = before
-
-
-@contextmanager
-def allowed_code(allowed: bool) -> Iterator[None]:
-    """What Hugging Face's scorer of code asks for, where it is allowed."""
-    before = os.environ.get("HF_ALLOW_CODE_EVAL")
-    if allowed:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-    try:
-        yield
-    finally:
-        if allowed and before is None:
-            del os.environ["HF_ALLOW_CODE_EVAL"]
-
-
 @contextmanager
 def as_it_was(weights: Any) -> Iterator[None]:
     """Random numbers and a model that was lent are afterwards as before: lm-eval seeds all there are, and trains nothing."""
@@ -486,11 +289,3 @@ def as_it_was(weights: Any) -> Iterator[None]:
             torch.backends.cudnn.deterministic = deterministic
             if model is not None:
                 model.train(training)
-
-
-def _silent(lm: Any) -> Any:
-    """A model of lm-eval without bars."""
-    for name in ("loglikelihood", "loglikelihood_rolling", "generate_until"):
-        asked: Callable[..., Any] = getattr(lm, name)
-        setattr(lm, name, functools.partial(asked, disable_tqdm=True))
-    return lm
