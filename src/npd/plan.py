@@ -130,6 +130,8 @@ def _response_lengths(config: Config, prompts: pa.Table, *, given: bool) -> np.n
 def _evaluates_files(setup: Setup) -> bool:
     """Is the student that is trained written to files for an engine that evaluates it?"""
     config, placed = setup.config, setup.placement
+    if any(task.files for task in setup.tasks):
+        return True
     if not (config.evaluation.tasks or config.data.eval):
         return False
     engine = config.rollout.engine if placed.turns else engine_beside_training(config, placed, 1)

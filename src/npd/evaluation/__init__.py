@@ -108,6 +108,8 @@ class Benchmark(ABC):
     """Does it take so long that training is checkpointed before it?"""
     only_at_end: bool = False
     """Is it left out of a run's evaluations but the last one?"""
+    files: bool = False
+    """Does it borrow the weights as files?"""
 
     def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         self.task, self.setting, self.name = task, setting, task.name

@@ -62,7 +62,7 @@ class Harness(Benchmark):
     def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         super().__init__(task, setting)
         self.options = options = setting.config.evaluation.harness
-        self.only_at_end = options.every == "end"
+        self.only_at_end, self.files = options.every == "end", options.backend != "transformers"
         wanted = list(options.tasks)
         known = {one.name for one in wanted}
         wanted += [HarnessTaskConfig(name=stated.task) for stated in PAPER if options.suite and stated.task not in known]
@@ -121,10 +121,9 @@ class Harness(Benchmark):
         Raises:
             RunError: lm-eval failed.
         """
-        files = self.options.backend != "transformers"
         figures: Figures = {}
         with (
-            student.lend(f"evaluate by lm-eval ({self.options.backend})", len(self.asked), "tasks", files=files) as lent,
+            student.lend(f"evaluate by lm-eval ({self.options.backend})", len(self.asked), "tasks", files=self.files) as lent,
             as_it_was(lent.weights),
             allowed_code(self.options.unsafe_code),
             quiet(),
@@ -174,9 +173,8 @@ class Harness(Benchmark):
         Raises:
             RunError: it cannot be made.
         """
-        files = self.options.backend != "transformers"
         try:
-            lm = self._vllm(weights) if files else self._hflm(weights)
+            lm = self._vllm(weights) if self.files else self._hflm(weights)
         except Exception as error:  # whatever its options make of it
             raise RunError(
                 f"lm-eval's model for evaluation.harness.backend {self.options.backend} cannot be made "
@@ -188,7 +186,7 @@ class Harness(Benchmark):
         try:
             yield lm
         finally:
-            if files:
+            if self.files:
                 from vllm.distributed import cleanup_dist_env_and_memory
 
                 lm.model.llm_engine.engine_core.shutdown()
