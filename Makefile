@@ -77,7 +77,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) --editable '.[dev,gguf]'
+	$(INSTALL) --editable '.[dev,gguf,eval]'
 	touch $@
 
 $(VENV)/installed-smollm2: $(VENV)/installed

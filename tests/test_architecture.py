@@ -108,8 +108,12 @@ OTHER_MEANINGS = {
     ("transformers", "npd.store.provenance"),  # a package whose version is kept
     ("vllm", "npd.config.models"),  # what a teacher's server runs
     ("vllm", "npd.scoring.server"),
+    *(
+        (engine, f"npd.{room}.harness") for engine in ("transformers", "vllm") for room in ("config", "evaluation")
+    ),  # lm-eval's
     ("none", "npd.selection"),  # no quantiles
     ("none", "npd.dataview"),  # no teacher
+    ("none", "npd.evaluation.harness"),  # no filter
 }
 COLUMNS = {*store_schema.SCHEMA.names, *prompts.SCHEMA.names}
 

@@ -20,7 +20,7 @@ import npd
 import npd.scoring.prefill
 from npd import models
 from npd.config import load_config
-from npd.evaluation import BenchmarkSetting, Evaluator, VerifiedTask, benchmark_kind
+from npd.evaluation import BenchmarkSetting, Evaluator, VerifiedTask, benchmarks
 from npd.generations.models import Evaluated, Models, load_tokenizers
 from npd.observe.display import Display
 from npd.placement import resolve_placement
@@ -39,7 +39,7 @@ def make_evaluator(tree: dict) -> tuple[Evaluator, Evaluated]:
     tokens = load_tokenizers(config)
     held_out = load_prompts(config.data.eval, tokens.tokenizer, max_prompt_tokens=64) if config.data.eval else None
     setting = BenchmarkSetting(config, Chat(tokens.tokenizer), held_out)
-    tasks = [benchmark_kind(task)(task, setting) for task in config.evaluation.tasks]
+    tasks = benchmarks(setting)
     placed, pad_id = resolve_placement(config, take_turns=True), tokens.tokenizer.pad_token_id
     kept = Models(config, Store(config.run_dir), tokens.vocabulary, pad_id, 64, QUIET, placed)
     return Evaluator(setting, tasks), Evaluated(kept, Held(models.load_model(config.student)), nullcontext)

@@ -14,6 +14,7 @@ from conftest import HANG
 from fake_run import HOSTILE, make_run
 from test_report import island_of
 
+import npd.report.page
 from npd.records import EvaluationLine
 from npd.report.page import write_comparison, write_report
 from npd.store import Store
@@ -311,6 +312,105 @@ def test_a_comparison_is_in_order(page, run_dir, tmp_path):
     other = make_run(tmp_path / "other", steps=2000, loss={"kd_weight": 0.5})
     page.open(write_comparison([run_dir, other], tmp_path / "compare.html"), 390)
     page.assert_in_order()
+
+
+WIDTHS = (360, 600, 860, 1100, 1440)
+BESIDE = """
+const done = arguments[0], beside = [], name = (e) => `${e.tagName} ${e.className} ${e.textContent.slice(0, 60)}`;
+requestAnimationFrame(() => requestAnimationFrame(() => {
+  if (document.documentElement.scrollWidth > innerWidth) beside.push("the page");
+  for (const card of document.querySelectorAll(".card, .tiles > div")) {
+    const { left, right } = card.getBoundingClientRect();
+    if (left < 0 || right > innerWidth + 0.5 || card.scrollWidth > card.clientWidth) beside.push(name(card));
+  }
+  for (const table of document.querySelectorAll("table")) {
+    const box = table.parentElement, { right } = box.getBoundingClientRect();
+    if (box.scrollWidth > box.clientWidth || table.scrollWidth > box.clientWidth) beside.push(name(table));
+    for (const cell of table.querySelectorAll("th, td")) {
+      if (cell.getBoundingClientRect().right > right + 0.5) beside.push(name(cell));
+    }
+  }
+  done(beside);
+}));
+"""
+
+
+def widen(page: Page, width: int) -> list[str]:
+    """Show the page that is open at another width; what lies beside its card or the page."""
+    screen = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    page.wait(f"innerWidth === {width}")
+    found: list[str] = page.driver.execute_async_script(BESIDE)
+    return found
+
+
+def test_a_table_that_runs_beside_its_card_is_seen(page, run_dir, tmp_path):
+    """What the tests below hold can fail: without the script that lays tables down, one does run beside its card."""
+    text = (run_dir / "report.html").read_text().replace("function fitTables() {", "function fitTables() { return;")
+    (tmp_path / "broken.html").write_text(text)
+    page.open(tmp_path / "broken.html", 360)
+    assert any("generation" in found for found in widen(page, 360))
+
+
+def hostile_runs(folder: Path, count: int) -> list[Path]:
+    """Runs with long names and values, all of which differ."""
+    paths = []
+    for i in range(count):
+        name = (
+            f"{i}-{'a_very_long_name_without_a_space' * 3}"
+            if i % 2
+            else f"run {i} {HOSTILE[i % len(HOSTILE)][:20]}".replace("/", "")
+        )
+        path = make_run(
+            folder / name.replace("\x00", ""),
+            generations=3,
+            sources=(f"source-{'x' * 200}", "words of a source " * 10, HOSTILE[0]),
+            student={"model": f"/models/{'deep/' * 30}student-{i}"},
+            data={
+                "train": f"/data/{'directory-of-prompts/' * 8}{i}.jsonl",
+                "template_options": {"k" * 80: f"{'v' * 900}{i}"},
+            },
+            loss={"kd_weight": 0.1 + i / 100},
+            seed=i % 3,
+        )
+        task = "task_with_a_name_" * 5
+        figures = {f"eval/{task}/accuracy": 0.5, f"eval/{task}/accuracy_low": 0.4, f"eval/{task}/accuracy_high": 0.6}
+        harness = {"eval/harness/h/acc": 123456789.123, "eval/harness/h/acc_stderr": 12345.6}
+        for step in (0, 30):
+            Store(path).append_metrics(EvaluationLine(step, figures | harness))
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize("count", [1, 9])
+def test_no_table_runs_beside_its_card_at_any_width(page, tmp_path, count, monkeypatch):
+    if count > 1:
+        monkeypatch.setattr(npd.report.page, "plotly_packed", lambda: "")  # a hundred plots say nothing of tables
+    paths = hostile_runs(tmp_path, count)
+    file = write_report(paths[0]) if count == 1 else write_comparison(paths, tmp_path / "compare.html")
+    page.open(file, WIDTHS[-1])
+    for width in WIDTHS:
+        assert widen(page, width) == [], f"at {width} pixels"
+    assert page.run("return window.hacked") is None
+    assert page.complaints() == []
+
+
+def test_a_wide_screen_keeps_tables_tables(page, tmp_path, monkeypatch):
+    """Of four runs, as of one; a phone gets lists, in which every cell says its column."""
+    monkeypatch.setattr(npd.report.page, "plotly_packed", lambda: "")
+    paths = [make_run(tmp_path / f"run-{i}", loss={"kd_weight": 0.1 + i / 10}) for i in range(4)]
+    for file in (write_report(paths[0]), write_comparison(paths, tmp_path / "compare.html")):
+        page.open(file)
+        assert widen(page, 1440) == []
+        assert page.all("table")
+        assert not page.all("table.stacked")
+        assert widen(page, 360) == []
+        assert page.all("table.stacked")
+        labels = (
+            "return [...document.querySelectorAll('table.stacked tbody tr')].every(r => [...r.cells].slice(1).every("
+            "(c, i) => c.dataset.label === r.closest('table').tHead.rows[0].cells[i + 1].textContent))"
+        )
+        assert page.run(labels)
 
 
 def test_a_failed_run_is_in_order(page, tmp_path):

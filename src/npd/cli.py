@@ -35,11 +35,11 @@ LONGEST_MESSAGE = 4000  # characters
 
 
 class ConfigOption(click.Option):
-    """An option that sets one key of the configuration."""
+    """An option that sets one key of the configuration, under the key's name or a short one."""
 
-    def __init__(self, key: str, help: str, kind: str) -> None:
-        self.key = key
-        super().__init__([f"--{key}", "set__" + key.replace(".", "__")], help=help, metavar=kind)
+    def __init__(self, key: str, help: str, kind: str, *, name: str = "") -> None:
+        self.key, self.short = key, bool(name)
+        super().__init__([f"--{name or key}", "set__" + (name or key).replace(".", "__")], help=help, metavar=kind)
 
 
 class ConfigCommand(click.Command):
@@ -54,7 +54,7 @@ class ConfigCommand(click.Command):
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                key = param.key if isinstance(param, ConfigOption) else ""
+                key = param.key if isinstance(param, ConfigOption) and not param.short else ""
                 title = key.split(".")[0] if "." in key else "run" if key else "Options"
                 sections.setdefault(title, []).append(record)
         for title, records in sections.items():
@@ -227,8 +227,10 @@ def refresh(config: Config, follow: bool, share: str, reselect: bool) -> None:
 @config_command(
     "eval",
     "Evaluate a model.",
-    "Evaluate a model on evaluation.tasks and, with data.eval and a teacher, its distance to the teacher.",
+    "Evaluate a model on evaluation.tasks, on lm-eval's tasks of evaluation.harness and, with data.eval and a teacher, its "
+    "distance to the teacher.",
     click.Option(["--model"], help="Model to evaluate [default: the run's student, else its newest snapshot, else student]"),
+    ConfigOption("evaluation.harness.suite", "The paper's eleven benchmarks, by lm-eval.", "paper", name="suite"),
 )
 def evaluate(config: Config, model: str | None) -> None:
     from npd import run

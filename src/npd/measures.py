@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from npd import models
 from npd.config import ModelConfig
 from npd.errors import UserError
-from npd.evaluation import BenchmarkSetting, Evaluator
+from npd.evaluation import BenchmarkSetting, Evaluator, Measure
 from npd.generations.models import AskedTeacher, Evaluated
 from npd.generations.producer import Workshop
 from npd.preflight import Setup
@@ -45,12 +45,19 @@ class StudentMeasures:
     def __bool__(self) -> bool:
         return bool(self.evaluator)
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def due(self, *, last: bool, found: Mapping[str, float] | None) -> list[Measure]:
+        return self.evaluator.due(last=last, found=found)
+
+    def slow(self, *, last: bool) -> bool:
+        return any(measure.slow for measure in self.evaluator.due(last=last))
+
+    def __call__(self, step: int, measures: Sequence[Measure]) -> dict[str, float]:
         kept = self.shop.pipeline.models
         weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
         try:
             with teachers_at_hand(self.shop):
-                return self.evaluator(Evaluated(kept, weights, self._apart, self.trainer.evaluated_in))
+                student = Evaluated(kept, weights, self._apart, self.trainer.evaluated_in, self._aside)
+                return self.evaluator(student, measures)
         finally:
             shutil.rmtree(weights.folder, ignore_errors=True)
 
@@ -65,6 +72,10 @@ class StudentMeasures:
         """Around an engine's writing: one with weights of its own needs the trainer's room on a device that is shared."""
         apart = self.shop.placement.shared_gpu and self.shop.pipeline.models.engine_kind.holds_weights
         return self.trainer.parked() if apart else nullcontext()
+
+    def _aside(self) -> AbstractContextManager[None]:
+        """Around what others compute on a device that is shared."""
+        return self.trainer.parked() if self.shop.placement.shared_gpu else nullcontext()
 
 
 @contextmanager

@@ -130,6 +130,8 @@ def _response_lengths(config: Config, prompts: pa.Table, *, given: bool) -> np.n
 def _evaluates_files(setup: Setup) -> bool:
     """Is the student that is trained written to files for an engine that evaluates it?"""
     config, placed = setup.config, setup.placement
+    if any(task.files for task in setup.tasks):
+        return True
     if not (config.evaluation.tasks or config.data.eval):
         return False
     engine = config.rollout.engine if placed.turns else engine_beside_training(config, placed, 1)
@@ -247,6 +249,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
         *_activations(plan),
         ["student reads", models.expected_reading(setup.tokens.student, config.student.attention)],
     ]
+    rows += [["evaluation", task.plan] for task in setup.tasks if task.plan]
     if contents.by_student:
         rows.append(["student in rollout", f"{plan.inference_bytes / GIB:.2f} GiB"])
     reads = contents.by_student or config.data.references == "teacher"

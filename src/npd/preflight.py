@@ -12,7 +12,7 @@ from typing import Any
 from npd import models
 from npd.config import Config, LossConfig, load_config
 from npd.errors import UserError, foreign
-from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind
+from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind, benchmarks
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.models import Tokens, load_tokenizers
 from npd.losses import check_divergence, divergence_of
@@ -108,8 +108,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
             "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
             "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
         )
-    setting = BenchmarkSetting(config, chat, held_out)
-    tasks = [benchmark_kind(task)(task, setting) for task in config.evaluation.tasks]
+    tasks = [] if command != EVAL and finished else benchmarks(BenchmarkSetting(config, chat, held_out))
     longest = max([0, *(p.longest for p in (prompts, held_out) if p is not None), *(task.longest_prompt for task in tasks)])
     option, response = max(
         ("rollout.max_new_tokens", config.rollout.max_new_tokens),
@@ -120,6 +119,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     notes = [*seen] + [
         f"{name}: {note}" for data, name in ((prompts, "data.train"), (held_out, "data.eval")) if data for note in data.notes
     ]
+    notes += [note for task in tasks for note in task.notes]
     if generates and config.loss.kd_weight:
         notes += divergence_notes(config.loss)
     if any(data is not None and data.templated for data in (prompts, held_out)):

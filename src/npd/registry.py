@@ -143,6 +143,7 @@ BENCHMARKS = Registry(
     {
         "reasoning_gym": "npd.evaluation.tasks:ReasoningGym",
         "answer": "npd.evaluation.answers:Answers",
+        "harness": "npd.evaluation.harness:Harness",
     },
 )
 

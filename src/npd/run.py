@@ -193,15 +193,15 @@ class Run:
         if type(steps) is not int or type(tokens) is not int:
             raise UserError(f"{self.store.student} is damaged (its npd.json has no steps).", MAKE_STUDENT_AGAIN)
         lines = self.store.read_metrics()
-        evals = [line.figures for line in lines if isinstance(line, EvaluationLine)]
+        evals = [line for line in lines if isinstance(line, EvaluationLine)]
         by_role = seconds_by_role(self.events.path)
         return DistillResult(
             run_dir=self.store.path,
             student=self.store.student,
             steps=steps,
             tokens=tokens,
-            before=evals[0] if evals else {},
-            after=evals[-1] if evals else {},
+            before=evals[0].figures if evals and evals[0].step in (0, *(line.step for line in evals[:-1])) else {},
+            after=evals[-1].figures if evals else {},
             seconds=dict(sum((Counter(seconds) for seconds in by_role.values()), Counter())),
             by_role=by_role,
             publications=publications(read_events(self.events.path)),
@@ -337,7 +337,9 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
         display.say(note)
     evaluator = Evaluator(BenchmarkSetting(config, setup.chat, setup.held_out), setup.tasks)
     if not evaluator:
-        raise UserError("There is nothing to evaluate: set evaluation.tasks, or data.eval together with a teacher.")
+        raise UserError(
+            "There is nothing to evaluate: set evaluation.tasks, or data.eval together with a teacher, or evaluation.harness."
+        )
     weights: Weights = ModelWeights(config.student)
     engine = engine_beside_training(config, setup.placement, 1, trains=False)
     kept = Models(

@@ -1,6 +1,7 @@
 """One tree of options (`sections`), and how it is read (`trees`), compared and explained (`loading`)."""
 
 from npd.config.base import KindOf, Sampling, Section
+from npd.config.harness import HarnessConfig, HarnessTaskConfig
 from npd.config.loading import as_begun, config_tree, differing_keys, flat, leaves, load_config, section_of
 from npd.config.models import LoraConfig, ModelConfig, StudentConfig, TeacherConfig
 from npd.config.sections import (
@@ -26,6 +27,8 @@ __all__ = [
     "Config",
     "DataConfig",
     "EvaluationConfig",
+    "HarnessConfig",
+    "HarnessTaskConfig",
     "KindOf",
     "LoraConfig",
     "LossConfig",

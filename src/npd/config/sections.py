@@ -21,6 +21,7 @@ from npd.config.base import (
     Section,
     Temperature,
 )
+from npd.config.harness import HarnessConfig
 from npd.config.models import StudentConfig, TeacherConfig
 from npd.registry import DIVERGENCES, ENGINES, RULES
 
@@ -272,6 +273,8 @@ class EvaluationConfig(Section):
     """Ask the teacher the same tasks once, as the ceiling; a large one takes its time. Not with a served teacher."""
     kl_prompts: int = Field(default=128, ge=0, le=MOST_PROMPTS)
     """Prompts of data.eval on which the KL to the teacher is measured; 0 switches it off."""
+    harness: HarnessConfig = HarnessConfig()
+    """Benchmarks by lm-eval."""
 
     @field_validator("tasks", mode="before")
     @classmethod

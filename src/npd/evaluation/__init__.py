@@ -6,9 +6,10 @@ Each kind of benchmark stands in a file of its own (see `npd.registry.BENCHMARKS
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +22,18 @@ from npd.prompts import Chat, Prompts
 from npd.registry import BENCHMARKS
 from npd.schedule import derive_seed
 
-__all__ = ["Benchmark", "BenchmarkSetting", "Evaluator", "Gap", "Student", "VerifiedTask", "benchmark_kind"]
+__all__ = [
+    "Benchmark",
+    "BenchmarkSetting",
+    "Evaluator",
+    "Figures",
+    "Gap",
+    "Lent",
+    "Student",
+    "VerifiedTask",
+    "benchmark_kind",
+    "benchmarks",
+]
 
 Figures = dict[str, float]
 
@@ -38,6 +50,16 @@ class Gap(NamedTuple):
     """Is `kl` the KL itself, or, with a teacher that gives its top-k alone, a lower bound?"""
 
 
+class Lent(NamedTuple):
+    """Weights for whatever reads and writes by its own means."""
+
+    weights: Any
+    """A model of this process on its device, as it was left: its mode is the borrower's to give back; or the path of a
+    directory in Hugging Face format."""
+    advance: Callable[[int], None]
+    """Is told how much more is done."""
+
+
 class Student(Protocol):
     """Who is evaluated: the model that learns, by whatever engine writes with it, or the teacher."""
 
@@ -49,6 +71,10 @@ class Student(Protocol):
 
     def gap(self, answered: pa.Table) -> Gap:
         """The distance to the teachers of the rows' sources, on responses that `write` gave."""
+
+    def lend(self, title: str, total: int, unit: str, *, files: bool) -> AbstractContextManager[Lent]:
+        """Its weights as a model, or with `files` as a directory, for work of `total` units; what needs a device of its own
+        asks for files, and then finds a device that is shared without the trainer."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +104,30 @@ class Benchmark(ABC):
 
     needs: ClassVar[str | None] = None
     """A column that every row of data.eval must have for it."""
+    slow: ClassVar[bool] = False
+    """Does it take so long that training is checkpointed before it?"""
+    only_at_end: bool = False
+    """Is it left out of a run's evaluations but the last one?"""
+    files: bool = False
+    """Does it borrow the weights as files?"""
 
     def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         self.task, self.setting, self.name = task, setting, task.name
+
+    @classmethod
+    def from_section(cls, setting: BenchmarkSetting) -> list[Benchmark]:
+        """Those that the configuration asks for by a section of its own, not in evaluation.tasks."""
+        return []
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know before it begins."""
+        return []
+
+    @property
+    def plan(self) -> str:
+        """What it asks and when, for the dry run; nothing where that goes without saying."""
+        return ""
 
     @property
     def longest_prompt(self) -> int:
@@ -136,12 +183,28 @@ def benchmark_kind(task: TaskConfig) -> type[Benchmark]:
     return BENCHMARKS[task.name if task.name in BENCHMARKS else BENCHMARKS.default]
 
 
+def benchmarks(setting: BenchmarkSetting) -> list[Benchmark]:
+    """Every benchmark that a configuration asks for, with its problems.
+
+    Raises:
+        UserError: options of one, or the data it needs, are wrong.
+    """
+    named = [benchmark_kind(task)(task, setting) for task in setting.config.evaluation.tasks]
+    taken = {type(one) for one in named}
+    others = [kind for kind in BENCHMARKS.values() if isinstance(kind, type) and issubclass(kind, Benchmark)]
+    others = [kind for kind in others if kind not in taken]
+    return [*named, *(one for kind in others for one in kind.from_section(setting))]
+
+
 class DistanceToTeacher:
     """KL(teacher || student), in nats per token, and how often both rank the same token first.
 
     Measured on the student's own samples at temperature 1, over the token ids that both models have. A teacher that gives
     its top-k alone leaves a lower bound of the KL, and it is called so.
     """
+
+    slow = only_at_end = False
+    name = ""
 
     def __init__(self, setting: BenchmarkSetting, prompts: pa.Table) -> None:
         self.setting, self.prompts = setting, prompts
@@ -155,12 +218,15 @@ class DistanceToTeacher:
         return {name: gap.kl / gap.tokens, "top1_agreement": gap.agreed / gap.tokens, "kl_tokens": gap.tokens}
 
 
+Measure = Benchmark | DistanceToTeacher
+
+
 class Evaluator:
     """Every task, and the held-out comparison with the teacher where there is one."""
 
     def __init__(self, setting: BenchmarkSetting, tasks: list[Benchmark]) -> None:
         self.tasks = tasks
-        self.measures: list[Benchmark | DistanceToTeacher] = [*tasks]
+        self.measures: list[Measure] = [*tasks]
         config, held_out = setting.config, setting.held_out
         if held_out is not None and config.has_teacher and config.evaluation.kl_prompts > 0:
             self.measures.append(DistanceToTeacher(setting, held_out.table.slice(0, config.evaluation.kl_prompts)))
@@ -168,9 +234,22 @@ class Evaluator:
     def __bool__(self) -> bool:
         return bool(self.measures)
 
-    def __call__(self, student: Student) -> Figures:
-        """Figures by metric name: eval/TASK/accuracy with its interval, eval/TASK/pass@k, eval/kl_to_teacher, ..."""
-        return {f"eval/{name}": value for measure in self.measures for name, value in measure(student).items()}
+    def __call__(self, student: Student, measures: Sequence[Measure] | None = None) -> Figures:
+        """Figures by metric name: eval/TASK/accuracy with its interval, eval/TASK/pass@k, eval/kl_to_teacher, ...
+
+        Args:
+            measures: those to take, of `due`; None: all.
+        """
+        taken = self.measures if measures is None else measures
+        return {f"eval/{name}": value for measure in taken for name, value in measure(student).items()}
+
+    def due(self, *, last: bool, found: Mapping[str, float] | None = None) -> list[Measure]:
+        """What is to be measured in an evaluation that gave `found` already (None: it is yet to come): everything, what
+        is for the end alone only if it is the `last` one."""
+        if found is None:
+            return [measure for measure in self.measures if last or not measure.only_at_end]
+        at_end = [measure for measure in self.measures if last and measure.only_at_end]
+        return [measure for measure in at_end if not any(key.startswith(f"eval/{measure.name}/") for key in found)]
 
     def of_teacher(self, teacher: Student) -> Figures:
         """The teacher's figures on every task, as teacher/TASK/accuracy, ...: the ceiling that the student aims at."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from npd.config import Config, ModelConfig, Sampling
 from npd.errors import UserError
-from npd.evaluation import Gap
+from npd.evaluation import Gap, Lent
 from npd.models import (
     Vocabulary,
     load_model,
@@ -221,6 +221,13 @@ class Models:
             self._engine.rest()
         self.free()
 
+    def end_engine(self) -> None:
+        """End the engine, for another one in this process; it starts again when it is next asked for."""
+        self.release()
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+
     def free(self) -> None:
         """Give memory of the GPU that nothing uses back to the system, for other processes and engines."""
         if torch.cuda.is_available():
@@ -236,9 +243,7 @@ class Models:
         for teacher in self._teachers.values():
             teacher.close()
         self._student, self._teachers = None, {}
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
+        self.end_engine()
 
 
 class Evaluated:
@@ -247,12 +252,32 @@ class Evaluated:
     Args:
         around: context in which the engine works, for instance with the trainer out of its way.
         autocast: type of the matrix products where the model itself computes; None: that of its weights.
+        aside: context in which others compute on the device with files of the weights.
     """
 
     def __init__(
-        self, models: Models, weights: Weights, around: Callable[[], Any], autocast: torch.dtype | None = None
+        self,
+        models: Models,
+        weights: Weights,
+        around: Callable[[], Any],
+        autocast: torch.dtype | None = None,
+        aside: Callable[[], Any] = nullcontext,
     ) -> None:
         self.models, self.weights, self.around, self.autocast = models, weights, around, autocast
+        self.aside = aside
+
+    @contextmanager
+    def lend(self, title: str, total: int, unit: str, *, files: bool) -> Iterator[Lent]:
+        mine = self.autocast is not None and not files
+        with self.models.display.task(title, total, unit) as advance:
+            if files:
+                path = self.weights.path()
+                with self.aside():
+                    self.models.end_engine()
+                    yield Lent(path, advance)
+            else:
+                with torch.autocast("cuda", self.autocast) if mine else nullcontext():
+                    yield Lent(self.weights.model(), advance)
 
     def write(self, table: pa.Table, sampling: Sampling, seed: int, title: str) -> pa.Table:
         total = len(table) * sampling.samples_per_prompt
@@ -300,6 +325,19 @@ class AskedTeacher:
 
     def gap(self, answered: pa.Table) -> Gap:
         return Gap(0.0, len(answered), len(answered), True)
+
+    @contextmanager
+    def lend(self, title: str, total: int, unit: str, *, files: bool) -> Iterator[Lent]:
+        teacher: Any = self.models.teacher(None)
+        if not hasattr(teacher, "path" if files else "model"):
+            raise UserError(
+                f"evaluation.teacher asks for the weights of {self.models.config.all_teachers[None].model}, which a teacher "
+                "of its kind does not give; set evaluation.teacher: false."
+            )
+        with self.models.display.task(f"the teacher: {title}", total, unit) as advance:
+            if files:
+                self.models.end_engine()
+            yield Lent(teacher.path() if files else teacher.model(), advance)
 
 
 def engine_difference(table: pa.Table, prefill: Prefill) -> EngineCheck:

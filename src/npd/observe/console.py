@@ -81,7 +81,7 @@ def show_evaluation(who: str, figures: Mapping[str, float], display: Display) ->
 
 
 def show_figures(title: str, columns: Mapping[str, Mapping[str, float]], display: Display) -> None:
-    """Evaluation figures as a table, an accuracy with its interval."""
+    """Evaluation figures as a table, an accuracy with its interval, one with a standard error with that."""
     names = list(dict.fromkeys(key for figures in columns.values() for key in figures if for_people(key)))
     rows = [[name.removeprefix("eval/"), *(_figure(figures, name) for figures in columns.values())] for name in names]
     if rows:
@@ -93,7 +93,8 @@ def _figure(figures: Mapping[str, float], name: str) -> str:
         return "-"
     if name.endswith("/accuracy"):
         return f"{figures[name]:.1%} [{figures[name + '_low']:.1%}, {figures[name + '_high']:.1%}]"
-    return f"{figures[name]:.4f}"
+    error = figures.get(f"{name}_stderr")
+    return f"{figures[name]:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def show_result(result: DistillResult, display: Display) -> None:

@@ -11,8 +11,8 @@ from npd.records.record import Record, number_of, whole
 
 
 def for_people(figure: str) -> bool:
-    """Is this figure one to show, rather than an interval's end or a count?"""
-    return not figure.endswith(("_low", "_high", "_tokens"))
+    """Is this figure one to show, rather than an interval's end, a standard error or a count?"""
+    return not figure.endswith(("_low", "_high", "_stderr", "_tokens"))
 
 
 @dataclass(frozen=True)

@@ -193,6 +193,12 @@ def has_interval(figures: Mapping[str, float], key: str) -> bool:
     return all(name in figures for name in (key, f"{key}_low", f"{key}_high"))
 
 
+def interval_bars(runs: Sequence[RunFacts], key: str) -> str:
+    """What the bars of an evaluation figure are."""
+    harness = any(f"{key}_stderr" in line.figures for run in runs for line in run.evaluations)
+    return "Bars: 1.96 standard errors, as lm-eval gives them." if harness else "Bars: 95% Wilson intervals."
+
+
 def verdicts_of(runs: Sequence[RunFacts]) -> list[str]:
     """The verdicts that npd's own rules give, and whatever others responses or manifests have."""
     found = {str(v) for run in runs for v in {*run.column("verdict")} if v}
@@ -302,7 +308,7 @@ def evaluation_curves(runs: Sequence[RunFacts]) -> list[Figure]:
                 said.append(f"The teacher has {number(ceiling)}")
         name = key.removeprefix("eval/")
         layout = {"xaxis": axis("optimiser step"), "yaxis": axis(plot_text(name)), "shapes": shapes}
-        note = "Bars: 95% Wilson intervals." if any("error_y" in t for t in traces) else ""
+        note = interval_bars(runs, key) if any("error_y" in t for t in traces) else ""
         note += " Dashed: the teacher." if shapes else ""
         figures.append(Figure(f"eval-{len(figures)}", name, ". ".join(said) + ".", traces, layout, note=note.strip()))
     return figures
@@ -350,7 +356,7 @@ def evaluation_points(runs: Sequence[RunFacts]) -> list[Figure]:
                 [trace],
                 layout,
                 height,
-                note="Bars: 95% Wilson intervals.",
+                note=interval_bars(runs, key),
             )
         )
     return figures

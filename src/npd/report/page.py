@@ -28,10 +28,13 @@ from npd.observe.events import SpanName
 from npd.report import figures as fig
 from npd.report import pictures as pic
 from npd.report import tables as tab
+from npd.report.arms import arm_table, arms_of
+from npd.report.cost import arm_points, cost_figures
 from npd.report.facts import INTERRUPTED, SIGNALLED, RunFacts, clock, gather
 from npd.report.output import check_output, write_output
+from npd.report.rightness import right_by_delta, right_comparison, right_table
 from npd.report.samples import MOST_SAMPLES, MOST_TOKENS, Browser, browse
-from npd.report.text import island, visible
+from npd.report.text import island, long_worded, visible
 from npd.store import Store
 
 MOST_BYTES = 5_900_000  # of a page; samples are left out until it fits
@@ -142,9 +145,13 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
             "Selection",
             intro=[SELECTION] if np.isfinite(facts.column("delta_ifd").astype(float)).any() else [],
             figures=_some(
-                pic.delta_histogram(facts), pic.ifd_scatter(facts), pic.boxes(facts, "generation"), pic.boxes(facts, "source")
+                pic.delta_histogram(facts),
+                pic.ifd_scatter(facts),
+                pic.boxes(facts, "generation"),
+                pic.boxes(facts, "source"),
+                right_by_delta(facts),
             ),
-            tables=[t for t in [sources] if t],
+            tables=[t for t in [right_table(facts), sources] if t],
         ),
         Chapter(
             "data",
@@ -248,6 +255,7 @@ def comparison_page(runs: list[RunFacts]) -> Page:
         drawn = [(names[i], draw(run, f"{id}-{i}")) for i, run in enumerate(runs)]
         return [fig.retitled(figure, f"{name}: {figure.title}") for name, figure in drawn if figure is not None]
 
+    arms = arms_of(runs)
     chapters = [
         Chapter(
             "runs",
@@ -255,6 +263,13 @@ def comparison_page(runs: list[RunFacts]) -> Page:
             "Figures",
             tables=[t for t in [tab.run_table(runs), tab.evaluation_table(runs)] if t],
             figures=_some(*fig.evaluation_points(runs)),
+        ),
+        Chapter(
+            "evidence",
+            "Arms, seconds and tokens",
+            "Evidence",
+            tables=[t for t in [arm_table(runs, arms), right_comparison(runs)] if t],
+            figures=[*arm_points(runs, arms), *cost_figures(runs, arms)],
         ),
         Chapter("differences", "What differs", "What differs", tables=[tab.differing_table(runs)]),
         Chapter("training", "Training", "Training", figures=[*fig.evaluation_curves(runs), *fig.curves(runs)]),
@@ -307,6 +322,7 @@ def render(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.tests["long_worded"] = long_worded
     source = {name: environment.loader.get_source(environment, name)[0] for name in ("page.css", "page.js", "browser.js")}  # type: ignore[union-attr]
     return environment.get_template("page.html").render(
         page=page,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -15,8 +15,9 @@ from npd.intervals import wilson_interval
 from npd.observe.events import SpanName, seconds_by_role
 from npd.records import KEPT, EngineCheck, number_of
 from npd.report.facts import UNDER_WAY, RunFacts
-from npd.report.figures import evaluated, has_interval, label, number, smooth_near_policy, verdicts_of
+from npd.report.figures import evaluated, label, number, smooth_near_policy, verdicts_of
 from npd.report.samples import Browser
+from npd.report.shares import interval, interval_note, percent, point
 from npd.store import REFERENCE
 
 MOST_ROWS = 30  # of a table; of more, the first and the last
@@ -78,29 +79,6 @@ class Bar:
         return f"{self.title}: " + ", ".join(f"{s.name} {s.value}" for s in self.shares)
 
 
-def percent(share: float, digits: int = 1) -> str:
-    return f"{100 * share:.{digits}f}%"
-
-
-def interval(figures: Mapping[str, float], key: str) -> str:
-    """An evaluation figure, an accuracy with its 95% interval."""
-    value = figures.get(key)
-    if value is None:
-        return "–"
-    if has_interval(figures, key):
-        return f"{percent(value)} [{100 * figures[f'{key}_low']:.1f}, {100 * figures[f'{key}_high']:.1f}]"
-    return point(figures, key)
-
-
-def point(figures: Mapping[str, float], key: str) -> str:
-    """An evaluation figure without its interval."""
-    value = figures.get(key)
-    if value is None:
-        return "–"
-    share = has_interval(figures, key) or "accuracy" in key or "pass@" in key or key.endswith("agreement")
-    return percent(value) if share else number(value, 3)
-
-
 def verdict_counts(run: RunFacts, generation: int | None = None) -> Counter[str]:
     """Responses per verdict: of finished generations by their manifests, of others by what is there."""
     counts: Counter[str] = Counter()
@@ -138,7 +116,8 @@ def tiles(run: RunFacts) -> list[Tile]:
     """The headline: before and after, the teacher's ceiling, speed, kept share, staleness."""
     out = []
     for key in evaluated([run]):
-        first, last = run.evaluations[0], run.evaluations[-1]
+        having = [line for line in run.evaluations if key in line.figures]
+        first, last = having[0], having[-1]
         if "pass@" in key or key.endswith("top1_agreement"):
             continue
         ceiling = interval(run.teacher, key.replace("eval/", "teacher/", 1))
@@ -149,7 +128,8 @@ def tiles(run: RunFacts) -> list[Tile]:
         else:
             before, after = interval(first.figures, key), interval(last.figures, key)
             head = f"{point(first.figures, key)} → {point(last.figures, key)}"
-            detail = f"before {before}, after {after}{beside}" if "[" in after else f"nats a token, before and after{beside}"
+            told = f"before {before}, after {after}{beside}"
+            detail = told if "[" in after or "±" in after else f"nats a token, before and after{beside}"
             out.append(Tile(name, head, detail))
     wall, tokens = wall_seconds(run), trained_tokens(run)
     if wall and tokens:
@@ -331,7 +311,7 @@ def evaluation_table(runs: Sequence[RunFacts]) -> Table | None:
         "Evaluation",
         [columns[c] for c in shown],
         [[row[c] for c in shown] for row in rows],
-        "In brackets: 95% Wilson intervals.",
+        interval_note(runs),
     )
 
 

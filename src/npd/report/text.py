@@ -20,6 +20,14 @@ def visible(text: str) -> str:
     return _UNSEEN.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", text)
 
 
+LONG_WORD = 16  # characters: more than a column of a wide table has room for
+
+
+def long_worded(text: str) -> bool:
+    """Has it a word that may have to be broken?"""
+    return any(len(word) > LONG_WORD for word in text.split())
+
+
 def plot_text(text: str) -> str:
     """Text for a label of plotly, which reads markup; long ones are cut."""
     text = visible(" ".join(text.split()))

@@ -15,14 +15,15 @@ from accelerate.utils import broadcast_object_list
 
 from npd.config import Config
 from npd.errors import UserError
-from npd.observe.console import show_evaluation, show_generation, warn_of_age, warn_of_engine
+from npd.observe.console import show_generation, warn_of_age, warn_of_engine
 from npd.observe.display import Advance, Display, untold
 from npd.observe.events import Events, SpanName
 from npd.observe.trackers import Trackers
 from npd.placement import Placement
-from npd.records import EvaluationLine, GenerationEnd, Line, SelectionLine, StepLine, TeacherLine
+from npd.records import GenerationEnd, Line, SelectionLine, StepLine
 from npd.store import REFERENCE, Store
-from npd.train.loop import KL_BUDGET, Loop, Position, Trained
+from npd.train.evaluating import Evaluations, Measures
+from npd.train.loop import KL_BUDGET, MAX_STEPS, MAX_TOKENS, Loop, Position, Trained
 from npd.train.publisher import Publisher, snapshot_dtype
 from npd.train.samples import Samples, clear_cache
 from npd.train.trainer import Trainer
@@ -71,18 +72,6 @@ class Supply(Protocol):
     def complete(self, generation: int, pause: Callable[[], None]) -> None: ...
 
 
-class Measures(Protocol):
-    """What is measured of the student along the way."""
-
-    def __bool__(self) -> bool: ...
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """Figures of the student as it is after a step."""
-
-    def of_teacher(self) -> dict[str, float]:
-        """The teacher's figures on the same tasks."""
-
-
 class RunWork:
     """Does what the loop decides, in each process that trains.
 
@@ -105,13 +94,14 @@ class RunWork:
         shown: set[int],
     ) -> None:
         self.config, self.store, self.accelerator, self.trainer = config, store, accelerator, trainer
-        self.placement, self.contents, self.supply, self.measures = placement, contents, supply, measures
+        self.placement, self.contents, self.supply = placement, contents, supply
         self.at, self.events, self.display = at, events, display
         self.main, self.world = accelerator.is_main_process, accelerator.num_processes
         self.wait = accelerator.wait_for_everyone
         self.trackers = Trackers(accelerator, display.say)
         self.publisher = Publisher(store, trainer, events, snapshot_dtype(config, placement))
         self.loop = Loop(config, self, at, generations=config.schedule.generations, lead=placement.lead)
+        self.evaluations = Evaluations(config, store, measures, at, events, display, self._log)
         self.samples = Samples(store)
         self.threads = torch.get_num_threads()
         self._shown = shown  # generations whose table was shown
@@ -121,6 +111,7 @@ class RunWork:
         self._advance: Advance = untold
         self._advance_run: Callable[[], None] = untold
         self._advanced = 0.0
+        self._checkpointed = at.step if at.step else None  # the step of the newest checkpoint
 
     def run(self) -> None:
         """From the position to the end of the run; the student is then what is to be saved."""
@@ -242,12 +233,19 @@ class RunWork:
     def checkpoint(self) -> None:
         self.publisher.join()  # a resumed run never finds a snapshot missing that was due before
         self.trainer.save_checkpoint(self.at.step, asdict(self.at))
+        self._checkpointed = self.at.step
+
+    def _checkpoint_before(self, *, last: bool) -> None:
+        """A kill in an evaluation that takes long repeats the evaluation alone."""
+        if self.evaluations.slow(last=last) and self._checkpointed != self.at.step:
+            self.checkpoint()
 
     def pass_done(self) -> None:
         if not len(self.loop.kept):
             self._complete()  # which says what selection did
         self._log_selection()
         self._show_finished()
+        self._checkpoint_before(last=False)
         self._evaluate()
 
     def generation_done(self, reason: str, passes: float) -> None:
@@ -256,6 +254,8 @@ class RunWork:
         if taken:
             self._complete()
         self._show_finished()
+        if reason in (MAX_STEPS, MAX_TOKENS) or at.generation + 1 == self.loop.generations:
+            self._checkpoint_before(last=True)  # here: behind the last generation a run stands nowhere
         self._log(
             GenerationEnd(
                 at.step,
@@ -361,34 +361,12 @@ class RunWork:
 
             yield show
 
-    # -- evaluation
-
     def _evaluate(self, last: bool = False) -> None:
         """Evaluate if it is due here and was not done before."""
-        at = self.at
-        passes = at.generation * self.config.schedule.passes + at.passes
-        due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
-        if self.measures and due and self.main and not self._evaluated(at.step):
-            self.publisher.join()  # generation changes the model's generation_config, which a snapshot has too
-            with self.events.span(SpanName.EVALUATE, step=at.step):
-                self._evaluate_teacher()
-                figures = self.measures(at.step)
-            self._log(EvaluationLine(at.step, figures))
-            show_evaluation(f"step {at.step}", figures, self.display)
+        if self.main and self.evaluations.due(last=last):
+            # generation changes the model's generation_config, which a snapshot has too
+            self.evaluations.run(last=last, before=self.publisher.join)
         self.wait()
-
-    def _evaluate_teacher(self) -> None:
-        """The teacher's own figures on the tasks, once a run, where evaluation.teacher asks for them."""
-        options = self.config.evaluation
-        if not (options.teacher and options.tasks):
-            return
-        if not any(isinstance(line, TeacherLine) for line in self.store.read_metrics()):
-            figures = self.measures.of_teacher()
-            self._log(TeacherLine(self.at.step, figures))
-            show_evaluation("teacher", figures, self.display)
-
-    def _evaluated(self, step: int) -> bool:
-        return any(line.step == step and isinstance(line, EvaluationLine) for line in self.store.read_metrics())
 
     # -- what is shown
 

@@ -102,6 +102,27 @@ async function drawAll() {
   root.dataset.drawn = places.length;
 }
 
+// -- tables
+
+// A table that its card has no room for becomes a list of rows; without this script its card scrolls.
+function fitTables() {
+  for (const box of document.querySelectorAll(".scroll")) {
+    const table = box.firstElementChild;
+    table.classList.remove("stacked");
+    table.classList.toggle("stacked", table.offsetWidth > box.clientWidth);
+  }
+}
+
+function keepTablesFit() {
+  let width = 0;
+  new ResizeObserver(([entry]) => {
+    if (entry.contentRect.width === width) return;
+    width = entry.contentRect.width;
+    fitTables();
+  }).observe(node("main"));
+  fitTables();
+}
+
 function copyButtons() {
   for (const button of document.querySelectorAll(".copy")) {
     button.addEventListener("click", async () => {
@@ -129,6 +150,7 @@ async function start() {
   });
   dark.addEventListener("change", () => theme === "auto" && applyTheme(true));
   copyButtons();
+  keepTablesFit();
   const library = node("island-plotly").textContent ? unpacked("island-plotly") : null;  // inflated meanwhile
   const data = JSON.parse(await unpacked("island-data"));
   figures = data.figures;
