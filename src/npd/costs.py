@@ -227,8 +227,8 @@ def cost_rows(costs: Costs, price: float | None) -> list[list[str]]:
         ["devices", f"{costs.devices:,} × {device.name}: {_giga(device.flops, 1e12)} TFLOP/s, "
          f"{_giga(device.bandwidth, 1e9)} GB/s, {device.memory / GIB:.1f} GiB ({device.source})"],
         ["mean response", f"{costs.lengths.response:,.0f} tokens ({costs.lengths.source})"],
-        ["work of a generation", f"{load.response_tokens / 1e6:,.3g} million tokens written and read, "
-         f"{load.pass_tokens / 1e6:,.3g} million in each of {load.passes} passes"],
+        ["work of a generation", f"{_tokens(load.response_tokens)} written and read, "
+         f"{_tokens(load.pass_tokens)} in each of {load.passes} passes"],
         ["rates of one device", f"writes {1 / case.rates.write:,.0f}, reads {_rate(case.rates.read)}, trains "
          f"{1 / case.rates.train:,.0f} tokens/s ({costs.reason})"],
     ]  # fmt: skip
@@ -239,13 +239,25 @@ def cost_rows(costs: Costs, price: float | None) -> list[list[str]]:
         rows.append([f"memory, {role}", f"{whole / GIB:.1f} of {USABLE * device.memory / GIB:.1f} GiB: {told}"
                      + how * (role != "generating")])  # fmt: skip
     rows += [["split", _split(costs)], *_waiting(costs)]
-    rows.append(["hours", f"{hours:,.3g} ({best.times.trained / HOURS:,.3g} training, {best.times.generated / HOURS:,.3g} "
-                 f"generating; evaluation is not counted)"])  # fmt: skip
+    trained, generated = _time(best.times.trained), _time(best.times.generated)
+    rows.append(
+        ["time", f"{_time(best.times.whole)} ({trained} training, {generated} generating; evaluation is not counted)"]
+    )
     rows.append(["device-hours", f"{hours * best.devices:,.3g}, of which {100 * best.wasted:.0f}% idle"])
     if price is not None:
         rows.append(["cost", f"{hours * best.devices * price:,.2f} at {price:g} an hour and device"])
     rows.append(["next to run out", _next(costs)])
     return rows
+
+
+def _time(seconds: float) -> str:
+    if seconds >= HOURS:
+        return f"{seconds / HOURS:,.1f} hours" if seconds < 100 * HOURS else f"{seconds / HOURS:,.0f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 600 else f"{seconds:.0f} s"
+
+
+def _tokens(count: float) -> str:
+    return f"{count / 1e6:,.3g} million tokens" if count >= 1e6 else f"{count:,.0f} tokens"
 
 
 def _giga(value: float, unit: float) -> str:
@@ -334,5 +346,5 @@ def cost_notes(costs: Costs) -> list[str]:
                          for stage, s in EFFICIENCY.items())  # fmt: skip
         notes.append(f"Shares of the peaks: {said}. --measure times this machine instead.")
     for engine, hours in costs.others.items():
-        notes.append(f"With rollout.engine {engine} it would take {hours:,.3g} hours.")
+        notes.append(f"With rollout.engine {engine} it would take {_time(hours * HOURS)}.")
     return notes
