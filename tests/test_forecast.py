@@ -272,10 +272,11 @@ def test_where_nothing_fits_the_nearest_is_said():
 
 
 def test_activations_are_repeated_only_where_they_would_not_fit():
-    wide = STEP._replace(activations=Activations(2e6, 0.0, 4, 64))
+    wide = STEP._replace(activations=Activations(1.2e6, 0.0, 4, 64))
     assert STEP.total(checkpointing=False) < USABLE * TOY.memory < wide.total(checkpointing=False)
     assert not case().split(1, 1).checkpointing
     assert case(step=wide).split(1, 1).checkpointing
+    assert case(step=wide).split(1, 1).fits(TOY)
     assert not case(step=wide, checkpointing=False).split(1, 1).fits(TOY)
 
 
@@ -342,6 +343,6 @@ def test_the_dry_run_says_it(npd, config_file, tmp_path):  # noqa: F811
     assert "--dry-run" in refused(npd("distill", config_file(), "--on", "8xH100"))
     assert "--on" in refused(npd("distill", config_file(), "--dry-run", "--price", "2"))
     assert "L40S" in refused(npd("distill", config_file(), "--dry-run", "--on", "8xH900"))
-    status, out, err = npd("sft", config_file(), "--dry-run", "--on", "2xL40S")
+    status, out, err = npd("sft", config_file(rollout={"max_new_tokens": 32}), "--dry-run", "--on", "2xL40S")
     assert (status, err) == (0, "")
     assert "all 2 train" in out or "one device" in out

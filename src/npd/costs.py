@@ -102,17 +102,22 @@ def estimate(
     config = setup.config
     chosen = engine or config.rollout.engine
     lengths = measured.lengths if measured and response_tokens is None else known_lengths(config, response_tokens)
+    if not setup.generations.by_student and config.data.references == "given" and setup.prompts is not None:
+        given = pc.fill_null(pc.list_value_length(setup.prompts.table["completion_ids"]), 0).to_numpy()
+        lengths = Lengths(max(1.0, float(given.mean())), 1.0, "the data's own completions")
     case = _case(setup, device, lengths, chosen)
     reason = "peaks and efficiencies"
     if measured is not None:
-        mine = case if here is None or here == device else _case(setup, here, lengths, chosen)
         found = measured.rates
-        scaled = {
-            name: getattr(found, name) * getattr(case.rates, name) / (getattr(mine.rates, name) or 1.0)
-            for name in ("train", "write", "read")
-        }
-        case = replace(case, rates=replace(found, **scaled))
-        reason = f"measured here{'' if mine is case or here == device else ', and scaled by the peaks'}: {measured.said}"
+        if here is not None and here != device:
+            mine = _case(setup, here, lengths, chosen).rates
+            scaled = {
+                name: getattr(found, name) * getattr(case.rates, name) / (getattr(mine, name) or 1.0)
+                for name in ("train", "write", "read")
+            }
+            found = replace(found, **scaled)
+        case = replace(case, rates=found)
+        reason = f"measured here{', and scaled by the peaks' * (found is not measured.rates)}: {measured.said}"
     others = {}
     if engine is None and measured is None and case.load.written and device.kind != "cpu":
         for other in ENGINES:
@@ -223,14 +228,14 @@ def cost_rows(costs: Costs, price: float | None) -> list[list[str]]:
     """(what, how much), for a table."""
     case, best, load, device = costs.case, costs.best, costs.case.load, costs.case.device
     hours = best.times.whole / HOURS
+    written = f"{_tokens(load.response_tokens)} written and read, " if load.written else ""
+    writes = f"writes {1 / case.rates.write:,.0f}, reads {_rate(case.rates.read)}, " if load.written else ""
     rows = [
         ["devices", f"{costs.devices:,} × {device.name}: {_giga(device.flops, 1e12)} TFLOP/s, "
          f"{_giga(device.bandwidth, 1e9)} GB/s, {device.memory / GIB:.1f} GiB ({device.source})"],
         ["mean response", f"{costs.lengths.response:,.0f} tokens ({costs.lengths.source})"],
-        ["work of a generation", f"{_tokens(load.response_tokens)} written and read, "
-         f"{_tokens(load.pass_tokens)} in each of {load.passes} passes"],
-        ["rates of one device", f"writes {1 / case.rates.write:,.0f}, reads {_rate(case.rates.read)}, trains "
-         f"{1 / case.rates.train:,.0f} tokens/s ({costs.reason})"],
+        ["work of a generation", f"{written}{_tokens(load.pass_tokens)} in each of {load.passes} passes"],
+        ["rates of one device", f"{writes}trains {1 / case.rates.train:,.0f} tokens/s ({costs.reason})"],
     ]  # fmt: skip
     for role, parts in best.memory.items():
         whole = sum(parts.values())
