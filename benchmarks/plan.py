@@ -24,7 +24,7 @@ from benchmarks.common import RESULTS, fresh, record
 from npd.config import Config, load_config
 from npd.costs import Costs
 from npd.demo import demo
-from npd.forecast import Load, Reader, model_of, rates
+from npd.forecast import Load, Model, Reader, model_of, rates
 from npd.hardware import DEVICES
 from npd.observe.display import Display
 from npd.preflight import prepare
@@ -110,7 +110,8 @@ def one(case: str, way: str, out: Path) -> dict[str, Any]:
         return {"seconds": seconds, "bytes": peak_bytes(), "steps": result.steps, "tokens": result.tokens}
     setup = prepare(config, "distill")
     costs = costs_on(setup, "this", measure=way == "measured", response_tokens=None, display=Display(quiet=True))
-    return figures(costs) | ({"trial_seconds": costs.measured.seconds} if costs.measured else {})
+    trial = costs.measured
+    return figures(costs) | ({"bytes": trial.memory, "trial_seconds": trial.seconds} if trial else {})
 
 
 def figures(costs: Costs) -> dict[str, Any]:
@@ -150,9 +151,33 @@ def paper() -> None:
             rows.append(row)
             print(f"{response:5} tokens, {engine:12} {batch:3} at once: rollouts {row['rollout']:7.1f}, "
                   f"reading {row['reading']:6.1f}, training {row['training']:6.1f} device-hours")  # fmt: skip
+    for name, hours in (("training", 42), ("teacher", 18)):
+        for share in (0.26, 0.5):
+            length = length_of(hours * 3600 * device.flops * share, name, student, teacher)
+            tokens = 2.4e6 * length / (300 * 3600)
+            rows.append({"from": name, "share": share, "response": length, "rollout tokens/s": tokens})
+            print(f"{hours} hours of {name} at {100 * share:.0f}% of the peak: {length:.0f} tokens a response behind 100 of "
+                  f"a prompt; 300 hours of rollouts then write {tokens:.0f} tokens/s a device")  # fmt: skip
     runs = json.loads((RESULTS / "plan.json").read_text())["runs"] if (RESULTS / "plan.json").exists() else {}
     record("plan", {}, runs | {"paper": rows})
     print(f"student {student.parameters / 1e9:.2f}B, teacher {teacher.parameters / 1e9:.2f}B")
+
+
+def length_of(operations: float, work: str, student: Model, teacher: Model, prompt: float = 100.0) -> float:
+    """Response tokens of which so many operations can be: ten passes of training over 1.2 million samples, or the teacher's
+    reading of 2.4 million, with and without their prompts."""
+
+    def needed(response: float) -> float:
+        sample = prompt + response
+        if work == "training":
+            return 1.2e7 * 3 * student.forward(sample, response, sample / 2)
+        return 2.4e6 * (teacher.forward(sample, response, sample / 2) + teacher.forward(response, response, response / 2))
+
+    low, high = 0.0, 1e5
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if needed(middle) < operations else (low, middle)
+    return low
 
 
 if __name__ == "__main__":

@@ -248,7 +248,7 @@ def test_the_best_split_is_the_least_of_all(devices, lead, ratio, size):
                   if devices - t >= mine.engine_devices]  # fmt: skip
     assert best.times.whole == pytest.approx(min(split.times.whole for split in every))
     assert best.devices <= devices
-    assert 0 <= best.wasted < 1
+    assert 0 <= best.wasted(devices) < 1
     assert best.fits(TOY)
 
 
@@ -264,6 +264,13 @@ def test_weights_are_shared_only_where_they_do_not_fit():
     assert four.fits(TOY)
     assert case().split(4, 4).shards == 1
     assert not replace(mine, sharding=False).split(4, 4).fits(TOY)
+
+
+def test_an_engine_that_shares_with_one_trainer_only_takes_turns_on_one_device():
+    alone = case(load=replace(LOAD, lead=0.0), together=False).best(4)
+    assert (alone.train, alone.generate) == (1, 0)
+    assert alone.wasted(4) > 0.7
+    assert case(together=False).best(4).devices == 4
 
 
 def test_where_nothing_fits_the_nearest_is_said():

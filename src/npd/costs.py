@@ -182,6 +182,7 @@ def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case
         checkpointing=(None if device.kind != "cpu" else False) if asked == "auto" else asked,
         checkpoints=passes * load.pass_steps / config.checkpoint.every_steps,
         sharding=config.student.lora is None,
+        together=not kind.takes_first_gpus,
     )
 
 
@@ -243,14 +244,16 @@ def cost_rows(costs: Costs, price: float | None) -> list[list[str]]:
         how = f" (shares weights among {best.shards})" * (best.shards > 1) + ", checkpointing" * best.checkpointing
         rows.append([f"memory, {role}", f"{whole / GIB:.1f} of {USABLE * device.memory / GIB:.1f} GiB: {told}"
                      + how * (role != "generating")])  # fmt: skip
+    if costs.measured is not None:
+        rows.append(["memory at the trial's peak", f"{costs.measured.memory / GIB:.1f} GiB, of one process here"])
     rows += [["split", _split(costs)], *_waiting(costs)]
     trained, generated = _time(best.times.trained), _time(best.times.generated)
     rows.append(
         ["time", f"{_time(best.times.whole)} ({trained} training, {generated} generating; evaluation is not counted)"]
     )
-    rows.append(["device-hours", f"{hours * best.devices:,.3g}, of which {100 * best.wasted:.0f}% idle"])
+    rows.append(["device-hours", f"{hours * costs.devices:,.3g}, of which {100 * best.wasted(costs.devices):.0f}% idle"])
     if price is not None:
-        rows.append(["cost", f"{hours * best.devices * price:,.2f} at {price:g} an hour and device"])
+        rows.append(["cost", f"{hours * costs.devices * price:,.2f} at {price:g} an hour and device"])
     rows.append(["next to run out", _next(costs)])
     return rows
 
@@ -279,6 +282,11 @@ def _split(costs: Costs) -> str:
         return "one device: training and generation take turns on it"
     if not load.written:
         return f"all {best.train} train"
+    if best.turns and best.train < costs.devices:
+        return (
+            "training and generation take turns on one device, and the others rest: this engine shares a process with one "
+            "trainer only; give schedule.lead above 0"
+        )
     if best.turns:
         why = "" if load.lead else " (schedule.lead 0)"
         return f"all {best.train} train and generate in turns{why}"

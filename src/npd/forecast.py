@@ -17,8 +17,8 @@ from npd.hardware import Hardware, efficiency
 from npd.rollout import Pace
 from npd.train.memory import StepMemory
 
-HOST = 0.9e9
-"""Bytes of a process on a CPU before any model: Python, torch, transformers and Arrow."""
+HOST = 0.64e9
+"""Bytes of a process on a CPU before any model, measured: Python, torch, transformers and Arrow."""
 READING = 12
 """Bytes a token and unit of width that a forward pass holds at once beside the weights, in numbers of two bytes."""
 

@@ -114,10 +114,9 @@ class Split(NamedTuple):
     def devices(self) -> int:
         return self.train + self.generate
 
-    @property
-    def wasted(self) -> float:
-        """Share of the devices' time in which they do nothing."""
-        whole = self.devices * self.times.whole
+    def wasted(self, devices: int) -> float:
+        """Share of the time of so many devices in which they do nothing."""
+        whole = devices * self.times.whole
         busy = self.train * self.times.trained + (self.generate or self.train) * self.times.generated
         return max(0.0, 1 - busy / whole) if whole else 0.0
 
@@ -152,6 +151,8 @@ class Case:
     """How often a checkpoint is written."""
     sharding: bool = True
     """May weights be sharded where they do not fit?"""
+    together: bool = True
+    """Can the engine stand in each of several processes that train, so that all devices take turns?"""
 
     def split(self, train: int, generate: int) -> Split:
         """One split; `generate` 0: all devices take turns."""
@@ -201,7 +202,7 @@ class Case:
 
     def splits(self, devices: int) -> Iterator[Split]:
         """Every split of so many devices: turns, and where there is a lead each number that trains."""
-        yield self.split(devices, 0)
+        yield self.split(devices if self.together or not self.load.written else 1, 0)
         if not self.load.written or not self.load.lead or self.device.kind == "cpu":
             return
         for train in _counts(devices - 1):
