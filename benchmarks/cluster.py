@@ -129,7 +129,8 @@ def failures() -> list[dict[str, Any]]:
                 cluster = replace(BASE, failures=1 / between, repair=repair)
                 found = [outcome(schedule(part), cluster, seed) for seed in range(3)]
                 middle = {key: statistics.mean(one[key] for one in found) for key in found[0]}
-                rows.append({"part": part, "between": between if between < math.inf else None, "repair": repair} | middle)
+                often = {"between": between if between < math.inf else None}
+                rows.append({"part": part, "repair": repair, **often, **middle})
     return rows
 
 

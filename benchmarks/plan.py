@@ -4,7 +4,8 @@
     python -m benchmarks.plan --case smollm2    # examples/smollm2.yaml, shortened; needs `make smollm2`'s package
 
 Each figure is of a process of its own: the arithmetic from the machine's peaks, the same with a trial's rates, and the run
-without evaluation. `python -m benchmarks.plan --paper` reckons the paper's own run, and needs nothing.
+without evaluation. On a busy machine the processor's shares say how far they can be compared. `python -m benchmarks.plan
+--paper` reckons the paper's own run, and needs nothing.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ def main() -> None:
             found[way][f"{figure}_ratio"] = found[way][figure] / real[figure]
         print(f"{options.case}, {way}: {found[way]['seconds']:.0f} s of {real['seconds']:.0f} "
               f"({found[way]['seconds_ratio']:.2f}×), {found[way]['bytes'] / 2**30:.2f} GiB of {real['bytes'] / 2**30:.2f} "
-              f"({found[way]['bytes_ratio']:.2f}×)")  # fmt: skip
+              f"({found[way]['bytes_ratio']:.2f}×); processor's share {found[way]['processor_share']:.2f} and "
+              f"{real['processor_share']:.2f}")  # fmt: skip
     earlier = RESULTS / "plan.json"
     runs = json.loads(earlier.read_text())["runs"] if earlier.exists() else {}
     record("plan", {}, runs | {options.case: found})
@@ -104,14 +106,18 @@ def one(case: str, way: str, out: Path) -> dict[str, Any]:
     """Seconds and bytes of a case, planned or run."""
     config = config_of(case, out)
     if way == "run":
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         result = npd.distill(config)
-        seconds = time.perf_counter() - began
-        return {"seconds": seconds, "bytes": peak_bytes(), "steps": result.steps, "tokens": result.tokens}
+        seconds, worked = time.perf_counter() - began, time.process_time() - worked
+        facts = {"bytes": peak_bytes(), "steps": result.steps, "tokens": result.tokens}
+        return {"seconds": seconds, "processor_share": worked / seconds} | facts
     setup = prepare(config, "distill")
+    began, worked = time.perf_counter(), time.process_time()
     costs = costs_on(setup, "this", measure=way == "measured", response_tokens=None, display=Display(quiet=True))
+    share = (time.process_time() - worked) / (time.perf_counter() - began)
     trial = costs.measured
-    return figures(costs) | ({"bytes": trial.memory, "trial_seconds": trial.seconds} if trial else {})
+    of_trial = {"bytes": trial.memory, "trial_seconds": trial.seconds} if trial else {}
+    return figures(costs) | of_trial | {"processor_share": share}
 
 
 def figures(costs: Costs) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -132,7 +132,7 @@ class Devices:
         self.landed: dict[int, list[int]] = {}  # generation -> a heap of parts
         self.lands: Counter[tuple[int, int]] = Counter()
         self.lost_parts = 0
-        self.spent: Counter[str] = Counter()  # device-seconds by what was done
+        self.spent: defaultdict[str, float] = defaultdict(float)  # device-seconds by what was done
         self.pipe = 0.0  # when the store is free
         self._events: list[tuple[float, int, str, int, int]] = []  # when, in which order, what, whose, its turn
         self._order = itertools.count()
@@ -404,11 +404,11 @@ def replay(run_dir: Path, config: Config) -> Replay:
 
 def replay_of(spans: Sequence[Span], config: Config) -> Replay:
     """The same, from spans."""
-    made: Counter[tuple[int, int]] = Counter()
+    made: defaultdict[tuple[int, int], float] = defaultdict(float)
     makers: set[str] = set()
-    passes: Counter[tuple[int, int]] = Counter()
+    passes: defaultdict[tuple[int, int], float] = defaultdict(float)
     order: list[tuple[float, tuple[str, int, int]]] = []
-    totals: Counter[str] = Counter()
+    totals: defaultdict[str, float] = defaultdict(float)
     first_train = min((s.start for s in spans if s.name == SpanName.TRAIN), default=0.0)
     for span in sorted(spans, key=lambda s: s.start):
         generation, part = span.facts.get("generation", -1), span.facts.get("part", -1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,6 +72,11 @@ def test_an_unknown_device_is_told_which_are_known(text):
     if "100" not in text:
         assert all(device.name in str(refusal.value) for device in DEVICES)
     assert "\n" not in str(refusal.value)
+
+
+def test_the_guide_names_every_device():
+    guide = (Path(__file__).parent.parent / "docs/guide.md").read_text(encoding="utf-8")
+    assert all(device.name in guide for device in DEVICES)
 
 
 def test_a_device_of_this_machine_is_measured():
@@ -350,6 +356,8 @@ def test_the_dry_run_says_it(npd, config_file, tmp_path):  # noqa: F811
     assert "--dry-run" in refused(npd("distill", config_file(), "--on", "8xH100"))
     assert "--on" in refused(npd("distill", config_file(), "--dry-run", "--price", "2"))
     assert "L40S" in refused(npd("distill", config_file(), "--dry-run", "--on", "8xH900"))
-    status, out, err = npd("sft", config_file(rollout={"max_new_tokens": 32}), "--dry-run", "--on", "2xL40S")
+    status, out, err = npd(
+        "sft", config_file(rollout={"max_new_tokens": 80}, packing={"length": 128}), "--dry-run", "--on", "2xL40S"
+    )
     assert (status, err) == (0, "")
     assert "all 2 train" in out or "one device" in out
