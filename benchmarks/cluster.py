@@ -1,6 +1,6 @@
 """A cluster on paper: the schedule with 1 to 10,000 devices that generate; figures and tables of docs/cluster.md.
 
-    python -m benchmarks.cluster                      # all of it: about three minutes on one core, the same every time
+    python -m benchmarks.cluster                      # all of it: three minutes on one busy core, the same every time
     python -m benchmarks.cluster --only devices lead  # some of it
     python -m benchmarks.cluster --draw               # the page and its plots from benchmarks/results/cluster.json
     python -m benchmarks.cluster --replay RUN_DIR     # a real run's events: what the simulation makes of its durations
@@ -277,10 +277,10 @@ def lines(
         first = axes[0][[key for key, *_ in panels].index("hours")]
         first.set_yscale("log")
         first.set_ylim(bottom=min(row["hours"] for row in rows) / 1.5)
-    axes[0][-1].legend(frameon=False, fontsize=8)
     figure.tight_layout()
+    axes[0][-1].legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     PLOTS.mkdir(parents=True, exist_ok=True)
-    figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None}, facecolor="white")
+    figure.savefig(PLOTS / f"{name}.svg", metadata={"Date": None}, facecolor="white", bbox_inches="tight")
     pyplot.close(figure)
 
 
