@@ -19,6 +19,7 @@ from click.core import ParameterSource
 from pydantic_core import PydanticUndefined
 
 from npd.config import Config, KindOf, leaves, load_config, parse_yaml
+from npd.dryrun import DRY_RUN, asks_for_a_plan, dry_run
 from npd.errors import NpdError, UserError, foreign
 from npd.inputs import Unreadable
 from npd.observe.display import Display
@@ -145,18 +146,15 @@ def config_command(
     return register
 
 
-DRY_RUN = click.Option(["--dry-run"], is_flag=True, help="Check everything that can be checked, print the plan, and stop.")
-
-
 @config_command(
     "distill",
     "Distil a teacher into a student, end to end.",
     "Distil teacher into student as CONFIG says: rollout, scoring, selection, packing, training, generation by generation. "
     "Run it again on the same run_dir and it goes on where it stopped.",
-    DRY_RUN,
+    *DRY_RUN,
 )
-def distill(config: Config, dry_run: bool) -> None:
-    _train(config, "distill", dry_run)
+def distill(config: Config, **dry: Any) -> None:
+    _train(config, "distill", dry)
 
 
 @config_command(
@@ -164,26 +162,19 @@ def distill(config: Config, dry_run: bool) -> None:
     "Fine-tune on reference responses.",
     "Fine-tune the student on reference responses: the data's own completions (data.references: given) or the teacher's "
     "answers (teacher: sequence-level distillation). The same loop with kd_weight 0; schedule.passes passes.",
-    DRY_RUN,
+    *DRY_RUN,
 )
-def sft(config: Config, dry_run: bool) -> None:
-    _train(config, "sft", dry_run)
+def sft(config: Config, **dry: Any) -> None:
+    _train(config, "sft", dry)
 
 
-def _train(config: Config, command: str, dry_run: bool) -> None:
+def _train(config: Config, command: str, dry: dict[str, Any]) -> None:
     from npd import run
-    from npd.observe.console import show_plan, show_result
+    from npd.observe.console import show_result
 
     display = Display()
-    if dry_run:
-        from npd.dataview import show_data
-        from npd.plan import make_plan, plan_notes, plan_rows
-        from npd.preflight import prepare
-
-        setup = prepare(config, command)
-        show_data(config, command, setup.chat, display, lambda: (setup.prompts, setup.held_out), told=True)
-        show_plan(command, config.run_dir, plan_rows(setup, make_plan(setup)), plan_notes(setup), display)
-        return
+    if asks_for_a_plan(command, **dry):
+        return dry_run(config, command, display, **dry)
     end_in_order()
     result = getattr(run, command)(config, display=display)
     show_result(result, display)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import NamedTuple
 
 from npd.observe.display import Display
 from npd.observe.events import SpanName
@@ -27,11 +28,27 @@ WORK = {
 }
 
 
-def show_plan(command: str, run_dir: str, rows: list[list[str]], notes: Iterable[str], display: Display) -> None:
-    """What a run will do, as [what, how much] rows, and notes below."""
+class CostTable(NamedTuple):
+    """What a run would take on devices that need not be here."""
+
+    title: str
+    rows: list[list[str]]
+    """[what, how much]"""
+    notes: list[str]
+
+
+def show_plan(
+    command: str, run_dir: str, rows: list[list[str]], notes: Iterable[str], display: Display, costs: CostTable | None = None
+) -> None:
+    """What a run will do, as [what, how much] rows, and notes below; what it would take on other devices at the end."""
     display.table(f"npd {command}: the plan for {run_dir}", ["what", "how much"], rows)
     for note in notes:
         display.say(note)
+    if costs is not None:
+        display.table(costs.title, ["what", "how much"], costs.rows)
+        for note in costs.notes:
+            display.say(note)
+        return display.say("The configuration, tokenizers and data are in order.")
     display.say("Nothing was run. The configuration, tokenizers and data are in order.")
 
 

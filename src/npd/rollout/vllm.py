@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from npd.config import Config, ModelConfig, Sampling, StudentConfig
 from npd.errors import RunError, UserError
 from npd.models import ADAPTER, load_model_config, resolve_dtype
-from npd.rollout import Engine, EngineSetting, Progress, Request, Weights
+from npd.rollout import Engine, EngineSetting, Pace, Progress, Request, Weights
 from npd.schedule import derive_seed
 from npd.store.schema import add_answers
 
@@ -84,6 +84,7 @@ class VllmEngine(Engine):
     continuous = True
     takes_first_gpus = True
     holds_weights = True
+    pace = Pace(0.6, 1e-4, "assumed: launches are recorded in CUDA graphs")
     _running: ClassVar[VllmEngine | None] = None
 
     def __init__(self, setting: EngineSetting) -> None:
