@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from npd import models
@@ -22,15 +23,15 @@ from npd.train.trainer import Trainer
 class LiveWeights:
     """The weights of the student that is trained, for an engine: the model itself, or files of it as it is after a step."""
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder
+    def __init__(self, trainer: Trainer, student: nn.Module, folder: Path) -> None:
+        self.trainer, self.student, self.folder = trainer, student, folder
 
     def model(self) -> PreTrainedModel:
-        return self.trainer.base
+        return models.base_model(self.student.to(self.trainer.accelerator.device))
 
     def path(self) -> Path:
         if not self.folder.exists():
-            self.trainer.save_policy(self.folder)
+            models.save_model(self.student, self.trainer.tokenizer, self.folder)
         return self.folder
 
 
@@ -45,9 +46,9 @@ class StudentMeasures:
     def __bool__(self) -> bool:
         return bool(self.evaluator)
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self, step: int, student: nn.Module) -> dict[str, float]:
         kept = self.shop.pipeline.models
-        weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
+        weights = LiveWeights(self.trainer, student, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
         try:
             with teachers_at_hand(self.shop):
                 return self.evaluator(Evaluated(kept, weights, self._apart, self.trainer.evaluated_in))

@@ -76,7 +76,7 @@ class Measures(Protocol):
 
     def __bool__(self) -> bool: ...
 
-    def __call__(self, step: int) -> dict[str, float]:
+    def __call__(self, step: int, student: torch.nn.Module) -> dict[str, float]:
         """Figures of the student as it is after a step."""
 
     def of_teacher(self) -> dict[str, float]:
@@ -231,7 +231,7 @@ class RunWork:
         return Trained(found.kl, found.kl_tokens)
 
     def publish(self, version: int) -> None:
-        if self.contents.by_student and self.main:
+        if self.contents.by_student and (self.main or self.trainer.sharded):
             began = time.perf_counter()
             self.publisher.publish(version, self.at.step)
             self._published, self._publish_seconds = version, time.perf_counter() - began
@@ -303,8 +303,6 @@ class RunWork:
 
     def _decided_by_main(self, decide: Callable[[], T]) -> T:
         """The main process's answer, on every process."""
-        if self.world == 1:
-            return decide()
         answer = [decide() if self.main else None]
         broadcast_object_list(answer)
         return answer[0]  # type: ignore[return-value]
@@ -368,13 +366,15 @@ class RunWork:
         at = self.at
         passes = at.generation * self.config.schedule.passes + at.passes
         due = last or (at.batch == 0 and passes % self.config.evaluation.every_passes == 0)
-        if self.measures and due and self.main and not self._evaluated(at.step):
+        if self.measures and due and not self._decided_by_main(lambda: self._evaluated(at.step)):
             self.publisher.join()  # generation changes the model's generation_config, which a snapshot has too
-            with self.events.span(SpanName.EVALUATE, step=at.step):
-                self._evaluate_teacher()
-                figures = self.measures(at.step)
-            self._log(EvaluationLine(at.step, figures))
-            show_evaluation(f"step {at.step}", figures, self.display)
+            with self.trainer.gathered() as student:
+                if student is not None:
+                    with self.events.span(SpanName.EVALUATE, step=at.step):
+                        self._evaluate_teacher()
+                        figures = self.measures(at.step, student)
+                    self._log(EvaluationLine(at.step, figures))
+                    show_evaluation(f"step {at.step}", figures, self.display)
         self.wait()
 
     def _evaluate_teacher(self) -> None:
