@@ -1,4 +1,4 @@
-"""Check sharded training on this machine's GPUs: against whole copies, its memory against the plan, its checkpoints, its speed.
+"""Check sharded training on this machine's GPUs: against whole copies, its memory against the plan, checkpoints, speed.
 
     python scripts/check_shards.py [--processes N] [--out FILE.json]
 

@@ -110,6 +110,8 @@ OTHER_MEANINGS = {
     ("vllm", "npd.scoring.server"),
     ("none", "npd.selection"),  # no quantiles
     ("none", "npd.dataview"),  # no teacher
+    ("none", "npd.config.sections"),  # training.shard
+    ("none", "npd.train.memory"),
 }
 COLUMNS = {*store_schema.SCHEMA.names, *prompts.SCHEMA.names}
 

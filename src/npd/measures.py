@@ -27,7 +27,9 @@ class LiveWeights:
         self.trainer, self.student, self.folder = trainer, student, folder
 
     def model(self) -> PreTrainedModel:
-        return models.base_model(self.student.to(self.trainer.accelerator.device))
+        if self.trainer.sharded:  # then it is a copy, gathered in CPU memory
+            self.student.to(self.trainer.accelerator.device)
+        return models.base_model(self.student)
 
     def path(self) -> Path:
         if not self.folder.exists():

@@ -64,8 +64,7 @@ class Whole:
 
     def norm(self, most: float) -> Tensor:
         """The norm of all gradients, which are clipped to `most`."""
-        norm: Tensor = self.accelerator.clip_grad_norm_(self.module.parameters(), most)
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+        return _full(self.accelerator.clip_grad_norm_(self.module.parameters(), most))
 
     @contextmanager
     def gathered(self, student: nn.Module) -> Iterator[nn.Module | None]:
@@ -81,7 +80,7 @@ class Whole:
         """Read what `save` wrote, of this kind or the other, by any number of processes; every process takes part."""
         if (path / SHARDS).is_dir():
             state = _state(self.module, self.optimizer.optimizer)
-            dcp.load(state, checkpoint_id=path / SHARDS)
+            dcp.load(state, checkpoint_id=path / SHARDS, no_dist=self.accelerator.num_processes == 1)
             options = StateDictOptions(strict=False)  # of tied weights one name is enough
             set_model_state_dict(self.module, state["model"], options=options)
             set_optimizer_state_dict(self.module, self.optimizer.optimizer, state["optimizer"])
@@ -109,7 +108,7 @@ class Sharded(Whole):
         student: Any = module.model
         self._like = _without_weights(student)
         if half:
-            module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)  # type: ignore[method-assign]
+            module.forward = torch.autocast(device.type, torch.bfloat16)(module.forward)
             # What layers add to stays float32, as where weights are; so do positions, and what the loss gives.
             embedding = models.base_model(student).get_input_embeddings()
             embedding.register_forward_hook(lambda module, inputs, output: output.float())
@@ -119,7 +118,8 @@ class Sharded(Whole):
         shard = partial(fully_shard, mesh=init_device_mesh(device.type, (self.shares,)), mp_policy=policy)
         for block in models.blocks(student):
             shard(block)
-        self.module = shard(module)
+        shard(module)  # in place
+        self.module = module
         self.optimizer = self.accelerator.prepare(make_optimizer())
 
     def accumulating(self, *, last: bool) -> AbstractContextManager[Any]:
@@ -131,7 +131,7 @@ class Sharded(Whole):
         main, found = self.accelerator.is_main_process, {}
         parameters = dict(student.named_parameters(remove_duplicate=False))
         for parameter in student.parameters():
-            full = parameter.detach().full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
+            full = _full(parameter.detach())
             if main:
                 found[parameter] = nn.Parameter(full.to("cpu"), requires_grad=False)
         if not main:
@@ -161,10 +161,15 @@ def lay_out(config: Config, known: PreTrainedConfig, accelerator: Accelerator, *
     return Sharded(accelerator) if answer[0] else Whole(accelerator)
 
 
+def _full(tensor: Tensor) -> Tensor:
+    """A tensor in one piece, if need be from every process's share."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def _without_weights(student: nn.Module) -> nn.Module:
     """A copy whose parameters have a shape alone; tied ones stay one."""
     memo = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in student.parameters()}
-    like = copy.deepcopy(student, memo)  # type: ignore[arg-type]
+    like = copy.deepcopy(student, memo)
     models.remember_layout(models.base_model(like), models.layout_of(models.base_model(student)))
     return like
 
