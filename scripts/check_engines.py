@@ -1,10 +1,11 @@
 """Check, on this machine's GPU (or its CPU), every path that an engine or a served teacher takes, and say what works.
 
-    python scripts/check_engines.py [--student MODEL --teacher MODEL] [--only attention|engines|step]
+    python scripts/check_engines.py [--student MODEL --teacher MODEL] [--only attention|engines|shards|step]
         [--out FILE.json]
 
-Attention and the training step are checked first (see check_attention.py and check_step.py beside this file). Without models
-it makes random ones. It starts vLLM in this process and a vLLM server on loopback; needs `npd[vllm]`.
+Attention, the training step and, on two GPUs or more, sharded training are checked first (see check_attention.py,
+check_step.py and check_shards.py beside this file). Without models it makes random ones. It starts vLLM in this process and a
+vLLM server on loopback; needs `npd[vllm]`.
 """
 
 from __future__ import annotations
@@ -283,7 +284,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--student", help="model directory or Hub id [default: a random model]")
     parser.add_argument("--teacher", help="model directory or Hub id [default: a random model]")
-    parser.add_argument("--only", choices=["attention", "engines", "step"], help="check these alone")
+    parser.add_argument("--only", choices=["attention", "engines", "shards", "step"], help="check these alone")
     parser.add_argument("--out", "--json", type=Path, help="write the results there as JSON")
     options = parser.parse_args()
     works = True
@@ -291,6 +292,10 @@ def main() -> None:
         if options.only in (None, name):
             out = options.out if options.only or options.out is None else options.out.with_suffix(f".{name}.json")
             works = script.check(script.CHECKS, out) and works
+    if options.only == "shards" or (options.only is None and GPUS > 1):
+        out = [] if options.out is None else ["--out", str(options.out.with_suffix(".shards.json"))]
+        command = [sys.executable, str(Path(__file__).with_name("check_shards.py")), *out]
+        works = subprocess.run(command).returncode == 0 and works
     if options.only in (None, "engines"):
         works = check_engines(options) and works
     sys.exit(not works)

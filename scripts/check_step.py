@@ -371,6 +371,7 @@ def parking(bench: Bench, result: Result) -> str:
             began = time.perf_counter()
             copied = trainer.copy_policy(dtype)
             result.figures[name] = time.perf_counter() - began
+            assert copied is not None
             for key, value in trainer.base.state_dict().items():
                 assert torch.equal(copied.weights[key], value.cpu().to(copied.weights[key].dtype)), key
     return f"{held:.1f} GiB: " + ", ".join(f"{name} {value:.2f} s" for name, value in result.figures.items())

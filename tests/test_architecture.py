@@ -117,6 +117,8 @@ OTHER_MEANINGS = {
     ("none", "npd.selection"),  # no quantiles
     ("none", "npd.dataview"),  # no teacher
     ("none", "npd.evaluation.harness"),  # no filter
+    ("none", "npd.config.sections"),  # training.shard
+    ("none", "npd.train.memory"),
 }
 COLUMNS = {*store_schema.SCHEMA.names, *prompts.SCHEMA.names}
 

@@ -206,6 +206,8 @@ def test_snapshots_have_the_type_in_which_they_are_read(on_cpu, monkeypatch):
     assert snapshot_dtype(auto, replace(placed, workers=both)) is None
 
     exact, rounded = trainer.copy_policy(), trainer.copy_policy(torch.bfloat16)
+    assert exact is not None
+    assert rounded is not None
     for name, value in exact.weights.items():
         assert value.dtype == torch.float32
         assert torch.equal(rounded.weights[name], value.bfloat16())

@@ -424,7 +424,9 @@ def test_lora_snapshots_hold_merged_weights(make_tree, tmp_path, student_dir):
     assert all("lora_" in name for name in trained)
     samples = make_samples(trainer.store)
     train_pass(trainer, samples)
-    trainer.save_policy(tmp_path / "merged")
+    state = trainer.copy_policy()
+    assert state is not None
+    trainer.save_policy(tmp_path / "merged", state)
     merged: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     start: Any = AutoModelForCausalLM.from_pretrained(student_dir)
     ids = torch.randint(4, VOCABULARY, (2, 11))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from npd import models
@@ -22,15 +23,17 @@ from npd.train.trainer import Trainer
 class LiveWeights:
     """The weights of the student that is trained, for an engine: the model itself, or files of it as it is after a step."""
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self.trainer, self.folder = trainer, folder
+    def __init__(self, trainer: Trainer, student: nn.Module, folder: Path) -> None:
+        self.trainer, self.student, self.folder = trainer, student, folder
 
     def model(self) -> PreTrainedModel:
-        return self.trainer.base
+        if self.trainer.sharded:  # then it is a copy, gathered in CPU memory
+            self.student.to(self.trainer.accelerator.device)
+        return models.base_model(self.student)
 
     def path(self) -> Path:
         if not self.folder.exists():
-            self.trainer.save_policy(self.folder)
+            models.save_model(self.student, self.trainer.tokenizer, self.folder)
         return self.folder
 
 
@@ -51,13 +54,13 @@ class StudentMeasures:
     def slow(self, *, last: bool) -> bool:
         return any(measure.slow for measure in self.evaluator.due(last=last))
 
-    def __call__(self, step: int, measures: Sequence[Measure]) -> dict[str, float]:
+    def __call__(self, step: int, student: nn.Module, measures: Sequence[Measure]) -> dict[str, float]:
         kept = self.shop.pipeline.models
-        weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
+        weights = LiveWeights(self.trainer, student, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
         try:
             with teachers_at_hand(self.shop):
-                student = Evaluated(kept, weights, self._apart, self.trainer.evaluated_in, self._aside)
-                return self.evaluator(student, measures)
+                evaluated = Evaluated(kept, weights, self._apart, self.trainer.evaluated_in, self._aside)
+                return self.evaluator(evaluated, measures)
         finally:
             shutil.rmtree(weights.folder, ignore_errors=True)
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import torch
 from transformers import PreTrainedConfig
 
 from npd import models
@@ -21,7 +22,7 @@ from npd.registry import ENGINES, RULES
 from npd.scoring import teacher_kind
 from npd.store import REFERENCE
 from npd.train.loop import Loop, Position, Trained
-from npd.train.memory import StepMemory, step_memory
+from npd.train.memory import Sharding, StepMemory, memory_of, sharding, step_memory
 from npd.train.trainer import resolve_precision
 
 GIB = 1 << 30
@@ -54,7 +55,8 @@ class Plan:
     inference_bytes: int
     """The student's weights where they only write."""
     step: StepMemory
-    """What a step takes at most, as on a GPU."""
+    """What a step takes at most, as on a GPU that holds the whole student."""
+    sharding: Sharding
     disk_bytes: float
     """At most."""
     limits: list[str] = field(default_factory=list)
@@ -79,7 +81,9 @@ def make_plan(setup: Setup) -> Plan:
     held = student * models.resolve_dtype(config.student, trained=True).itemsize
     adapters = models.adapter_bytes(known, config.student) if config.student.lora else 0
     learns = adapters or held
-    step = step_memory(config, known, bfloat16=resolve_precision(config) == "bf16")
+    half, train = resolve_precision(config) == "bf16", setup.placement.train
+    step = step_memory(config, known, bfloat16=half)
+    sharded = sharding(config, known, len(train), memory_of(torch.device(train[0])), bfloat16=half, step=step)
     scored = contents.by_student or contents.mixed
     # Ids, log-probabilities of who wrote them, and the teacher's top-k in 4 + 2 bytes.
     wide = 4 + 4 * contents.by_student + 6 * config.scoring.top_k * scored
@@ -115,6 +119,7 @@ def make_plan(setup: Setup) -> Plan:
         training_bytes=int(step.states),
         inference_bytes=student * models.resolve_dtype(config.student, trained=False).itemsize,
         step=step,
+        sharding=sharded,
         disk_bytes=disk,
         limits=limits,
     )
@@ -247,6 +252,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
             f"{plan.student_parameters:,} parameters, {plan.training_bytes / GIB:.2f} GiB before activations",
         ],
         *_activations(plan),
+        *_shares(config, plan, len(setup.placement.train)),
         ["student reads", models.expected_reading(setup.tokens.student, config.student.attention)],
     ]
     rows += [["evaluation", task.plan] for task in setup.tasks if task.plan]
@@ -267,6 +273,18 @@ def _activations(plan: Plan) -> list[list[str]]:
         return []
     told = f"{plain:.2f} GiB for {plan.step.tokens:,} tokens, {again:.2f} GiB with training.gradient_checkpointing"
     return [["activations and loss", f"on a GPU at most {told}"]]
+
+
+def _shares(config: Config, plan: Plan, processes: int) -> list[list[str]]:
+    """Whether the student is divided among devices, and what each of so many then holds."""
+    again = config.training.gradient_checkpointing is not False
+    counts = sorted({2, 4, 8, *([processes] if processes > 1 else [])})
+    each = ", ".join(f"{count}: {plan.step.over(count).total(checkpointing=again) / GIB:.2f}" for count in counts)
+    least = " at least" if plan.step.activations is None else ""
+    return [
+        ["sharded", f"over {processes} devices: {plan.sharding.why}" if plan.sharding.full else f"no: {plan.sharding.why}"],
+        ["GiB a device, if sharded over", each + least + (" (with training.gradient_checkpointing)" if again else "")],
+    ]
 
 
 def _places(setup: Setup) -> list[list[str]]:

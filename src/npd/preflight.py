@@ -22,6 +22,8 @@ from npd.registry import ENGINES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
 from npd.store.provenance import in_rows
+from npd.train.memory import memory_of, sharding
+from npd.train.trainer import resolve_precision
 
 AnyConfig = Config | Mapping[str, Any] | str | Path
 
@@ -97,6 +99,9 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     if config.training.compile and command != EVAL:
         models.check_compiler()
     tokens = load_tokenizers(config)
+    if config.training.compile and command != EVAL and not take_turns:
+        half = resolve_precision(config) == "bf16"
+        sharding(config, tokens.student, processes, memory_of(models.device()), bfloat16=half)
     finished = Store(config.run_dir).finished
     # What is not trained any more need not be there any more.
     seen = [] if command == EVAL or finished else models.check_weights(config.student, tokens.student, trained=True)

@@ -171,11 +171,12 @@ class Run:
         view = RunView(self.store, self.config, at, loop.progress, lambda: loop.part_count, loop.generations)
         with self.display.live(view):
             work.run()
-        if self.main:
-            with self.events.span(SpanName.SAVE):
-                facts = {"step": at.step, "tokens": at.tokens}
-                self.store.save_model(self.store.student, trainer.save_student, facts)
-                self._tidy_finished()
+        with trainer.gathered() as finished:
+            if finished is not None:
+                with self.events.span(SpanName.SAVE):
+                    facts = {"step": at.step, "tokens": at.tokens}
+                    self.store.save_model(self.store.student, partial(trainer.save_student, student=finished), facts)
+                    self._tidy_finished()
         self.accelerator.wait_for_everyone()
         self.shop.pipeline.models.close()  # before accelerate ends what an engine shares with it
         self.accelerator.end_training()

@@ -24,6 +24,7 @@ FREE_KEYS: tuple[tuple[str, ...], ...] = (
     ("training", "micro_batch_rows"),
     ("training", "compile"),
     ("training", "gradient_checkpointing"),
+    ("training", "shard"),
     ("rollout", "check_samples"),
     ("rollout", "check_bound"),
     *(

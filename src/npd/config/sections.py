@@ -212,8 +212,13 @@ class TrainingConfig(Section):
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: less memory, about a third more time. auto: on a GPU whose memory a step
     would not fit otherwise, by the count that `--dry-run` shows; never on a CPU."""
+    shard: Literal["auto", "none", "full"] = "auto"
+    """Where several processes train: full divides each tensor, its gradient and its moments among their devices (FSDP2),
+    none gives every device all of them (DDP). auto: full where a step would not fit a GPU otherwise, by the count that
+    `--dry-run` shows; never on a CPU. The result is the same up to rounding."""
     compile: bool = False
-    """Compile the student's decoder with torch.compile: faster steps, once compiling has taken its minutes."""
+    """Compile the student's decoder with torch.compile: faster steps, once compiling has taken its minutes. Not where
+    it is sharded."""
     max_steps: int | None = Field(default=None, ge=1, le=1000 * MANY)
     """Stop after this many optimiser steps; the cosine then ends there."""
     max_tokens: int | None = Field(default=None, ge=1, le=10**15)

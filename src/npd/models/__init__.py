@@ -2,7 +2,7 @@
 
 from npd.models.devices import device, fast_bfloat16, finish_copies, move, resolve_dtype, tensors_of, to_host, use_device
 from npd.models.head import AfterHead
-from npd.models.layout import MODES, Layout, Mode, expected_mode, expected_reading, layout_of
+from npd.models.layout import MODES, Layout, Mode, expected_mode, expected_reading, layout_of, remember_layout
 from npd.models.loading import (
     check_context,
     check_weights,
@@ -17,13 +17,14 @@ from npd.models.loading import (
     snapshot_config,
     stop_ids_of,
 )
-from npd.models.memory import Activations, activations
+from npd.models.memory import Activations, activations, block_parameters
 from npd.models.proof import prove_layout
 from npd.models.reading import (
     after_head_of,
     backbone,
     base_model,
     batches_for,
+    blocks,
     check_compiler,
     head_bias,
     head_weight,
@@ -55,6 +56,8 @@ __all__ = [
     "backbone",
     "base_model",
     "batches_for",
+    "block_parameters",
+    "blocks",
     "check_compatible",
     "check_compiler",
     "check_context",
@@ -87,6 +90,7 @@ __all__ = [
     "prompt_batches",
     "prove_layout",
     "quiet_transformers",
+    "remember_layout",
     "resolve_dtype",
     "save_model",
     "saved_dtype",

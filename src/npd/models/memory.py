@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 
 from npd.models.layout import decoder_names
 from npd.models.loading import shape_of
+from npd.models.reading import blocks
 
 PROBED = 128, 256  # tokens; what grows between them is taken as what a token takes
 
@@ -71,6 +72,16 @@ def activations(known: PreTrainedConfig, *, bfloat16: bool, trust_remote_code: b
     token = (many - few) / (PROBED[1] - PROBED[0])
     text = known.get_text_config()
     return Activations(token, max(0.0, few - token * PROBED[0]), text.num_hidden_layers, text.hidden_size)
+
+
+def block_parameters(known: PreTrainedConfig, *, trust_remote_code: bool = False) -> tuple[int, int]:
+    """Parameters of a model's largest block (see `blocks`), and those outside of all of them."""
+    model = shape_of(known, trust_remote_code=trust_remote_code)
+    inside = [{id(p): p.numel() for p in block.parameters()} for block in blocks(model)]
+    every = {key: size for block in inside for key, size in block.items()}
+    return max([0, *(sum(block.values()) for block in inside)]), sum(p.numel() for p in model.parameters()) - sum(
+        every.values()
+    )
 
 
 def _kept(decoder: nn.Module, tokens: int, *, bfloat16: bool) -> int:

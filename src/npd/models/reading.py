@@ -96,6 +96,15 @@ def backbone(model: nn.Module) -> nn.Module:
     return base.get_submodule(layout_of(base).parts.decoder)
 
 
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that a family keeps in one piece, mostly decoder layers, inner ones first; none that holds the head's
+    weight, which the loss reads by itself."""
+    base = base_model(model)
+    names, head = set(base._no_split_modules or ()), base.get_output_embeddings().weight
+    found = [m for m in model.modules() if type(m).__name__ in names and all(p is not head for p in m.parameters())]
+    return found[::-1]
+
+
 def base_model(model: nn.Module) -> Any:
     """The transformers model inside a peft model (adapters stay in place), or the model itself."""
     wrapped: Any = model

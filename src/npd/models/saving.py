@@ -46,11 +46,14 @@ def save_model(
 
     Raises:
         RunError: a weight is not finite; nothing is written.
+        ValueError: the weights are not whole in this process's memory.
     """
     base = base_model(model)
     stop_at(base, stops_of(tokenizer, ()))
     if state is None:
         state = State(base.state_dict()) if base is model else State(_merged_state(model), _adapter_state(model))
+    for tensor in state.weights.values():
+        place_of(tensor)
     weights = state.weights if dtype is None else _as_type(base, state.weights, dtype)
     bad = next(not_finite(weights.items()), None)
     if bad is not None:
@@ -84,10 +87,22 @@ def _as_type(base: Any, weights: dict[str, Tensor], dtype: torch.dtype) -> dict[
     """Weights in another type, but for those that transformers keeps in float32; tied ones stay one."""
     made: dict[tuple[int, torch.Size], Tensor] = {}
     for name, tensor in weights.items():
-        key = tensor.data_ptr(), tensor.shape
+        key = place_of(tensor)
         if key not in made:
             made[key] = tensor if _stays(base, name, tensor) else tensor.to(dtype)
-    return {name: made[tensor.data_ptr(), tensor.shape] for name, tensor in weights.items()}
+    return {name: made[place_of(tensor)] for name, tensor in weights.items()}
+
+
+def place_of(tensor: Tensor) -> tuple[int, torch.Size]:
+    """Where a tensor's values lie, by which tied weights are known to be one.
+
+    Raises:
+        ValueError: they lie nowhere, as on the meta device, or not all of them here, as in a shard: all such would be one.
+    """
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)} ({type(tensor).__name__}) has no values of its own here")
+    return address, tensor.shape
 
 
 def _stays(base: Any, name: str, tensor: Tensor) -> bool:
@@ -109,11 +124,14 @@ def copy_state(model: nn.Module, dtype: torch.dtype | None = None) -> State:
     """A copy in CPU memory of a model's weights as they are now, adapters merged into their base; tied ones stay one.
 
     `dtype`: what the weights are rounded to, but for those that transformers keeps in float32; None: they are not.
+
+    Raises:
+        ValueError: the model is not whole in this process's memory.
     """
     copies: dict[tuple[int, torch.Size], Tensor] = {}
 
     def copy(tensor: Tensor, stays: bool) -> Tensor:
-        key = tensor.data_ptr(), tensor.shape
+        key = place_of(tensor)
         if key not in copies:
             copies[key] = to_host(tensor if stays or dtype is None else tensor.to(dtype))
         return copies[key]

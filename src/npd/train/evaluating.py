@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
+from torch import nn
+
 from npd.config import Config
 from npd.observe.console import show_evaluation
 from npd.observe.display import Display
@@ -25,7 +27,7 @@ class Measures(Protocol):
     def slow(self, *, last: bool) -> bool:
         """Is any of it slow?"""
 
-    def __call__(self, step: int, measures: Sequence[Any]) -> dict[str, float]:
+    def __call__(self, step: int, student: nn.Module, measures: Sequence[Any]) -> dict[str, float]:
         """Figures of the student as it is after a step."""
 
     def of_teacher(self) -> dict[str, float]:
@@ -58,17 +60,18 @@ class Evaluations:
         """Is it an evaluation that takes so long that training is checkpointed before it?"""
         return self.due(last=last) and self.measures.slow(last=last)
 
-    def run(self, *, last: bool, before: Callable[[], None]) -> None:
-        """On the main process, measure what is due here and was not measured before; `before` is called if there is any."""
+    def pending(self, *, last: bool) -> bool:
+        """On the main process: is anything due here that was not measured before?"""
+        return bool(self.measures.due(last=last, found=self._found()))
+
+    def run(self, student: nn.Module, *, last: bool) -> None:
+        """On the main process, measure what is due here and was not measured before of the student, in one piece."""
         found = self._found()
         measures = self.measures.due(last=last, found=found)
-        if not measures:
-            return
-        before()
         step = self.at.step
         with self.events.span(SpanName.EVALUATE, step=step):
             self._evaluate_teacher()
-            figures = self.measures(step, measures)
+            figures = self.measures(step, student, measures)
         # Of one step the last line holds all.
         self.log(EvaluationLine(step, {**(found or {}), **figures}))
         show_evaluation(f"step {step}", figures, self.display)

@@ -1,4 +1,4 @@
-"""Does a training step fit its device?"""
+"""Does a training step fit its device, and is the student divided among several?"""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig
 
 from npd import models
 from npd.config import Config
+from npd.errors import UserError
 from npd.losses import chunk_for
 
 USABLE = 0.92  # of a device's memory: the rest is gaps between what is allocated, and what kernels work with
@@ -25,19 +26,36 @@ class StepMemory(NamedTuple):
     """Of the largest micro-batch."""
     activations: models.Activations | None
     """None where that is not known."""
+    gathered: float = 0.0
+    """Where the states are shared: whole weights and gradients at once, of what is outside the layers and of the layers whose
+    turn it is."""
+    shares: int = 1
+    """Devices that share the states."""
+
+    def over(self, shares: int) -> StepMemory:
+        """The same step on a device of so many that share the states."""
+        return self._replace(shares=shares)
 
     def total(self, *, checkpointing: bool) -> float:
-        """Most at once."""
+        """Most at once, on one device."""
         kept = self.activations.bytes(self.tokens, checkpointing=checkpointing) if self.activations else 0.0
-        return self.states + self.loss + kept
+        if self.shares == 1:
+            return self.states + self.loss + kept
+        if self.activations:
+            kept -= self.activations.fixed  # weights that are gathered are rounded already
+        return self.states / self.shares + self.gathered + self.loss + kept
 
     def needs_checkpointing(self, device_bytes: float) -> bool:
         """Must activations be computed again for a step to fit a device with so much memory?"""
         return self.activations is None or self.total(checkpointing=False) > USABLE * device_bytes
 
+    def needs_shards(self, device_bytes: float, *, checkpointing: bool) -> bool:
+        """Is it too much for a device with so much memory that holds all of the states?"""
+        return self.over(1).total(checkpointing=checkpointing) > USABLE * device_bytes
+
 
 def step_memory(config: Config, known: PreTrainedConfig, *, bfloat16: bool) -> StepMemory:
-    """What a step takes, from the student's own configuration.
+    """What a step takes on a device that holds the whole student, from its own configuration.
 
     Args:
         bfloat16: the training arithmetic.
@@ -53,21 +71,83 @@ def step_memory(config: Config, known: PreTrainedConfig, *, bfloat16: bool) -> S
     product = 2 if bfloat16 else 4
     chunk = min(tokens, chunk_for(V, on_cpu=False)) * V * (4 + 4 + product) + 2 * tokens * D * product
     head = V * D * ((0 if student.lora else 4) + (product if bfloat16 else 0))
+    block, outside = models.block_parameters(known, trust_remote_code=student.trust_remote_code)
+    # A layer that computes and the next one that is gathered meanwhile; gradients of one, and as they are reduced in float32.
+    gathered = product * (outside + 2 * block) + (0 if student.lora else product * (outside + block) + 4 * block)
     return StepMemory(
         # What learns has a gradient and AdamW's two moments beside it; adapters come on top of weights that only read.
         states=held + adapters + 3 * (adapters or held),
         loss=chunk + head,
         tokens=tokens,
         activations=models.activations(known, bfloat16=bfloat16, trust_remote_code=student.trust_remote_code),
+        gathered=gathered,
     )
 
 
-def checkpoints(config: Config, known: PreTrainedConfig, device: torch.device, *, bfloat16: bool) -> bool:
-    """Are activations computed again in the backward pass? training.gradient_checkpointing, auto resolved."""
+def memory_of(device: torch.device) -> int | None:
+    """Bytes of a GPU's memory; None for a CPU, whose memory is not counted."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def checkpoints(config: Config, known: PreTrainedConfig, device: torch.device, *, bfloat16: bool, shares: int = 1) -> bool:
+    """Are activations computed again in the backward pass? training.gradient_checkpointing, auto resolved.
+
+    Args:
+        shares: devices that share the student.
+    """
     asked = config.training.gradient_checkpointing
     if asked != "auto":
         return asked
-    if device.type != "cuda":
-        return False
-    there = torch.cuda.get_device_properties(device).total_memory
-    return step_memory(config, known, bfloat16=bfloat16).needs_checkpointing(there)
+    there = memory_of(device)
+    return there is not None and step_memory(config, known, bfloat16=bfloat16).over(shares).needs_checkpointing(there)
+
+
+class Sharding(NamedTuple):
+    """Is each tensor divided among the devices that train?"""
+
+    full: bool
+    why: str
+
+
+def sharding(
+    config: Config,
+    known: PreTrainedConfig,
+    processes: int,
+    device_bytes: int | None,
+    *,
+    bfloat16: bool,
+    step: StepMemory | None = None,
+) -> Sharding:
+    """training.shard, auto resolved.
+
+    Args:
+        processes: that train, each on a device of its own.
+        device_bytes: of a device's memory; None where that is not counted.
+        step: what a step takes, if that is known already.
+
+    Raises:
+        UserError: the student is sharded, and training.compile is true.
+    """
+    asked = config.training.shard
+    if processes == 1:
+        return Sharding(False, "one process trains")
+    if asked == "none" or (asked == "auto" and device_bytes is None):
+        return Sharding(False, "training.shard none" if asked == "none" else "a CPU's memory is not counted")
+    found = Sharding(True, "training.shard full")
+    if asked == "auto":
+        assert device_bytes is not None
+        again = config.training.gradient_checkpointing is not False
+        step = step or step_memory(config, known, bfloat16=bfloat16)
+        fits = not step.needs_shards(device_bytes, checkpointing=again)
+        needed, there = (size / (1 << 30) for size in (step.over(1).total(checkpointing=again), device_bytes))
+        found = Sharding(
+            not fits,
+            f"a device {'holds' if fits else 'would need'} {needed:.1f} GiB of {there:.1f}{'' if fits else ' alone'}",
+        )
+    if found.full and config.training.compile:
+        raise UserError(
+            f"training.compile is true, but the student is sharded over {processes} processes ({found.why}), and a decoder "
+            "that is gathered layer by layer is not compiled as a whole.",
+            "Set training.compile: false, or training.shard: none if a device can hold the student.",
+        )
+    return found

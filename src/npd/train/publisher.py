@@ -31,15 +31,20 @@ class Publisher:
     def publish(self, version: int, step: int) -> None:
         """Begin to write the weights as they are after a step; a snapshot that is there already is pointed to.
 
+        Where the student is sharded every process has to call this, and the main one writes; else the main one alone.
+
         Raises:
             RunError: the snapshot before could not be written.
         """
         self.join()
-        with self.events.span(SpanName.PUBLISH, version=version):
-            if version in self.store.policies():
+        main = self.trainer.accelerator.is_main_process
+        with self.events.span(SpanName.PUBLISH, version=version) if main else nullcontext():
+            there = version in self.store.policies()
+            state = None if there and not self.trainer.sharded else self.trainer.copy_policy(self.dtype)
+            if there and main:
                 self.store.point_to_newest_policy()  # if a crash came between
+            if there or state is None:
                 return
-            state = self.trainer.copy_policy(self.dtype)
             self._thread = threading.Thread(target=self._write, args=(version, state, step), name="publisher")
             self._thread.start()
 

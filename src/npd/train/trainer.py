@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -30,19 +30,20 @@ from npd import models
 from npd.config import Config, LossConfig
 from npd.errors import RunError, UserError
 from npd.losses import LossOutput, divergence_of, near_policy_kl, sparse_soft_cross_entropy
-from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
+from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, save_model
 from npd.observe.events import Events, SpanName
 from npd.schedule import derive_seed, learning_rate
 from npd.store import DELETE_CHECKPOINT, Store
 from npd.train.batches import MicroBatch, micro_batches
 from npd.train.memory import checkpoints
 from npd.train.samples import Samples
+from npd.train.sharding import lay_out
 
 T = TypeVar("T")
 
 
 class LossModel(nn.Module):
-    """Student and loss as one module, so that DDP sees a single forward pass."""
+    """Student and loss as one module, so that what spreads it over devices sees a single forward pass."""
 
     def __init__(self, model: nn.Module, loss: LossConfig, *, compiled: bool = False) -> None:
         super().__init__()
@@ -132,44 +133,59 @@ class Trainer:
         self.student: nn.Module = add_lora(model, config.student) if config.student.lora else model
         asked = config.training.gradient_checkpointing
         half = resolve_precision(config) == "bf16"
+        self.lying = lay_out(config, model.config, accelerator, bfloat16=half)
         able = asked is True or model.supports_gradient_checkpointing
-        if able and checkpoints(config, model.config, accelerator.device, bfloat16=half):
+        if able and checkpoints(config, model.config, accelerator.device, bfloat16=half, shares=self.lying.shares):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if config.student.lora:
                 model.enable_input_require_grads()
+        self.accelerator = accelerator
+        self.lying.prepare(LossModel(self.student, config.loss, compiled=config.training.compile), self._adamw)
+        self.loss_model, self.optimizer = self.lying.module, self.lying.optimizer
+
+    def _adamw(self) -> torch.optim.Optimizer:
+        training = self.config.training
         trained = [p for p in self.student.parameters() if p.requires_grad]
         groups = [
-            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.training.weight_decay},
+            {"params": [p for p in trained if p.ndim >= 2], "weight_decay": training.weight_decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW(
+        return torch.optim.AdamW(
             [g for g in groups if g["params"]],
-            lr=config.training.learning_rate,
-            fused=True if accelerator.device.type == "cuda" else None,
-        )
-        self.accelerator = accelerator
-        self.loss_model, self.optimizer = accelerator.prepare(
-            LossModel(self.student, config.loss, compiled=config.training.compile), optimizer
+            lr=training.learning_rate,
+            fused=True if self.accelerator.device.type == "cuda" else None,
         )
 
     # -- state
 
+    def gathered(self) -> AbstractContextManager[nn.Module | None]:
+        """The student in one piece, for as long as this lasts, to be saved, copied or evaluated: itself, or a copy in CPU
+        memory where it is sharded, and then every process has to enter. None in all processes but the main one."""
+        return self.lying.gathered(self.student)
+
+    @property
+    def sharded(self) -> bool:
+        return self.lying.shares > 1
+
     @property
     def base(self) -> PreTrainedModel:
-        """The student as transformers knows it, adapters inside."""
+        """The student that is trained as transformers knows it, adapters inside."""
         return base_model(self.student)
 
-    def save_student(self, path: Path) -> None:
-        """Write the finished student, in the type of the checkpoint that it began as, or that student.dtype names."""
-        save_model(self.student, self.tokenizer, path, dtype=models.saved_dtype(self.config.student))
+    def save_student(self, path: Path, student: nn.Module) -> None:
+        """Write the finished student, which was gathered, in the type of the checkpoint that it began as, or that
+        student.dtype names."""
+        save_model(student, self.tokenizer, path, dtype=models.saved_dtype(self.config.student))
 
-    def save_policy(self, path: Path, state: State | None = None, dtype: torch.dtype | None = None) -> None:
-        """Write the student, or the weights that `copy_policy` gave; `dtype` None: in the type that they have."""
+    def save_policy(self, path: Path, state: State, dtype: torch.dtype | None = None) -> None:
+        """Write the weights that `copy_policy` gave; `dtype` None: in the type that they have."""
         save_model(self.student, self.tokenizer, path, state, dtype=dtype)
 
-    def copy_policy(self, dtype: torch.dtype | None = None) -> State:
-        """The student's weights as they are now, in a type, for a thread that writes them while training goes on."""
-        return copy_state(self.student, dtype)
+    def copy_policy(self, dtype: torch.dtype | None = None) -> State | None:
+        """The student's weights as they are now, in a type, for a thread that writes them while training goes on; None in all
+        processes but the main one. Where the student is sharded every process has to call this."""
+        with self.gathered() as student:
+            return None if student is None else copy_state(student, dtype)
 
     @property
     def evaluated_in(self) -> torch.dtype | None:
@@ -201,14 +217,10 @@ class Trainer:
     def save_checkpoint(self, step: int, facts: dict[str, Any]) -> None:
         """Write model and optimiser as they are after a step, with `facts` beside them."""
 
-        def save(path: Path) -> None:
-            with quiet_transformers():
-                self.accelerator.save_state(str(path), safe_serialization=True)
-
         with self.events.span(SpanName.CHECKPOINT, step=step):
             self.store.save_checkpoint(
                 step,
-                save,
+                self.lying.save,
                 facts,
                 self.config.checkpoint.keep,
                 main=self.accelerator.is_main_process,
@@ -228,7 +240,7 @@ class Trainer:
         remedy = DELETE_CHECKPOINT
         facts = self.store.check_model(path, "checkpoint", remedy)
         try:
-            self.accelerator.load_state(str(path))
+            self.lying.load(path)
             return read(facts)
         except Exception as error:
             detail = " ".join(str(error).split())[:200]
@@ -267,9 +279,8 @@ class Trainer:
         batches = micro_batches(samples, [chunk for chunk, _ in mine], self.tokenizer.pad_token_id, device)
         # Up to the totals below nothing waits for a GPU: figures stay there.
         for turn, (batch, (_, weight)) in enumerate(zip(batches, mine, strict=True)):
-            last = turn == len(mine) - 1
-            with nullcontext() if last else self.accelerator.no_sync(self.loss_model):
-                # Scaled by the step's tokens, and by the processes that DDP averages over.
+            with self.lying.accumulating(last=turn == len(mine) - 1):
+                # Scaled by the step's tokens, and by the processes that gradients are averaged over.
                 out, kl = self._forward(batch, weight * world / tokens)
                 self.accelerator.backward(out.loss)
             loss = (1 - kd_weight) * out.ce + kd_weight * out.kd
@@ -277,7 +288,7 @@ class Trainer:
             counted += int(weight) * len(batch.behavior)
             del out  # its gradients, before the next one's
         found = torch.cat((sums, sums.new_full((1,), counted)))
-        norms = self.accelerator.clip_grad_norm_(self.loss_model.parameters(), self.config.training.max_grad_norm)
+        norms = self.lying.norm(self.config.training.max_grad_norm)
         *totals, norm = torch.cat((self.accelerator.reduce(found), norms.double().reshape(1))).tolist()
         loss, ce, kd = (total / tokens for total in totals[:3])
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -314,7 +325,7 @@ class Trainer:
         """Loss of a micro-batch, times `scale`, and near-policy KL summed over its tokens."""
         out = self.loss_model(*batch.inputs, scale=scale)
         logprobs = out.label_logprobs.detach()
-        if self.noisy and len(batch.behavior):
+        if self.noisy and (len(batch.behavior) or self.sharded):  # a sharded forward pass takes all processes
             logprobs = self._without_noise(batch)
         return out, near_policy_kl(logprobs[batch.by_student], batch.behavior).sum()
 
@@ -354,7 +365,7 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
         raise UserError(f"tracking.trackers names {names}, whose package is not installed; pip install it.")
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UserError(
-            f"accelerate is set to {accelerator.distributed_type.value}, but npd trains on one process or with DDP; launch "
-            "it with `accelerate launch --multi_gpu`."
+            f"accelerate is set to {accelerator.distributed_type.value}, but npd decides by itself how a student lies on "
+            "devices (training.shard); launch it with `accelerate launch --multi_gpu`."
         )
     return accelerator

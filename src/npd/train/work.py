@@ -222,7 +222,7 @@ class RunWork:
         return Trained(found.kl, found.kl_tokens)
 
     def publish(self, version: int) -> None:
-        if self.contents.by_student and self.main:
+        if self.contents.by_student and (self.main or self.trainer.sharded):
             began = time.perf_counter()
             self.publisher.publish(version, self.at.step)
             self._published, self._publish_seconds = version, time.perf_counter() - began
@@ -303,8 +303,6 @@ class RunWork:
 
     def _decided_by_main(self, decide: Callable[[], T]) -> T:
         """The main process's answer, on every process."""
-        if self.world == 1:
-            return decide()
         answer = [decide() if self.main else None]
         broadcast_object_list(answer)
         return answer[0]  # type: ignore[return-value]
@@ -363,9 +361,11 @@ class RunWork:
 
     def _evaluate(self, last: bool = False) -> None:
         """Evaluate if it is due here and was not done before."""
-        if self.main and self.evaluations.due(last=last):
-            # generation changes the model's generation_config, which a snapshot has too
-            self.evaluations.run(last=last, before=self.publisher.join)
+        if self.evaluations.due(last=last) and self._decided_by_main(lambda: self.evaluations.pending(last=last)):
+            self.publisher.join()  # generation changes the model's generation_config, which a snapshot has too
+            with self.trainer.gathered() as student:
+                if student is not None:
+                    self.evaluations.run(student, last=last)
         self.wait()
 
     # -- what is shown

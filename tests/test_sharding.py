@@ -1,0 +1,472 @@
+"""A student that is divided among processes learns what one process would: gradients, weights, snapshots, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import save_model, write_jsonl
+from safetensors.torch import load_file
+from test_trainer import make_samples, steps_of
+from together import together
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
+from transformers import Qwen2Config
+
+import npd
+from npd import models
+from npd.config import load_config
+from npd.errors import UserError
+from npd.models import copy_state
+from npd.models.loading import shape_of
+from npd.models.memory import COUNTED
+from npd.models.saving import place_of
+from npd.observe.events import Events
+from npd.plan import GIB, Plan, make_plan, plan_rows
+from npd.preflight import DISTILL, prepare
+from npd.records import EvaluationLine
+from npd.store import Store
+from npd.train.memory import USABLE, StepMemory, sharding, step_memory
+from npd.train.samples import Samples
+from npd.train.sharding import SHARDS
+from npd.train.trainer import StepFigures, Trainer, make_accelerator
+
+RELATIVE = 1e-6
+STEPS = 3
+LORA = {"r": 4, "dropout": 0.0}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("sharding")
+    rows = [{"prompt": f"{n}*{n % 7}+3="} for n in range(10, 19)]
+    return {
+        "data": str(write_jsonl(folder / "data.jsonl", rows)),
+        "tied": str(save_model(folder / "tied", seed=3)),
+        "untied": str(save_model(folder / "untied", seed=3, tied=False)),
+        "teacher": str(save_model(folder / "teacher", seed=1)),
+    }
+
+
+@pytest.fixture
+def tree_of(files, tmp_path):
+    """A configuration; sections as for npd itself."""
+
+    def make(name: str, *, head: str = "tied", shard: str = "full", **sections: Any) -> dict[str, Any]:
+        tree: dict[str, Any] = {
+            "run_dir": str(tmp_path / name),
+            "student": {"model": files[head]},
+            "teacher": {"model": files["teacher"]},
+            "data": {"train": files["data"], "max_prompt_tokens": 16},
+            "rollout": {"max_new_tokens": 16, "part_size": 3},
+            "selection": {"rule": "none"},
+            "packing": {"length": 32},
+            "schedule": {"generations": 1, "passes": 2, "lead": 0.0},
+            "training": {"batch_tokens": 64, "learning_rate": 1e-3, "shard": shard},
+            "checkpoint": {"every_steps": 1, "keep": 9},
+            "tracking": {"trackers": [], "report": False},
+        }
+        for section, options in sections.items():
+            tree[section] = tree.get(section, {}) | options
+        return tree
+
+    return make
+
+
+# -- what each process does
+
+
+def trainer_of(tree: dict[str, Any]) -> Trainer:
+    config = load_config(tree)
+    store = Store(config.run_dir)
+    accelerator = make_accelerator(config, store)
+    if accelerator.is_main_process:
+        store.open(config, "distill")
+    accelerator.wait_for_everyone()
+    student, tokenizer = models.load_model(config.student, trained=True), models.load_tokenizer(config.student)
+    return Trainer(config, store, accelerator, student, tokenizer, Events(store.path / "events.jsonl"))
+
+
+def samples_of(trainer: Trainer) -> Samples:
+    if trainer.accelerator.is_main_process:
+        make_samples(trainer.store)
+    trainer.accelerator.wait_for_everyone()
+    samples = Samples(trainer.store)
+    samples.add(0, 0)
+    return samples
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+class Learned:
+    """What steps have found: figures, the gradients before clipping, and at the end the weights."""
+
+    def __init__(self) -> None:
+        self.figures: list[StepFigures] = []
+        self.gradients: list[dict[str, Tensor]] = []
+        self.weights: dict[str, Tensor] = {}
+        self.adapter: dict[str, Tensor] | None = None
+        self.kind = ""
+        self.held = 0
+        """Bytes of the weights in this process."""
+
+
+def learn(tree: dict[str, Any], steps: int = STEPS, snapshot: str | None = None, keep: bool = False) -> Learned:
+    """Train on three micro-batches a step, from the newest checkpoint on if there is one; `keep`: write one after each."""
+    trainer, found = trainer_of(tree), Learned()
+    samples = samples_of(trainer)
+    found.kind = type(trainer.lying).__name__
+    shares = [p.to_local() if isinstance(p, DTensor) else p for p in trainer.student.parameters()]
+    found.held = sum(p.numel() * p.element_size() for p in shares)
+    norm = trainer.lying.norm
+
+    def seen(most: float) -> Tensor:
+        named = trainer.student.named_parameters()
+        found.gradients.append({name: whole(p.grad) for name, p in named if p.grad is not None})
+        return norm(most)
+
+    trainer.lying.norm = seen  # type: ignore[method-assign]
+    done = trainer.resume(lambda facts: facts["step"]) or 0
+    rows = [[0, 3], [1, 2], [4, 5, 6], [7, 8]]
+    tokens = int(samples.response_lengths.sum())
+    for step in range(done + 1, steps + 1):
+        found.figures.append(trainer.step(samples, rows, tokens, step, step / 10))
+        if keep:
+            trainer.save_checkpoint(step, {"step": step, "generation": 0})
+    state = trainer.copy_policy()
+    if state is not None:
+        found.weights, found.adapter = state
+        if snapshot is not None:
+            trainer.save_policy(Path(snapshot), state)
+    trainer.accelerator.wait_for_everyone()
+    return found
+
+
+def flat(tensors: dict[str, Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten().float() for tensor in tensors.values()])
+
+
+def apart(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    assert mine.keys() == theirs.keys()
+    norms = [(float((mine[n].double() - theirs[n].double()).norm()), float(theirs[n].double().norm())) for n in mine]
+    return max(difference / size if size else difference for difference, size in norms)
+
+
+def assert_alike(mine: Learned, theirs: Learned, relative: float = RELATIVE) -> None:
+    for a, b in zip(mine.gradients, theirs.gradients, strict=True):
+        assert apart({"all": flat(a)}, {"all": flat(b)}) <= relative
+        assert apart(a, b) <= 5 * relative  # adapters have small ones, of large terms
+    for ours, other in zip(mine.figures, theirs.figures, strict=True):
+        for name in ("loss", "ce", "kd", "kl", "grad_norm", "lr", "fill", "kl_tokens"):
+            assert getattr(ours, name) == pytest.approx(getattr(other, name), rel=relative, abs=1e-7), name
+    assert apart(mine.weights, theirs.weights) <= relative
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "tied": {},
+    "untied": {"head": "untied"},
+    "checkpointing": {"training": {"gradient_checkpointing": True}},
+    "lora": {"student": {"lora": LORA}},
+    "lora on an untied one, checkpointing": {
+        "head": "untied", "student": {"lora": LORA}, "training": {"gradient_checkpointing": True}
+    },
+    "lora on bfloat16": {"student": {"lora": LORA, "dtype": "bfloat16"}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_learn_what_one_does(tree_of, tmp_path, name):
+    """Some micro-batches have no second process to go to; adapters are merged where the student is gathered."""
+    one = learn(tree_of("one", **CASES[name]), snapshot=str(tmp_path / "one-snapshot"))
+    two, other = together(2, learn, tree_of("two", **CASES[name]), STEPS, str(tmp_path / "two-snapshot"))
+    assert (one.kind, two.kind, other.kind) == ("Whole", "Sharded", "Sharded")
+    assert two.held + other.held == one.held  # every size here is even
+    assert not other.weights
+    relative = 1e-2 if "bfloat16" in name else RELATIVE
+    assert_alike(two, one, relative)
+    snapshots = [load_file(tmp_path / f"{n}-snapshot/model.safetensors") for n in ("two", "one")]
+    assert apart(*snapshots) <= relative
+    assert (two.adapter is None) == (one.adapter is None) == ("lora" not in name)
+    if two.adapter is not None and one.adapter is not None:
+        assert apart(two.adapter, one.adapter) <= 100 * relative
+
+
+def test_each_process_draws_its_own_noise(tree_of):
+    """As with whole copies; and each takes part in the pass without noise, whoever's samples it has."""
+    options = {"student": {"lora": LORA | {"dropout": 0.5}}}
+    sharded, whole = (together(2, learn, tree_of(shard, shard=shard, **options))[0] for shard in ("full", "none"))
+    assert (sharded.kind, whole.kind) == ("Sharded", "Whole")
+    assert_alike(sharded, whole)
+
+
+def test_bfloat16_rounds_products_alone(tree_of):
+    """As far from float32 as whole copies are; what is summed, kept and said is float32."""
+    exact = learn(tree_of("exact", shard="none"))
+    options = {"training": {"precision": "bfloat16"}}
+    sharded, whole = (together(2, learn, tree_of(shard, shard=shard, **options))[0] for shard in ("full", "none"))
+    first = [found.gradients[0] for found in (sharded, whole, exact)]
+    assert 0 < apart(first[0], first[2]) <= 1.5 * apart(first[1], first[2])
+    assert all(value.dtype == torch.float32 for value in sharded.weights.values())
+    assert any(not torch.equal(g.bfloat16().float(), g) for g in first[0].values())
+    for ours, other in zip(sharded.figures, exact.figures, strict=True):
+        assert ours.loss == pytest.approx(other.loss, rel=0.01)
+
+
+def written(tree: dict[str, Any]) -> None:
+    learn(tree, 2, keep=True)
+
+
+def test_checkpoints_are_read_by_any_number_of_processes(tree_of):
+    """Written sharded by two, whole by one and whole by two; read by each, and sharded by four."""
+    wanted = learn(tree_of("wanted", shard="none"))
+
+    def after(run_dir: str, **options: Any) -> dict[str, Any]:
+        """A tree that goes on from a copy of a run's checkpoint."""
+        tree = tree_of(f"{run_dir}-{len(os.listdir(Path(tree_of(run_dir)['run_dir']).parent))}", **options)
+        kept, target = Path(tree_of(run_dir)["run_dir"]), Path(tree["run_dir"])
+        shutil.copytree(kept, target)
+        return tree
+
+    together(2, written, tree_of("shards"))
+    together(2, written, tree_of("copies", shard="none"))
+    written(tree_of("one", shard="none"))
+    checkpoint = Store(tree_of("shards")["run_dir"]).checkpoint(2)
+    assert {path.name for path in checkpoint.iterdir()} == {SHARDS, "npd.json"}
+    undisturbed = together(2, learn, tree_of("undisturbed"))[0]
+    same = together(2, learn, after("shards"))[0]
+    assert len(same.figures) == 1
+    assert all(torch.equal(same.weights[name], value) for name, value in undisturbed.weights.items())
+    for kept in ("shards", "copies", "one"):
+        assert apart(learn(after(kept)).weights, wanted.weights) <= RELATIVE, f"{kept} by one"
+        assert apart(together(2, learn, after(kept, shard="none"))[0].weights, wanted.weights) <= RELATIVE, (
+            f"{kept} by copies"
+        )
+        sharded = together(2 if kept == "copies" else 4, learn, after(kept))
+        assert {found.kind for found in sharded} == {"Sharded"}
+        assert [len(found.figures) for found in sharded] == [1] * len(sharded)
+        assert apart(sharded[0].weights, wanted.weights) <= RELATIVE, f"{kept} by shards"
+
+
+# -- whole runs
+
+
+def distill(tree: dict[str, Any], die_at: int | None = None) -> None:
+    """A run; `die_at`: the last process kills itself in this step's optimiser."""
+    if die_at is not None and os.environ.get("RANK") == str(int(os.environ["WORLD_SIZE"]) - 1):
+        real = Trainer.step
+
+        def step(self: Trainer, *args: Any) -> StepFigures:
+            if args[3] == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(self, *args)
+
+        Trainer.step = step  # type: ignore[method-assign,assignment]
+    npd.distill(tree)
+
+
+def test_a_sharded_run_is_a_run(tree_of, tmp_path):
+    """Four processes: snapshots, metrics and evaluation as of one; killed by the death of one, and gone on with by two."""
+    held_out = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(5)])
+    options: dict[str, Any] = {
+        "data": {"eval": str(held_out)},
+        "evaluation": {"tasks": ["answer"], "kl_prompts": 4},
+        "schedule": {"generations": 2, "passes": 1},
+    }
+    one = npd.distill(tree_of("one", shard="none", **options))
+    tree = tree_of("four", **options)
+    last = steps_of(one.run_dir)[-1].step
+    assert last >= 4
+    together(4, distill, tree, last, die=True)
+    store = Store(tree["run_dir"])
+    assert not store.finished
+    assert store.checkpoints()[-1] == last - 1
+    together(2, distill, tree)
+    lines = [steps_of(d) for d in (store.path, one.run_dir)]
+    for ours, other in zip(*lines, strict=True):
+        for name in ("loss", "ce", "kd", "grad_norm", "near_policy_kl"):
+            assert getattr(ours, name) == pytest.approx(getattr(other, name), rel=1e-5, abs=1e-7), name
+    figures = [
+        [line.figures for line in Store(d).read_metrics() if isinstance(line, EvaluationLine)]
+        for d in (store.path, one.run_dir)
+    ]
+    assert len(figures[0]) == len(figures[1]) > 1
+    for mine, theirs in zip(*figures, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-5)
+    for name in ("policy/v000000", "policy/v000001", "student"):
+        weights = [load_file(d / name / "model.safetensors") for d in (store.path, one.run_dir)]
+        assert apart(*weights) <= 1e-5, name
+    assert sorted(path.name for path in (store.path / "student").iterdir()) == sorted(p.name for p in one.student.iterdir())
+    for part in sorted(one.run_dir.glob("generations/g000/part-*")):
+        assert part.read_bytes() == (store.path / "generations/g000" / part.name).read_bytes()
+
+
+# -- what is copied by where it lies
+
+
+def test_nothing_is_copied_that_is_not_here(files):
+    """A shard's address, like that of a tensor on the meta device, is that of every other one."""
+    config = load_config({"run_dir": "", "student": {"model": files["tied"]}, "data": {"train": files["data"]}})
+    model = models.load_model(config.student, trained=True).to("meta")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="no values of its own here"):
+        copy_state(model)
+    assert place_of(torch.empty(0, 3)) == place_of(torch.empty(0, 3))
+
+
+def copied_shards(tree: dict[str, Any]) -> str:
+    trainer = trainer_of(tree)
+    with pytest.raises(ValueError, match="DTensor"):
+        copy_state(trainer.student)
+    for dtype in (None, torch.bfloat16):
+        with pytest.raises(ValueError, match="DTensor"):
+            models.save_model(trainer.student, trainer.tokenizer, trainer.store.path / "wrong", dtype=dtype)
+    return type(trainer.lying).__name__
+
+
+def test_shards_are_not_copied_as_they_are(tree_of):
+    assert together(2, copied_shards, tree_of("run")) == ["Sharded", "Sharded"]
+
+
+# -- what is decided
+
+
+STEP = StepMemory(states=160.0, loss=1.0, tokens=1, activations=models.Activations(0.0, 0.0, 1, 0), gathered=5.0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "processes", "there", "full"),
+    [
+        ("auto", 1, 10, False),
+        ("auto", 2, 10, True),
+        ("auto", 2, 1000, False),
+        ("auto", 2, None, False),
+        ("none", 2, 10, False),
+        ("full", 2, 1000, True),
+        ("full", 2, None, True),
+        ("full", 1, 10, False),
+    ],
+)
+def test_auto_shards_what_no_device_holds(tree_of, asked, processes, there, full):
+    config = load_config(tree_of("run", shard=asked))
+    known = models.load_model_config(config.student)
+    found = sharding(config, known, processes, there, bfloat16=False, step=STEP)
+    assert found.full == full
+    compiled = load_config(tree_of("run", shard=asked, training={"compile": True}))
+    if full:
+        with pytest.raises(UserError, match=r"training\.compile is true, but the student is sharded over 2"):
+            sharding(compiled, known, processes, there, bfloat16=False, step=STEP)
+    else:
+        assert not sharding(compiled, known, processes, there, bfloat16=False, step=STEP).full
+
+
+def test_a_device_holds_its_share(tree_of):
+    assert STEP.total(checkpointing=False) == 161
+    assert STEP.over(4).total(checkpointing=False) == 160 / 4 + 5 + 1
+    assert STEP.over(1) == STEP
+
+
+def test_layers_are_gathered_one_by_one(files):
+    """What is outside of them - embedding, norm, an untied head - stays gathered."""
+    for head in ("tied", "untied"):
+        config = load_config({"run_dir": "", "student": {"model": files[head]}, "data": {"train": files["data"]}})
+        known, model = models.load_model_config(config.student), models.load_model(config.student, trained=True)
+        decoder: Any = models.backbone(model)
+        layers = list(decoder.layers)
+        assert models.blocks(model) == layers[::-1]
+        each = sum(p.numel() for p in layers[0].parameters())
+        outside = sum(p.numel() for p in model.parameters()) - each * len(layers)
+        assert models.block_parameters(known) == (each, outside)
+        step = step_memory(config, known, bfloat16=True)
+        assert step.gathered == 2 * (outside + 2 * each) + 2 * (outside + each) + 4 * each
+
+
+# -- a student of 1.5 billion parameters, without values
+
+QWEN = Qwen2Config(
+    vocab_size=151_936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    max_position_embeddings=32_768,
+    tie_word_embeddings=True,
+)
+
+
+def test_the_default_trains_15b_in_rows_of_32768_tokens_on_80_gb():
+    config = load_config({"run_dir": "", "student": {"model": ""}, "data": {"train": ""}})
+    assert (config.packing.length, config.training.gradient_checkpointing) == (32_768, "auto")
+    plan, there = step_memory(config, QWEN, bfloat16=True), 80e9
+    assert plan.needs_checkpointing(there)
+    assert plan.total(checkpointing=True) <= USABLE * there
+    assert not sharding(config, QWEN, 8, int(there), bfloat16=True, step=plan).full
+
+    model = shape_of(QWEN)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.ndim]
+    held = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None), *moments]
+    assert sum(tensor.numel() * tensor.element_size() for tensor in held) == plan.states
+
+    known = copy.deepcopy(QWEN)
+    known._attn_implementation = COUNTED
+    kept: dict[int, torch.UntypedStorage] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        decoder: Any = shape_of(known, on="cpu").train().get_submodule("model")
+        decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        weights = {p.untyped_storage()._cdata for p in decoder.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return tensor
+
+        ids, positions = torch.zeros(1, plan.tokens, dtype=torch.long), torch.arange(plan.tokens)[None]
+        with saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+            decoder(input_ids=ids, position_ids=positions, attention_mask=None, use_cache=False)
+    assert plan.activations is not None
+    inputs = 4 * plan.tokens * QWEN.hidden_size * QWEN.num_hidden_layers
+    assert sum(storage.nbytes() for storage in kept.values()) == pytest.approx(inputs, rel=0.12)
+    layer = plan.tokens * plan.activations.token / QWEN.num_hidden_layers
+    assert plan.activations.bytes(plan.tokens, checkpointing=True) == plan.activations.fixed + inputs + 2 * layer
+
+
+def test_the_dry_run_says_what_was_decided(tree_of, monkeypatch):
+    def said() -> tuple[str, dict[int, str], Plan]:
+        setup = prepare(load_config(tree_of("run")), DISTILL)
+        plan = make_plan(setup)
+        rows = {row[0]: row[1] for row in plan_rows(setup, plan)}
+        each, _, how = rows["GiB a device, if sharded over"].partition(" (")
+        assert how == "with training.gradient_checkpointing)"
+        return rows["sharded"], {int(n): size for n, size in (pair.split(": ") for pair in each.split(", "))}, plan
+
+    decided, each, _ = said()
+    assert decided == "no: one process trains"
+    assert [*each] == [2, 4, 8]
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    decided, each, plan = said()
+    assert decided == "over 6 devices: training.shard full"
+    assert each == {n: f"{plan.step.over(n).total(checkpointing=True) / GIB:.2f}" for n in (2, 4, 6, 8)}
+
+
+def test_what_does_not_go_with_shards_is_refused_at_the_start(tree_of, monkeypatch):
+    monkeypatch.setattr(models, "check_compiler", lambda: None)
+    config = load_config(tree_of("run", training={"compile": True}))
+    prepare(config, DISTILL)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="sharded over 2 processes") as caught:
+        prepare(config, DISTILL)
+    assert "training.compile: false" in (caught.value.remedy or "")
