@@ -26,9 +26,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cell", type=Cell.named, action="append", help="TASK/ARM/SEED: run this one, even if it stands")
     parser.add_argument("--only", default="", help="run only cells whose name matches this regular expression")
-    parser.add_argument("--share", default="1/1", metavar="I/N", help="run each Nth cell, from the Ith: processes side by side")
+    parser.add_argument(
+        "--share", default="1/1", metavar="I/N", help="run each Nth cell, from the Ith: processes side by side"
+    )
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no cell after so many")
-    parser.add_argument("--short", action="store_true", help="tiny models and a few steps: tries the machinery, shows nothing")
+    parser.add_argument(
+        "--short", action="store_true", help="tiny models and a few steps: tries the machinery, shows nothing"
+    )
     parser.add_argument("--list", action="store_true", help="say which cells stand, and run none")
     parser.add_argument("--cache", type=Path, default=Path("runs/evidence"), help="teachers, data and warm students")
     parser.add_argument("--results", type=Path, default=RESULTS / "evidence")

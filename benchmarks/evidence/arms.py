@@ -34,7 +34,9 @@ class Arm:
     """Passes between two evaluations, of about a sixth of the steps that two generations of five passes make."""
 
 
-def _near(rule: str = "none", generations: int = 20, passes: int = PASSES, **sections: dict[str, Any]) -> Callable[[Task], Sections]:
+def _near(
+    rule: str = "none", generations: int = 20, passes: int = PASSES, **sections: dict[str, Any]
+) -> Callable[[Task], Sections]:
     """Near-policy distillation until its steps are done: a filter that drops much starts a third generation for them."""
     own: Sections = {"schedule": {"generations": generations, "passes": passes}, "selection": {"rule": rule}}
 
@@ -85,7 +87,9 @@ ABLATIONS: dict[str, Arm] = {
     "updates-2": Arm("2 updates, after 4 passes each", "distill", _near(passes=4)),
     "updates-4": Arm("4 updates, after 2 passes each", "distill", _near(passes=2)),
     "passes-10": Arm("half the prompts a generation, 10 passes", "distill", lambda task: _half(task), every=4),
-    "ppl-fixed": Arm("Δ-IFD of perplexities, fixed band", "distill", _near("delta_ifd", selection={"ifd": "perplexity_ratio"})),
+    "ppl-fixed": Arm(
+        "Δ-IFD of perplexities, fixed band", "distill", _near("delta_ifd", selection={"ifd": "perplexity_ratio"})
+    ),
     "right": Arm("only right responses (the verifier filters)", "distill", _near("verified")),
     "wrong": Arm("only wrong responses", "distill", _near("refuted")),
     "lambda-0.5": Arm("λ 0.5", "distill", _near(loss={"kd_weight": 0.5})),

@@ -115,7 +115,10 @@ def measure(cell: Cell, task: Task, shelf: Shelf) -> dict[str, Any]:
 
 def stamp() -> dict[str, Any]:
     about = machine()
-    return {"date": time.strftime("%Y-%m-%d"), "machine": {key: about[key] for key in ("processor", "cores", "versions", "load")}}
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {key: about[key] for key in ("processor", "cores", "versions", "load")},
+    }
 
 
 def configured(arm: Arm, task: Task, home: Path, folder: Path, seed: int, teacher: Path) -> Config:
@@ -159,13 +162,16 @@ def plain(figures: dict[str, float]) -> dict[str, float]:
 
 def judge_of(task: Task, home: Path) -> Any:
     """A function from a part's responses to whether they are right."""
-    tokenizer = models.load_tokenizer(config_of(task, home, 0, student={"model": str(home / "run/student")}, data={"train": ""}).student)
+    tokenizer = models.load_tokenizer(
+        config_of(task, home, 0, student={"model": str(home / "run/student")}, data={"train": ""}).student
+    )
     rows = [json.loads(line) for line in (home / "prompts.jsonl").read_text().splitlines()]
     checks = {row["prompt"]: row.get("answer", "") for row in rows}
 
     def judge(table: pa.Table) -> list[bool]:
         prompts, texts = (
-            tokenizer.batch_decode(table[name].to_pylist(), skip_special_tokens=True) for name in ("prompt_ids", "response_ids")
+            tokenizer.batch_decode(table[name].to_pylist(), skip_special_tokens=True)
+            for name in ("prompt_ids", "response_ids")
         )
         return [verified(task.family, checks[prompt], text) for prompt, text in zip(prompts, texts, strict=True)]
 

@@ -70,8 +70,8 @@ HYPOTHESES = (
     ),
     Hypothesis(
         "length",
-        "The lead of NPD without a filter over top-k KD on teacher text is larger on chains of 7 to 12 steps than on those of "
-        "1 to 3.",
+        "The lead of NPD without a filter over top-k KD on teacher text is larger on chains of 7 to 12 steps than on those "
+        "of 1 to 3.",
         "errors compound with length, and a student that learned from clean prefixes has never seen its own",
         Contrast(("chains",), "npd-none", "kd-topk", stratum="7-12 steps"),
         Contrast(("chains",), "npd-none", "kd-topk", stratum="1-3 steps"),
@@ -86,7 +86,8 @@ HYPOTHESES = (
     ),
     Hypothesis(
         "capacity",
-        "The lead of NPD without a filter over sequence-level KD is larger for the smaller student (reach at width 64 and 96).",
+        "The lead of NPD without a filter over sequence-level KD is larger for the smaller student (reach at width "
+        "64 and 96).",
         "a student that cannot imitate all of the teacher's text gains from learning where it goes itself",
         Contrast(("reach",), "npd-none", "kd-sequence"),
         Contrast(("reach-large",), "npd-none", "kd-sequence"),
@@ -100,8 +101,8 @@ HYPOTHESES = (
     ),
     Hypothesis(
         "teacher not far ahead",
-        "Where the student starts near its imperfect teacher (sums-strong), more SFT on true references is ahead of NPD without "
-        "a filter at equal steps.",
+        "Where the student starts near its imperfect teacher (sums-strong), more SFT on true references is ahead of NPD "
+        "without a filter at equal steps.",
         "a student cannot learn from a teacher what that does not know, and references are right",
         Contrast(("sums-strong",), "sft", "npd-none"),
     ),
@@ -113,7 +114,8 @@ HYPOTHESES = (
     ),
     Hypothesis(
         "the band gains on poor prompts",
-        "The gain by the paper's band is larger on mixed, where a quarter of the prompts are nonsense, than on the other five.",
+        "The gain by the paper's band is larger on mixed, where a quarter of the prompts are nonsense, than on the other "
+        "five.",
         "there is something to remove",
         Contrast(("mixed",), "npd", "npd-none"),
         Contrast(tuple(task for task in ALL if task != "mixed"), "npd", "npd-none"),

@@ -17,7 +17,6 @@ from typing import Any
 
 from benchmarks import chains
 from npd.demo import task as sums
-from npd.evaluation.verify import extract_answer
 
 
 @dataclass(frozen=True)
@@ -49,11 +48,13 @@ class Family:
         return self.prompt_tokens + self.new_tokens
 
 
-def problems(family: str, count: int, seed: str) -> list[Problem]:
-    """`count` problems of different prompts; the same seed gives the same list."""
+def problems(family: str, count: int, seed: str, *, distinct: bool = True) -> list[Problem]:
+    """`count` problems, of different prompts if `distinct`; the same seed gives the same list."""
     rng = random.Random(f"npd-evidence-{family}-{seed}")
-    found: dict[str, Problem] = {}
     make = FAMILIES[family].make
+    if not distinct:
+        return [make(rng) for _ in range(count)]
+    found: dict[str, Problem] = {}
     while len(found) < count:
         problem = make(rng)
         found.setdefault(problem.prompt, problem)
@@ -65,8 +66,9 @@ def verified(family: str, check: str, response: str) -> bool:
 
 
 def _says(check: str, response: str) -> bool:
-    """Is the response's final answer, behind #, this text?"""
-    return "#" in response and extract_answer(response) == check
+    """Does the response end with this text behind its one #?"""
+    work, mark, said = response.partition("#")
+    return bool(work and mark) and said == check
 
 
 # -- sums: the demo's chained arithmetic, 4 to 6 dependent steps
@@ -98,39 +100,42 @@ def _chain(rng: random.Random) -> Problem:
     return Problem(prompt, completion, str(answer), f"{low}-{high} steps")
 
 
-# -- reach: from one number to another by steps of 2 to 9; any way there is right
+# -- reach: from one number to another, up or down, by steps of 2 to 9; any way there is right
 
 
 LEAST, MOST = 2, 9
-_STEP = re.compile(r"(\d+)\+(\d)=(\d+);")
+_STEP = re.compile(r"(\d+)([+-])(\d)=(\d+);")
 
 
 def _reach(rng: random.Random) -> Problem:
     """17>54=  17+9=26;26+8=34;34+9=43;43+5=48;48+6=54;"""
-    start = rng.randrange(60)
-    goal = start + rng.randint(12, 39)
-    lines, at = [], start
-    while at < goal:
-        left = goal - at
+    start = goal = rng.randrange(100)
+    while not 8 <= abs(goal - start) <= 50:
+        goal = rng.randrange(100)
+    lines, at, sign = [], start, "+" if goal > start else "-"
+    while at != goal:
+        left = abs(goal - at)
         steps = [n for n in range(LEAST, MOST + 1) if n == left or n <= left - LEAST]
         step = rng.choice([n for n in steps if n >= 5] or steps)  # some haste, many ways
-        lines.append(f"{at}+{step}={at + step};")
-        at += step
-    return Problem(f"{start}>{goal}=", "".join(lines), f"{start}>{goal}", "near" if goal - start <= 25 else "far")
+        after = at + step if sign == "+" else at - step
+        lines.append(f"{at}{sign}{step}={after};")
+        at = after
+    return Problem(f"{start}>{goal}=", "".join(lines), f"{start}>{goal}", "near" if abs(goal - start) <= 25 else "far")
 
 
 def _reaches(check: str, response: str) -> bool:
-    """Do right steps lead from the start to the goal, with nothing between them or behind?"""
+    """Do right steps, up or down, lead from the start to the goal, with nothing between them or behind?"""
     start, goal = map(int, check.split(">"))
     at, read = start, 0
     while read < len(response):
         step = _STEP.match(response, read)
         if step is None:
             return False
-        before, by, after = step.group(1), int(step.group(2)), step.group(3)
-        if before != str(at) or not LEAST <= by <= MOST or after != str(at + by):
+        before, sign, by, after = step.groups()
+        should = at + int(by) if sign == "+" else at - int(by)
+        if before != str(at) or not LEAST <= int(by) <= MOST or after != str(should):
             return False
-        at, read = at + by, step.end()
+        at, read = should, step.end()
     return at == goal != start
 
 
@@ -175,7 +180,9 @@ def _gym(name: str, options: str = "{}") -> Any:
     return reasoning_gym.create_dataset(name, size=1 << 20, seed=0, **json.loads(options))
 
 
-SORTING = json.dumps({"min_numbers": 3, "max_numbers": 8, "min_decimals": 0, "max_decimals": 0, "min_value": 0, "max_value": 99})
+SORTING = json.dumps(
+    {"min_numbers": 3, "max_numbers": 8, "min_decimals": 0, "max_decimals": 0, "min_value": 0, "max_value": 99}
+)
 SPELLING = json.dumps({"min_length": 5, "max_length": 10})
 
 
@@ -221,11 +228,9 @@ def _marks(name: str, options: str, said: str, entry: Any) -> bool:
 
 FAMILIES: dict[str, Family] = {
     "sums": Family(_sum, _says, sums.CHARACTERS, 20, 72),
-    "chains": Family(
-        _chain, _says, sums.CHARACTERS + chains.LABELS, chains.PROMPT_TOKENS, chains.NEW_TOKENS
-    ),
+    "chains": Family(_chain, _says, sums.CHARACTERS + chains.LABELS, chains.PROMPT_TOKENS, chains.NEW_TOKENS),
     "sorting": Family(_sorting, _is_sorted, string.digits + " <>=", 28, 26),
-    "reach": Family(_reach, _reaches, string.digits + "+=;>", 8, 128),
+    "reach": Family(_reach, _reaches, string.digits + "+-=;>", 8, 120),
     "mixed": Family(_mixed, lambda check, response: check == response, string.digits + "rsdc=", 24, 24, has_strata=True),
     "palindromes": Family(_palindrome, _is_palindrome, string.ascii_lowercase + "=", 16, 16),
 }

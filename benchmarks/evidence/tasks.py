@@ -62,7 +62,7 @@ class Task:
         return FAMILIES[self.family]
 
 
-_SUMS = Task("sums", held_out=False, teacher=Training(20_000, 1200), warm_up=Training(1200, 300))
+_SUMS = Task("sums", held_out=False, teacher=Training(20_000, 1600), warm_up=Training(1200, 300))
 _REACH = Task("reach", held_out=True, teacher=Training(20_000, 800), warm_up=Training(600, 200), batch_tokens=3072)
 
 TASKS: dict[str, Task] = {
@@ -77,7 +77,7 @@ TASKS: dict[str, Task] = {
     "reach": _REACH,
     "mixed": Task("mixed", held_out=True, teacher=Training(20_000, 1000), warm_up=Training(1200, 200), batch_tokens=1536),
     "palindromes": Task(
-        "palindromes", held_out=True, teacher=Training(20_000, 1000), warm_up=Training(1200, 200), batch_tokens=1536
+        "palindromes", held_out=True, teacher=Training(20_000, 500), warm_up=Training(1200, 200), batch_tokens=1536
     ),
     "reach-large": replace(_REACH, size=MIDDLE),
 }
@@ -114,7 +114,7 @@ class Shelf:
         if not task.teacher.steps:
             chains.train_teacher(home)
             return student
-        made = problems(task.family, task.teacher.references, "teacher")
+        made = problems(task.family, task.teacher.references, "teacher", distinct=False)
         self._train(task, home, made, task.teacher, task.teacher_size, seed=0)
         return student
 
@@ -128,10 +128,9 @@ class Shelf:
             return home
         counts = task.warm_up.references, task.prompts, task.asked
         made = problems(task.family, 2 * sum(counts), f"seed-{seed}")
-        proper = [problem for problem in made if problem.check]
-        asked, references, rest = proper[: counts[2]], proper[counts[2] : counts[2] + counts[0]], made
-        taken = {problem.prompt for problem in [*asked, *references]}
-        prompts = [problem for problem in rest if problem.prompt not in taken][: task.prompts]
+        proper = [problem for problem in made if problem.check][: counts[0] + counts[2]]
+        asked, references = proper[: counts[2]], proper[counts[2] :]
+        prompts = made[made.index(proper[-1]) + 1 :][: task.prompts]
         strata = task.kind.has_strata
         write_rows(home / "prompts.jsonl", (row(p, source=strata) for p in prompts))
         write_rows(home / "solved.jsonl", (row(p, source=strata) for p in prompts if p.check))
@@ -139,9 +138,7 @@ class Shelf:
         self._train(task, home, references, task.warm_up, task.size, seed)
         return home
 
-    def _train(
-        self, task: Task, home: Path, made: list[Problem], how: Training, size: tuple[int, int], seed: int
-    ) -> None:
+    def _train(self, task: Task, home: Path, made: list[Problem], how: Training, size: tuple[int, int], seed: int) -> None:
         shutil.rmtree(home / "run", ignore_errors=True)
         write_rows(home / "references.jsonl", (row(p) for p in made if p.completion is not None))
         untrained(home / "untrained", task.kind, size, seed)
@@ -196,9 +193,7 @@ def asked(task: Task, home: Path, whole_from: int = 0, **evaluation: Any) -> dic
 
 def row(problem: Problem, *, source: bool = False) -> dict[str, str]:
     given = {"prompt": problem.prompt, "completion": problem.completion, "answer": problem.check or None}
-    return {key: value for key, value in given.items() if value is not None} | (
-        {"source": problem.stratum} if source else {}
-    )
+    return {key: value for key, value in given.items() if value is not None} | ({"source": problem.stratum} if source else {})
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, str]]) -> None:

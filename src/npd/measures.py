@@ -10,9 +10,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from npd import models
-from npd.config import ModelConfig
+from npd.config import Config, ModelConfig
 from npd.errors import UserError
-from npd.evaluation import BenchmarkSetting, Evaluator
+from npd.evaluation import BenchmarkSetting, Evaluator, ahead
 from npd.generations.models import AskedTeacher, Evaluated
 from npd.generations.producer import Workshop
 from npd.preflight import Setup
@@ -40,7 +40,8 @@ class StudentMeasures:
     def __init__(self, setup: Setup, shop: Workshop, trainer: Trainer) -> None:
         setting = BenchmarkSetting(setup.config, setup.chat, setup.held_out)
         self.evaluator = Evaluator(setting, setup.tasks)
-        self.shop, self.trainer = shop, trainer
+        self.setup, self.shop, self.trainer = setup, shop, trainer
+        self.teacher: dict[str, float] = {}  # its figures, once it was asked
 
     def __bool__(self) -> bool:
         return bool(self.evaluator)
@@ -50,21 +51,32 @@ class StudentMeasures:
         weights = LiveWeights(self.trainer, self.shop.store.path / "cache" / f"evaluated-{step:06d}")
         try:
             with teachers_at_hand(self.shop):
-                return self.evaluator(Evaluated(kept, weights, self._apart, self.trainer.evaluated_in))
+                figures = self.evaluator(Evaluated(kept, weights, self._apart, self.trainer.evaluated_in))
         finally:
             shutil.rmtree(weights.folder, ignore_errors=True)
+        if step == 0 and self.teacher and learns_from_teacher(self.setup.config):
+            assert self.setup.prompts is not None, "what trains has prompts"
+            references = ahead.references_right(self.setup.prompts, self.setup.tokens.tokenizer)
+            for note in ahead.notes(figures, self.teacher, references):
+                self.shop.display.say(note)
+        return figures
 
     def of_teacher(self) -> dict[str, float]:
         kept = self.shop.pipeline.models
         with self._apart(), teachers_at_hand(self.shop):
             figures = self.evaluator.of_teacher(AskedTeacher(kept))
             kept.release()  # what it wrote with
+        self.teacher = figures
         return figures
 
     def _apart(self) -> AbstractContextManager[None]:
         """Around an engine's writing: one with weights of its own needs the trainer's room on a device that is shared."""
         apart = self.shop.placement.shared_gpu and self.shop.pipeline.models.engine_kind.holds_weights
         return self.trainer.parked() if apart else nullcontext()
+
+
+def learns_from_teacher(config: Config) -> bool:
+    return config.loss.kd_weight > 0 or config.data.references == "teacher"
 
 
 @contextmanager
