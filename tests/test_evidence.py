@@ -60,24 +60,24 @@ def test_a_verifier_never_raises(family, number, text):
     assert verified(family, problems(family, 21, "any")[number].check, text) in (True, False)
 
 
-def test_any_way_that_reaches_is_right_and_no_other():
-    assert verified("reach", "17>31", "17+9=26;26+5=31;")
-    assert verified("reach", "17>31", "17+5=22;22+9=31;")
-    assert verified("reach", "31>17", "31-9=22;22-5=17;")
-    assert verified("reach", "17>31", "17-2=15;15+7=22;22+9=31;")
+def test_any_way_to_pay_is_right_and_no_other():
+    assert verified("coins", "20:479", "20-9=11;11-7=4;4-4=0;")
+    assert verified("coins", "20:479", "20-4=16;16-9=7;7-7=0;")
+    assert verified("coins", "20:479", "20-4=16;16-4=12;12-4=8;8-4=4;4-4=0;")
     for wrong in (
-        "17+9=26;26+5=31",  # not ended
-        "17+9=26;27+4=31;",  # goes on from elsewhere
-        "17+9=25;25+6=31;",  # wrong sum, right goal
-        "17+9=26;26+4=30;",  # not there
-        "17+9=26;26+5=31;31+2=33;",  # beyond
-        "8+9=17;17+9=26;26+5=31;",  # starts elsewhere
-        "17+1=18;18+9=27;27+4=31;",  # a step of 1
-        "17+14=31;",
-        "017+9=26;26+5=31;",
-        "17+9=26; 26+5=31;",
+        "20-9=11;11-7=4;4-4=0",  # not ended
+        "20-9=11;11-7=4;",  # not paid
+        "20-9=11;11-7=5;5-5=0;",  # no such coin
+        "20-9=12;12-4=8;8-4=4;4-4=0;",  # wrong difference
+        "20-9=11;12-4=8;8-4=4;4-4=0;",  # goes on from elsewhere
+        "20-9=11;11-7=4;4-4=0;0-4=-4;",
+        "20-9=11;11-7=4;4-4=0;0-0=0;",
+        "7-7=0;",  # starts elsewhere
+        "20-20=0;",
+        "020-9=11;11-7=4;4-4=0;",
+        "20-9=11; 11-7=4;4-4=0;",
     ):
-        assert not verified("reach", "17>31", wrong), wrong
+        assert not verified("coins", "20:479", wrong), wrong
 
 
 def test_palindromes_and_skills_by_their_definitions():

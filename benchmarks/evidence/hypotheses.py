@@ -46,7 +46,7 @@ class Hypothesis:
         return f"a difference whose whole 95% interval is below {self.above:g}"
 
 
-TUNING, HELD_OUT = ("sums", "chains", "sorting"), ("reach", "mixed", "palindromes")
+TUNING, HELD_OUT = ("sums", "chains", "sorting"), ("coins", "mixed", "palindromes")
 ALL = TUNING + HELD_OUT
 
 HYPOTHESES = (
@@ -78,19 +78,19 @@ HYPOTHESES = (
     ),
     Hypothesis(
         "many right answers",
-        "The lead of NPD without a filter over sequence-level KD is larger on tasks with many right answers (reach, "
+        "The lead of NPD without a filter over sequence-level KD is larger on tasks with many right answers (coins, "
         "palindromes) than on those with one (sums, sorting).",
         "one sample of many right ones is a noisy target; a distribution is not",
-        Contrast(("reach", "palindromes"), "npd-none", "kd-sequence"),
+        Contrast(("coins", "palindromes"), "npd-none", "kd-sequence"),
         Contrast(("sums", "sorting"), "npd-none", "kd-sequence"),
     ),
     Hypothesis(
         "capacity",
-        "The lead of NPD without a filter over sequence-level KD is larger for the smaller student (reach at width "
+        "The lead of NPD without a filter over sequence-level KD is larger for the smaller student (coins at width "
         "64 and 96).",
         "a student that cannot imitate all of the teacher's text gains from learning where it goes itself",
-        Contrast(("reach",), "npd-none", "kd-sequence"),
-        Contrast(("reach-large",), "npd-none", "kd-sequence"),
+        Contrast(("coins",), "npd-none", "kd-sequence"),
+        Contrast(("coins-large",), "npd-none", "kd-sequence"),
     ),
     Hypothesis(
         "strong start",

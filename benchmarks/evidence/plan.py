@@ -21,7 +21,7 @@ def cells(seeds: int) -> list[Cell]:
 
 
 def _cells(seeds: range | list[int]) -> Iterator[Cell]:
-    for tasks in (("sums", "reach"), ALL):
+    for tasks in (("sums", "coins"), ALL):
         for seed in seeds:
             for task in tasks:
                 yield from (Cell(task, arm, seed) for arm in (TEACHER, *ARMS))

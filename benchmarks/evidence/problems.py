@@ -100,43 +100,48 @@ def _chain(rng: random.Random) -> Problem:
     return Problem(prompt, completion, str(answer), f"{low}-{high} steps")
 
 
-# -- reach: from one number to another, up or down, by steps of 2 to 9; any way there is right
+# -- coins: pay a sum with coins of three to five kinds, coin by coin; any way that comes out even is right
 
 
-LEAST, MOST = 2, 9
-_STEP = re.compile(r"(\d+)([+-])(\d)=(\d+);")
+_PAID = re.compile(r"(\d+)-(\d)=(\d+);")
 
 
-def _reach(rng: random.Random) -> Problem:
-    """17>54=  17+9=26;26+8=34;34+9=43;43+5=48;48+6=54;"""
-    start = goal = rng.randrange(100)
-    while not 8 <= abs(goal - start) <= 50:
-        goal = rng.randrange(100)
-    lines, at, sign = [], start, "+" if goal > start else "-"
-    while at != goal:
-        left = abs(goal - at)
-        steps = [n for n in range(LEAST, MOST + 1) if n == left or n <= left - LEAST]
-        step = rng.choice([n for n in steps if n >= 5] or steps)  # some haste, many ways
-        after = at + step if sign == "+" else at - step
-        lines.append(f"{at}{sign}{step}={after};")
-        at = after
-    return Problem(f"{start}>{goal}=", "".join(lines), f"{start}>{goal}", "near" if abs(goal - start) <= 25 else "far")
+def _payable(most: int, kinds: list[int]) -> list[bool]:
+    """[most + 1]: which sums can be paid?"""
+    can = [True] + [False] * most
+    for left in range(1, most + 1):
+        can[left] = any(left >= kind and can[left - kind] for kind in kinds)
+    return can
 
 
-def _reaches(check: str, response: str) -> bool:
-    """Do right steps, up or down, lead from the start to the goal, with nothing between them or behind?"""
-    start, goal = map(int, check.split(">"))
-    at, read = start, 0
+def _coins(rng: random.Random) -> Problem:
+    """31:479=  31-9=22;22-4=18;18-7=11;11-7=4;4-4=0;"""
+    while True:
+        total, kinds = rng.randint(12, 45), sorted(rng.sample(range(2, 10), rng.randint(3, 5)))
+        if (can := _payable(total, kinds))[total]:
+            break
+    lines, left = [], total
+    while left:
+        kind = rng.choice([kind for kind in kinds if kind <= left and can[left - kind]])
+        lines.append(f"{left}-{kind}={left - kind};")
+        left -= kind
+    named = f"{total}:{''.join(map(str, kinds))}"
+    return Problem(f"{named}=", "".join(lines), named, f"{len(kinds)} kinds")
+
+
+def _paid(check: str, response: str) -> bool:
+    """Do right subtractions of coins that there are lead from the sum to 0, with nothing between them or behind?"""
+    total, kinds = check.split(":")
+    left, read = int(total), 0
     while read < len(response):
-        step = _STEP.match(response, read)
+        step = _PAID.match(response, read)
         if step is None:
             return False
-        before, sign, by, after = step.groups()
-        should = at + int(by) if sign == "+" else at - int(by)
-        if before != str(at) or not LEAST <= int(by) <= MOST or after != str(should):
+        before, kind, after = step.groups()
+        if kind not in kinds or before != str(left) or after != str(left - int(kind)):
             return False
-        at, read = should, step.end()
-    return at == goal != start
+        left, read = left - int(kind), step.end()
+    return left == 0
 
 
 # -- mixed: four skills on strings of digits of 3 to 14, and prompts that ask for nothing that there is
@@ -230,7 +235,7 @@ FAMILIES: dict[str, Family] = {
     "sums": Family(_sum, _says, sums.CHARACTERS, 20, 72),
     "chains": Family(_chain, _says, sums.CHARACTERS + chains.LABELS, chains.PROMPT_TOKENS, chains.NEW_TOKENS),
     "sorting": Family(_sorting, _is_sorted, string.digits + " <>=", 28, 26),
-    "reach": Family(_reach, _reaches, string.digits + "+-=;>", 8, 120),
+    "coins": Family(_coins, _paid, string.digits + "-=;:", 12, 130),
     "mixed": Family(_mixed, lambda check, response: check == response, string.digits + "rsdc=", 24, 24, has_strata=True),
     "palindromes": Family(_palindrome, _is_palindrome, string.ascii_lowercase + "=", 16, 16),
 }

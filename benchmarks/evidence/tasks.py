@@ -63,7 +63,7 @@ class Task:
 
 
 _SUMS = Task("sums", held_out=False, teacher=Training(20_000, 1600), warm_up=Training(1200, 300))
-_REACH = Task("reach", held_out=True, teacher=Training(20_000, 800), warm_up=Training(600, 200), batch_tokens=3072)
+_COINS = Task("coins", held_out=True, teacher=Training(20_000, 1200), warm_up=Training(800, 300))
 
 TASKS: dict[str, Task] = {
     # tuning
@@ -74,12 +74,12 @@ TASKS: dict[str, Task] = {
     "sorting": Task("sorting", held_out=False, teacher=Training(20_000, 800), warm_up=Training(1200, 200), batch_tokens=2560),
     "sums-strong": replace(_SUMS, warm_up=Training(20_000, 700)),
     # held out
-    "reach": _REACH,
+    "coins": _COINS,
     "mixed": Task("mixed", held_out=True, teacher=Training(20_000, 1000), warm_up=Training(1200, 200), batch_tokens=1536),
     "palindromes": Task(
         "palindromes", held_out=True, teacher=Training(20_000, 500), warm_up=Training(1200, 200), batch_tokens=1536
     ),
-    "reach-large": replace(_REACH, size=MIDDLE),
+    "coins-large": replace(_COINS, size=MIDDLE),
 }
 
 
@@ -127,7 +127,7 @@ class Shelf:
         if (home / "run/student/npd.json").exists():
             return home
         counts = task.warm_up.references, task.prompts, task.asked
-        made = problems(task.family, 2 * sum(counts), f"seed-{seed}")
+        made = problems(task.family, 3 * sum(counts) // 2, f"seed-{seed}")
         proper = [problem for problem in made if problem.check][: counts[0] + counts[2]]
         asked, references = proper[: counts[2]], proper[counts[2] :]
         prompts = made[made.index(proper[-1]) + 1 :][: task.prompts]
