@@ -61,7 +61,7 @@ def end(entry: Entry) -> float:
 
 
 def seconds_at(entry: Entry, step: float) -> float:
-    return float(np.interp(step, *zip(*((p["step"], p["cpu_seconds"]) for p in entry["curve"]), strict=True)))
+    return read(entry, "cpu_seconds", "step", step)
 
 
 def difference(one: Entry, other: Entry, equal: Equal, figure: str = "accuracy") -> float:

@@ -31,7 +31,7 @@ class Arm:
     solved: bool = False
     """Does it read only prompts that have a reference?"""
     every: int = 2
-    """Passes between two evaluations, of about a sixth of the steps that two generations of five passes make."""
+    """Passes between two evaluations, of two generations of five passes are about the steps of all arms."""
 
 
 def _near(
@@ -68,7 +68,7 @@ def _strict(task: Task) -> Sections:
     }
 
 
-PER_PASS = 6
+PER_PASS = 12
 """Steps of a pass over all prompts, about."""
 
 ARMS: dict[str, Arm] = {
@@ -79,7 +79,7 @@ ARMS: dict[str, Arm] = {
     "npd-adaptive": Arm("NPD, adaptive", "distill", _near("adaptive")),
     "npd-none": Arm("NPD, no filter", "distill", _near()),
     "npd-mixed": Arm("NPD, no filter, 30% references", "distill", _near(schedule={"references": 0.3}), every=1),
-    "strict": Arm("strict on-policy", "distill", _strict, every=10),
+    "strict": Arm("strict on-policy", "distill", _strict, every=24),
 }
 
 ABLATIONS: dict[str, Arm] = {

@@ -23,6 +23,8 @@ from npd.store import write_text
 QUIET = Display(quiet=True)
 LARGE, MIDDLE, SMALL = (128, 4), (96, 3), (64, 2)
 """Width and layers."""
+ROW = 512
+"""Tokens of a training row, or a sample's own if it may be longer: short samples fill such rows well."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class Task:
     size: tuple[int, int] = SMALL
     teacher_size: tuple[int, int] = MIDDLE
     prompts: int = 480
-    batch_tokens: int = 4096
-    """Of a step of every arm: about a sixth of the prompts' responses."""
-    steps: int = 60
+    batch_tokens: int = 2048
+    """Of a step of every arm: about a twelfth of the prompts with their responses."""
+    steps: int = 120
     learning_rate: float = 1e-3
     """Constant, so that any point of a run is one at which it could have ended."""
     asked: int = 500
@@ -62,8 +64,8 @@ class Task:
         return FAMILIES[self.family]
 
 
-_SUMS = Task("sums", held_out=False, teacher=Training(20_000, 1600), warm_up=Training(1200, 300))
-_COINS = Task("coins", held_out=True, teacher=Training(20_000, 1200), warm_up=Training(800, 300))
+_SUMS = Task("sums", held_out=False, teacher=Training(20_000, 1600), warm_up=Training(4000, 1200))
+_COINS = Task("coins", held_out=True, teacher=Training(20_000, 1200), warm_up=Training(800, 500))
 
 TASKS: dict[str, Task] = {
     # tuning
@@ -71,13 +73,13 @@ TASKS: dict[str, Task] = {
     "chains": Task(
         "chains", held_out=False, teacher=Training(80_000, 0), warm_up=Training(1200, 400), size=MIDDLE, teacher_size=LARGE
     ),
-    "sorting": Task("sorting", held_out=False, teacher=Training(20_000, 800), warm_up=Training(1200, 200), batch_tokens=2560),
-    "sums-strong": replace(_SUMS, warm_up=Training(20_000, 700)),
+    "sorting": Task("sorting", held_out=False, teacher=Training(20_000, 800), warm_up=Training(1200, 400), batch_tokens=1536),
+    "sums-strong": replace(_SUMS, warm_up=Training(20_000, 2000)),
     # held out
     "coins": _COINS,
-    "mixed": Task("mixed", held_out=True, teacher=Training(20_000, 1000), warm_up=Training(1200, 200), batch_tokens=1536),
+    "mixed": Task("mixed", held_out=True, teacher=Training(20_000, 1000), warm_up=Training(1200, 400), batch_tokens=1024),
     "palindromes": Task(
-        "palindromes", held_out=True, teacher=Training(20_000, 500), warm_up=Training(1200, 200), batch_tokens=1536
+        "palindromes", held_out=True, teacher=Training(20_000, 500), warm_up=Training(1200, 400), batch_tokens=1024
     ),
     "coins-large": replace(_COINS, size=MIDDLE),
 }
@@ -93,7 +95,7 @@ def shortened(task: Task) -> Task:
         size=(32, 1),
         teacher_size=(32, 1),
         prompts=24,
-        batch_tokens=4 * task.kind.row,
+        batch_tokens=512,
         steps=4,
         asked=16,
     )
@@ -149,8 +151,10 @@ class Shelf:
             student={"model": str(home / "untrained")},
             data={"train": str(home / "references.jsonl")},
             schedule={"passes": 100_000},
+            packing={"length": task.kind.row},
             training={
                 "batch_tokens": how.batch_tokens,
+                "micro_batch_rows": max(1, 2048 // task.kind.row),
                 "learning_rate": how.learning_rate,
                 "final_learning_rate": how.final_learning_rate,
                 "weight_decay": 0.01,
@@ -169,10 +173,10 @@ def config_of(task: Task, run_dir: Path, seed: int, **sections: dict[str, Any]) 
         "data": {"max_prompt_tokens": family.prompt_tokens},
         "rollout": {"max_new_tokens": family.new_tokens, "batch_size": 256, "part_size": 2048},
         "schedule": {"lead": 0.0},
-        "packing": {"length": family.row},
+        "packing": {"length": max(ROW, family.row)},
         "training": {
             "batch_tokens": task.batch_tokens,
-            "micro_batch_rows": max(1, 2048 // family.row),
+            "micro_batch_rows": max(1, 4 * ROW // max(ROW, family.row)),
             "learning_rate": task.learning_rate,
             "final_learning_rate": task.learning_rate,
         },
