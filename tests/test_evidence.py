@@ -169,12 +169,8 @@ def test_the_plan_has_what_the_hypotheses_ask_and_ablates_tuning_tasks_alone():
 
 
 def test_the_whole_study_short(tmp_path: Path, capsys):
-    shown = tmp_path / "page.md"
-    shown.write_text(Path("docs/evidence.md").read_text())
-
     def study(*options: str) -> str:
-        main(["--short", "--seeds", "1", "--cache", str(tmp_path / "cache"), "--results", str(tmp_path / "results"),
-              "--page", str(shown), *options])  # fmt: skip
+        main(["--short", "--seeds", "1", "--cache", str(tmp_path), *options])
         return capsys.readouterr().out
 
     said = study("--only", "^mixed/(teacher|sft|kd-sequence|kd-topk|npd-adaptive|npd-none|npd-mixed|strict)/")
@@ -195,7 +191,7 @@ def test_the_whole_study_short(tmp_path: Path, capsys):
     assert not own["generated"]["references"]
     assert text["generated"]["references"] > 10 * text["generated"]["student"]
     assert own["filter"]["kept"] == own["filter"]["rows"]
-    assert "| mixed | held out |" in shown.read_text()
+    assert "| mixed | held out |" in (tmp_path / "evidence.md").read_text()
     assert (tmp_path / "evidence-curves.svg").exists()
     before = (tmp_path / "results/mixed.jsonl").read_text()
     assert not study("--only", "^mixed/strict")  # what stands is not run again

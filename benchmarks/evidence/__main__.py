@@ -7,6 +7,7 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import benchmarks.evidence
 from benchmarks.common import RESULTS
@@ -14,6 +15,8 @@ from benchmarks.evidence import page
 from benchmarks.evidence.cells import Cell, Results, measure
 from benchmarks.evidence.plan import cells
 from benchmarks.evidence.tasks import TASKS, Shelf, shortened
+
+PAGE = Path("docs/evidence.md")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -34,11 +37,14 @@ def main(arguments: list[str] | None = None) -> None:
         "--short", action="store_true", help="tiny models and a few steps: tries the machinery, shows nothing"
     )
     parser.add_argument("--list", action="store_true", help="say which cells stand, and run none")
-    parser.add_argument("--cache", type=Path, default=Path("runs/evidence"), help="teachers, data and warm students")
-    parser.add_argument("--results", type=Path, default=RESULTS / "evidence")
-    parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
+    parser.add_argument("--cache", type=Path, help="teachers, data and warm students: runs/evidence")
+    parser.add_argument("--results", type=Path, help="benchmarks/results/evidence")
+    parser.add_argument("--page", type=Path, help="docs/evidence.md; with --short a copy of it beside the results")
     options = parser.parse_args(arguments)
-    results, shelf = Results(options.results), Shelf(options.cache)
+    cache = options.cache or Path("runs/evidence-short" if options.short else "runs/evidence")
+    results = Results(options.results or (cache / "results" if options.short else RESULTS / "evidence"))
+    shown = options.page or (cache / PAGE.name if options.short else PAGE)
+    shelf = Shelf(cache)
     tasks = {name: shortened(task) for name, task in TASKS.items()} if options.short else TASKS
     standing = results.read()
     at, of = map(int, options.share.split("/"))
@@ -57,10 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{cell} was: {said(standing[cell])}")
         print(f"{cell}: {said(entry)}", flush=True)
     if not options.cell or options.what == "page":
-        page.write(results.read(), options.page)
+        if not shown.exists():
+            shown.write_text(PAGE.read_text())
+        page.write(results.read(), shown)
 
 
-def said(entry: dict) -> str:
+def said(entry: dict[str, Any]) -> str:
     """A cell in a line."""
     first, last = entry["curve"][0], entry["curve"][-1]
     shown = {"accuracy": [first["accuracy"], last["accuracy"]], "cpu_seconds": round(entry.get("cpu_seconds", 0), 1)}
