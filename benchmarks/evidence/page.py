@@ -142,7 +142,7 @@ def together(entries: Entries) -> str:
         cells: list[str] = []
         for chosen in (ALL, [t for t in ALL if not TASKS[t].held_out], [t for t in ALL if TASKS[t].held_out]):
             for equal in ("steps", "seconds"):
-                each = [paired(entries, task, name, BASE, equal) for task in chosen]  # type: ignore[arg-type]
+                each = [paired(entries, task, name, BASE, equal) for task in chosen]
                 seeds = set.intersection(*map(set, each))
                 mean = _mean({seed: sum(one[seed] for one in each) / len(each) for seed in seeds})
                 cells.append(shown(mean, "+.1f") + (f" ({mean.seeds})" if mean else ""))
