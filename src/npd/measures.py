@@ -11,9 +11,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from npd import models
-from npd.config import ModelConfig
+from npd.config import Config, ModelConfig
 from npd.errors import UserError
-from npd.evaluation import BenchmarkSetting, Evaluator, Measure
+from npd.evaluation import BenchmarkSetting, Evaluator, Measure, ahead
 from npd.generations.models import AskedTeacher, Evaluated
 from npd.generations.producer import Workshop
 from npd.preflight import Setup
@@ -43,7 +43,8 @@ class StudentMeasures:
     def __init__(self, setup: Setup, shop: Workshop, trainer: Trainer) -> None:
         setting = BenchmarkSetting(setup.config, setup.chat, setup.held_out)
         self.evaluator = Evaluator(setting, setup.tasks)
-        self.shop, self.trainer = shop, trainer
+        self.setup, self.shop, self.trainer = setup, shop, trainer
+        self.teacher: dict[str, float] = {}  # its figures, once it was asked
 
     def __bool__(self) -> bool:
         return bool(self.evaluator)
@@ -60,15 +61,22 @@ class StudentMeasures:
         try:
             with teachers_at_hand(self.shop):
                 evaluated = Evaluated(kept, weights, self._apart, self.trainer.evaluated_in, self._aside)
-                return self.evaluator(evaluated, measures)
+                figures = self.evaluator(evaluated, measures)
         finally:
             shutil.rmtree(weights.folder, ignore_errors=True)
+        if step == 0 and self.teacher and learns_from_teacher(self.setup.config):
+            assert self.setup.prompts is not None, "what trains has prompts"
+            references = ahead.references_right(self.setup.prompts, self.setup.tokens.tokenizer)
+            for note in ahead.notes(figures, self.teacher, references):
+                self.shop.display.say(note)
+        return figures
 
     def of_teacher(self) -> dict[str, float]:
         kept = self.shop.pipeline.models
         with self._apart(), teachers_at_hand(self.shop):
             figures = self.evaluator.of_teacher(AskedTeacher(kept))
             kept.release()  # what it wrote with
+        self.teacher = figures
         return figures
 
     def _apart(self) -> AbstractContextManager[None]:
@@ -79,6 +87,10 @@ class StudentMeasures:
     def _aside(self) -> AbstractContextManager[None]:
         """Around what others compute on a device that is shared."""
         return self.trainer.parked() if self.shop.placement.shared_gpu else nullcontext()
+
+
+def learns_from_teacher(config: Config) -> bool:
+    return config.loss.kd_weight > 0 or config.data.references == "teacher"
 
 
 @contextmanager

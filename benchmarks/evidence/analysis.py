@@ -1,0 +1,115 @@
+"""Figures from the cells' entries: read from curves after equal steps or seconds, paired by seed, with 95% intervals.
+
+The interval is Student's t over seeds: it says how sure the mean over seeds is, each seed having its own problems, warm
+student and order. Entries are those of benchmarks/results/evidence/, nothing else is read.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.evidence.cells import Cell
+from benchmarks.evidence.hypotheses import Contrast, Equal, Hypothesis
+from benchmarks.study import T95
+
+Entry = Mapping[str, Any]
+Entries = Mapping[Cell, Entry]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds, with the half-width of its 95% interval; None of fewer than two."""
+
+    value: float
+    half: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Mean:
+        count = len(values)
+        half = None
+        if count > 1:
+            half = T95[min(count, max(T95))] * statistics.stdev(values) / count**0.5
+        return cls(statistics.fmean(values), half, count)
+
+    def __format__(self, spec: str) -> str:
+        shown = format(self.value, spec)
+        return shown if self.half is None else f"{shown} ± {format(self.half, spec.replace('+', ''))}"
+
+
+def read(entry: Entry, figure: str, axis: str, at: float) -> float:
+    """A figure of the curve where `axis` (step or cpu_seconds) is `at`: between two evaluations on the straight line between
+    them, after the last one as it was there.
+    """
+    points = [(point[axis], point[figure]) for point in entry["curve"] if figure in point]
+    return float(np.interp(at, [p[0] for p in points], [p[1] for p in points]))
+
+
+def once(entry: Entry, figure: str) -> float | None:
+    """A figure that is measured once a run, such as pass@8 and the KL to the teacher."""
+    return next((float(point[figure]) for point in reversed(entry["curve"]) if figure in point), None)
+
+
+def end(entry: Entry) -> float:
+    """Processor's seconds of a whole run."""
+    return float(entry["curve"][-1]["cpu_seconds"])
+
+
+def seconds_at(entry: Entry, step: float) -> float:
+    return read(entry, "cpu_seconds", "step", step)
+
+
+def difference(one: Entry, other: Entry, equal: Equal, figure: str = "accuracy") -> float:
+    """In points: after the steps that all arms take, or after the seconds at which the first of the two ends."""
+    if equal == "steps":
+        axis, at = "step", float(min(one["budget"], other["budget"]))
+    else:
+        axis, at = "cpu_seconds", min(end(one), end(other))
+    return 100 * (read(one, figure, axis, at) - read(other, figure, axis, at))
+
+
+def seeds_of(entries: Entries, task: str, arm: str) -> set[int]:
+    return {cell.seed for cell in entries if (cell.task, cell.arm) == (task, arm)}
+
+
+def paired(entries: Entries, task: str, arm: str, against: str, equal: Equal, stratum: str = "") -> dict[int, float]:
+    """Seed -> difference in points, of the seeds that have both."""
+    figure = f"of {stratum}" if stratum else "accuracy"
+    both = seeds_of(entries, task, arm) & seeds_of(entries, task, against)
+    return {
+        seed: difference(entries[Cell(task, arm, seed)], entries[Cell(task, against, seed)], equal, figure)
+        for seed in sorted(both)
+    }
+
+
+def contrast(entries: Entries, wanted: Contrast) -> dict[int, float]:
+    """Seed -> mean difference over the contrast's tasks, of the seeds that have all of them."""
+    each = [paired(entries, task, wanted.arm, wanted.against, wanted.equal, wanted.stratum) for task in wanted.tasks]
+    return {seed: statistics.fmean(one[seed] for one in each) for seed in sorted(set.intersection(*map(set, each)))}
+
+
+def fate_of(entries: Entries, hypothesis: Hypothesis) -> tuple[Mean | None, str]:
+    """The difference that decides, and the hypothesis's fate: supported, refuted, open, or not run."""
+    values = contrast(entries, hypothesis.first)
+    if hypothesis.second is not None:
+        others = contrast(entries, hypothesis.second)
+        values = {seed: values[seed] - others[seed] for seed in values.keys() & others.keys()}
+    if not values:
+        return None, "not run"
+    mean = Mean.of(list(values.values()))
+    if mean.half is None:
+        return mean, "open"
+    if mean.value - mean.half > hypothesis.above:
+        return mean, "supported"
+    return mean, "refuted" if mean.value + mean.half < hypothesis.above else "open"
+
+
+def over_seeds(entries: Entries, task: str, arm: str, figure: Callable[[Entry], float | None]) -> Mean | None:
+    values = [figure(entries[Cell(task, arm, seed)]) for seed in sorted(seeds_of(entries, task, arm))]
+    known = [value for value in values if value is not None]
+    return Mean.of(known) if known else None

@@ -1,0 +1,155 @@
+"""What was expected, written before the first cell was run, and the comparison that decides.
+
+A hypothesis is a difference of two arms, paired by seed, in points of accuracy after equal steps or equal seconds, on some
+tasks; or the difference of two such differences. With its 95% interval over seeds it is
+
+- *supported* where the interval lies on the side that the claim says,
+- *refuted* where it lies on the other side, or, of a claim that something is within a margin, beyond it,
+- *open* otherwise.
+
+Where several tasks are named, their differences are averaged within a seed first, so that the interval stays one over seeds.
+Nothing below may be changed once results stand; what is thought of later is added as a further hypothesis, with its date.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Equal = Literal["steps", "seconds"]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """Mean over `tasks` of accuracy of `arm` minus that of `against`, of one stratum if named."""
+
+    tasks: tuple[str, ...]
+    arm: str
+    against: str
+    equal: Equal = "steps"
+    stratum: str = ""
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    name: str
+    claim: str
+    because: str
+    first: Contrast
+    second: Contrast | None = None
+    """What `first` is compared with; None: with nothing."""
+    above: float = 0.0
+    """The claim is that the difference is above this, in points."""
+
+    @property
+    def refuted_by(self) -> str:
+        return f"a difference whose whole 95% interval is below {self.above:g}"
+
+
+TUNING, HELD_OUT = ("sums", "chains", "sorting"), ("coins", "mixed", "palindromes")
+ALL = TUNING + HELD_OUT
+
+HYPOTHESES = (
+    Hypothesis(
+        "on-policy beats SFT",
+        "NPD without a filter is ahead of more SFT on true references at equal steps, over all six tasks.",
+        "the paper's headline; the teacher's distribution says more than one reference",
+        Contrast(ALL, "npd-none", "sft"),
+    ),
+    Hypothesis(
+        "on-policy beats teacher text",
+        "NPD without a filter is ahead of sequence-level KD at equal steps, over all six tasks.",
+        "the student's own mistakes are in its data, and the teacher's top-k stands beside them",
+        Contrast(ALL, "npd-none", "kd-sequence"),
+    ),
+    Hypothesis(
+        "whose text matters",
+        "NPD without a filter is ahead of top-k KD on the teacher's text at equal steps: the loss alone is not what gains.",
+        "exposure bias: both have the same targets, on different prefixes",
+        Contrast(ALL, "npd-none", "kd-topk"),
+    ),
+    Hypothesis(
+        "length",
+        "The lead of NPD without a filter over top-k KD on teacher text is larger on chains of 7 to 12 steps than on those "
+        "of 1 to 3.",
+        "errors compound with length, and a student that learned from clean prefixes has never seen its own",
+        Contrast(("chains",), "npd-none", "kd-topk", stratum="7-12 steps"),
+        Contrast(("chains",), "npd-none", "kd-topk", stratum="1-3 steps"),
+    ),
+    Hypothesis(
+        "many right answers",
+        "The lead of NPD without a filter over sequence-level KD is larger on tasks with many right answers (coins, "
+        "palindromes) than on those with one (sums, sorting).",
+        "one sample of many right ones is a noisy target; a distribution is not",
+        Contrast(("coins", "palindromes"), "npd-none", "kd-sequence"),
+        Contrast(("sums", "sorting"), "npd-none", "kd-sequence"),
+    ),
+    Hypothesis(
+        "capacity",
+        "The lead of NPD without a filter over sequence-level KD is larger for the smaller student (coins at width "
+        "64 and 96).",
+        "a student that cannot imitate all of the teacher's text gains from learning where it goes itself",
+        Contrast(("coins",), "npd-none", "kd-sequence"),
+        Contrast(("coins-large",), "npd-none", "kd-sequence"),
+    ),
+    Hypothesis(
+        "strong start",
+        "The lead of NPD without a filter over sequence-level KD is larger from a strong start than from a weak one (sums).",
+        "a weak student's own text is mostly wrong; a strong one's has the rare mistakes that are left",
+        Contrast(("sums-strong",), "npd-none", "kd-sequence"),
+        Contrast(("sums",), "npd-none", "kd-sequence"),
+    ),
+    Hypothesis(
+        "teacher not far ahead",
+        "Where the student starts near its imperfect teacher (sums-strong), more SFT on true references is ahead of NPD "
+        "without a filter at equal steps.",
+        "a student cannot learn from a teacher what that does not know, and references are right",
+        Contrast(("sums-strong",), "sft", "npd-none"),
+    ),
+    Hypothesis(
+        "the band gains",
+        "NPD with the paper's band is ahead of NPD without a filter at equal steps, over all six tasks.",
+        "the paper's +1.15 points",
+        Contrast(ALL, "npd", "npd-none"),
+    ),
+    Hypothesis(
+        "the band gains on poor prompts",
+        "The gain by the paper's band is larger on mixed, where a quarter of the prompts are nonsense, than on the other "
+        "five.",
+        "there is something to remove",
+        Contrast(("mixed",), "npd", "npd-none"),
+        Contrast(tuple(task for task in ALL if task != "mixed"), "npd", "npd-none"),
+    ),
+    Hypothesis(
+        "adaptive does no harm",
+        "NPD with the adaptive rule is not behind NPD without a filter by more than a point, over all six tasks.",
+        "its bounds follow the data",
+        Contrast(ALL, "npd-adaptive", "npd-none"),
+        above=-1.0,
+    ),
+    Hypothesis(
+        "near-policy is cheap",
+        "NPD without a filter is ahead of strict on-policy at equal seconds, over all six tasks.",
+        "the paper's speed, at a quality that is nearly the same",
+        Contrast(ALL, "npd-none", "strict", "seconds"),
+    ),
+    Hypothesis(
+        "near-policy is nearly on-policy",
+        "NPD without a filter is not behind strict on-policy by more than two points at equal steps, over all six tasks.",
+        "the KL to the snapshot stays small",
+        Contrast(ALL, "npd-none", "strict"),
+        above=-2.0,
+    ),
+    Hypothesis(
+        "mixing gains",
+        "NPD with 30% true references is ahead of NPD without them at equal steps, over all six tasks.",
+        "references are right where the teacher is not, and show what the student never samples",
+        Contrast(ALL, "npd-mixed", "npd-none"),
+    ),
+    Hypothesis(
+        "equal seconds",
+        "Sequence-level KD is ahead of NPD without a filter at equal seconds, over all six tasks.",
+        "its steps are cheaper, and these tasks are easy to imitate; it would speak against the method where text is cheap",
+        Contrast(ALL, "kd-sequence", "npd-none", "seconds"),
+    ),
+)

@@ -1,0 +1,99 @@
+"""What the study brings to npd as a plug-in: held-out problems judged by their verifier, and a rule that asks it."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import ClassVar
+
+import numpy as np
+import pyarrow as pa
+
+from benchmarks.evidence.problems import verified
+from npd.config import Sampling, SelectionConfig, TaskConfig
+from npd.evaluation import BenchmarkSetting, Student, VerifiedTask
+from npd.evaluation.verify import pass_at_k
+from npd.records import PROXIMAL, StepLine
+from npd.registry import BENCHMARKS, RULES
+from npd.schedule import derive_seed
+from npd.selection import Judgement, Rule
+from npd.store import Store
+
+SAMPLES, SAMPLED = 8, 100
+"""Responses to each of so many problems, for pass@k and the KL to the teacher."""
+
+
+class Verified(VerifiedTask):
+    """The prompts of data.eval, whose `answer` is the verifier's check, and whose `source` is the problem's stratum.
+
+    Greedy accuracy each time; once a run, at the first evaluation from step `options.whole_from` on, also pass@k, the KL to
+    the teacher and how often both rank the same token first, all on the same samples at temperature 1. Figures have the
+    processor's seconds of this process when it began and when it ended, so that evaluation is no part of what a run took.
+    """
+
+    needs = "answer"
+
+    def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
+        assert setting.held_out is not None, "the study sets data.eval"
+        self.table = setting.held_out.table.slice(0, task.size)
+        self.family, self.whole_from = task.options["family"], task.options["whole_from"]
+        self.checks, self.strata = self.table["answer"].to_pylist(), self.table["source"].to_pylist()
+        super().__init__(task, setting, self.table["prompt_ids"].to_pylist())
+
+    def score(self, problem: int, text: str) -> float:
+        return float(verified(self.family, self.checks[problem], text))
+
+    def __call__(self, student: Student) -> dict[str, float]:
+        begun = time.process_time()
+        length = self.setting.sampling.max_new_tokens
+        right, answered = self._asked(student, self.prompts, Sampling(length, 0.0))
+        figures = {"accuracy": right.mean(), "length": np.mean([len(ids) for ids in answered["response_ids"].to_pylist()])}
+        strata = defaultdict(list)
+        for stratum, one in zip(self.strata, right, strict=True):
+            strata[stratum].append(one)
+        figures |= {f"of {name}": np.mean(ones) for name, ones in strata.items()}
+        steps = [line.step for line in Store(self.setting.config.run_dir).read_metrics() if isinstance(line, StepLine)]
+        if max([0, *steps]) >= self.whole_from:
+            self.whole_from = 1 << 30
+            sampling = Sampling(length, samples_per_prompt=SAMPLES)
+            right, answered = self._asked(student, self.table.slice(0, SAMPLED), sampling)
+            counts = right.reshape(-1, SAMPLES).sum(1)
+            figures |= {f"pass@{k}": np.mean([pass_at_k(SAMPLES, int(c), k) for c in counts]) for k in (1, 2, 4, 8)}
+            gap = student.gap(answered)
+            figures |= {"kl_to_teacher": gap.kl / gap.tokens, "agreement": gap.agreed / gap.tokens}
+        figures |= {"cpu_begun": begun, "cpu_ended": time.process_time()}
+        return {f"{self.name}/{name}": float(value) for name, value in figures.items()}
+
+    def _asked(self, student: Student, prompts: pa.Table, sampling: Sampling) -> tuple[np.ndarray, pa.Table]:
+        """Which responses are right, and the table of them."""
+        seed = derive_seed(self.setting.config.seed, "task", self.name, sampling.samples_per_prompt)
+        answered = student.write(prompts, sampling, seed, "evaluate")
+        texts = self.setting.chat.tokenizer.batch_decode(answered["response_ids"].to_pylist(), skip_special_tokens=True)
+        each = sampling.samples_per_prompt
+        return np.array([self.score(i // each, text) for i, text in enumerate(texts)]), answered
+
+
+class ByVerifier(Rule):
+    """Keeps the responses that the family's verifier finds right, or those that it finds wrong: what a filter could know at
+    best. `judged` is set before a run.
+    """
+
+    reads_free = False
+    bounds_of = "the verifier's"
+    right: ClassVar[bool] = True
+    judged: ClassVar[Callable[[pa.Table], list[bool]]]
+    """A part's responses -> right?"""
+
+    def __call__(self, table: pa.Table, config: SelectionConfig) -> Judgement:
+        verdicts = [PROXIMAL if right == self.right else "filtered" for right in ByVerifier.judged(table)]
+        return Judgement(np.array(verdicts), None)
+
+
+class ByRefutation(ByVerifier):
+    right = False
+
+
+RULES.register("verified", ByVerifier)
+RULES.register("refuted", ByRefutation)
+BENCHMARKS.register("verified", Verified)
