@@ -100,6 +100,7 @@ def make_plan(setup: Setup) -> Plan:
     disk += rows + references  # the trainer's copy of a generation's kept samples and of the references
     snapshots = (min(generations, kept + 1) + 1 if contents.by_student else 0) + 1  # the first one, and student/
     disk += snapshots * (held + adapters + files)
+    disk += adapters + FILES * config.student.adapts  # adapter/
     if _evaluates_files(setup):
         disk += held + adapters + files
     # One is written before the oldest goes; it has the weights and two moments of what learns.

@@ -37,7 +37,7 @@ def earlier_answers(
     None: there is none. A teacher that is each generation's snapshot is another one in each.
     """
     for g in (generation,) if follows_snapshots(config, key) else (generation, generation - 1):
-        for part in sorted(store.parts(g)):
+        for part in sorted(store.parts(g) & {*range(len(generations.parts(g)))}):
             try:
                 table = store.read_part(g, part, COLUMNS, check=True)
             except (UserError, FileNotFoundError):  # whoever takes it will say so

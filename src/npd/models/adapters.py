@@ -26,7 +26,7 @@ PLAIN = {
     *("target_parameters", "ensure_weight_tying"),
 }
 # What training does not go on with, but merging takes along.
-MERGED = {"modules_to_save", "bias", "lora_bias", "trainable_token_indices"}
+MERGED = {"modules_to_save", "bias", "trainable_token_indices"}
 INITS = (True, False, "gaussian", "orthogonal")  # which change no weight of the base
 
 
@@ -146,6 +146,8 @@ def merge_adapter(model: PreTrainedModel, config: ModelConfig, *, quantised: boo
     with explained_adapter(config):
         wrapped: Any = peft.PeftModel.from_pretrained(model, str(folder))
         merged: PreTrainedModel = wrapped.get_base_model() if quantised else wrapped.merge_and_unload(safe_merge=True)
+    for parameter in merged.parameters():  # peft leaves them frozen
+        parameter.requires_grad_(parameter.is_floating_point())
     if tied and not quantised and merged.get_input_embeddings().weight is not merged.get_output_embeddings().weight:
         raise UserError(
             f"The adapter {foreign(folder, 200)} changes the embedding or the language-model head of "

@@ -246,7 +246,8 @@ def prove_merge(model: nn.Module, name: str) -> None:
     model.eval()
     changed: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        plain = hidden_states(model, ids, positions).float()
+        with model.disable_adapter():  # type: ignore[operator]
+            plain = hidden_states(model, ids, positions).float()
         for parameter in learned:
             if not parameter.any():  # peft starts one of the two matrices of an adapter at zero
                 parameter.copy_(0.1 * torch.sin(torch.arange(parameter.numel(), device=parameter.device)).view_as(parameter))
