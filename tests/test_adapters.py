@@ -45,7 +45,7 @@ def save_adapter(path: Path, base: Path, **options: Any) -> Path:
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    wrapped.save_pretrained(path)
+    wrapped.save_pretrained(str(path))
     return path
 
 
@@ -153,7 +153,7 @@ def test_an_adapter_that_does_not_belong_is_refused_at_the_start(tmp_path, make_
         {"teacher": {"model": str(base_dir), "adapter": str(adapter)}},
     ):
         with pytest.raises(UserError, match=message):
-            prepare(load_config(make_tree(**sections)), DISTILL)  # type: ignore[arg-type]
+            prepare(load_config(make_tree(**sections)), DISTILL)
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path, base_dir):

@@ -141,7 +141,7 @@ def test_a_long_prompt_of_the_teacher_is_left_out_and_counted_and_another_hint_i
 
 def test_without_any_of_it_prompts_are_kept_as_ever(tmp_path):
     """The same bytes, whether a teacher is there, reads the same, or has options that change nothing here."""
-    plain = [{"prompt": "1="}, {"prompt": [USER]}]
+    plain: list[dict[str, Any]] = [{"prompt": "1="}, {"prompt": [USER]}]
     prompts, _ = told(tmp_path, plain)
     same, _ = told(tmp_path, [{**row, "teacher_prompt": row["prompt"]} for row in plain])
     assert prompts.table.schema == same.table.schema == SCHEMA
@@ -344,7 +344,7 @@ def test_as_it_started_is_what_it_started_as(make_tree, hints, student_dir, lora
         return real(config, **options)
 
     monkeypatch.setattr(npd.generations.models, "load_model", load)
-    monkeypatch.setattr(npd.scoring.local.models, "load_model", load)
+    monkeypatch.setattr(npd.models, "load_model", load)
     result = npd.distill(tree)
     per_run = ["v000000", "v000000", "v000001"] if lora is None else ["student"]  # of the others the trainer's own
     assert [name for name in loaded if name != "student" or lora is not None] == per_run + (["student"] if lora else [])
