@@ -304,7 +304,7 @@ def test_the_example_of_self_distillation_runs(make_tree, tmp_path, base_dir):
 
 
 def test_the_example_of_an_adapter_runs(make_tree, base_dir, data_file, tmp_path):
-    adapter = save_adapter(tmp_path / "adapter", base_dir)
+    adapter = save_adapter(tmp_path / "first", base_dir)
     tree = example("adapter", make_tree, {"model": str(base_dir), "adapter": str(adapter)}, data_file)
     result = npd.distill(tree)
     close(by_peft(base_dir, result.run_dir / "adapter"), logits(result.student))
