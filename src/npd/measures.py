@@ -104,7 +104,7 @@ class ModelWeights:
         return self._model
 
     def path(self) -> Path:
-        path = models.directory_of(self.config)
+        path = models.whole_directory_of(self.config)
         if path is None:
             raise UserError(
                 f"{self.config.model} is to write, but rollout.engine needs a directory of weights for that. Name one, or "

@@ -9,16 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from npd import models
 from npd.config import Config, LossConfig, load_config
 from npd.errors import UserError, foreign
 from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
+from npd.generations.itself import itself
 from npd.generations.models import Tokens, load_tokenizers
 from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
 from npd.prompts import Chat, Prompts, count_sources, read_data
-from npd.registry import ENGINES
+from npd.registry import ENGINES, RULES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
 from npd.store.provenance import in_rows
@@ -47,6 +50,8 @@ class Setup:
     placement: Placement
     longest_prompt: int
     """Tokens, over all that is asked."""
+    longest_of_teacher: int
+    """The same, as teachers read it."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before it begins."""
 
@@ -99,7 +104,10 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     tokens = load_tokenizers(config)
     finished = Store(config.run_dir).finished
     # What is not trained any more need not be there any more.
-    seen = [] if command == EVAL or finished else models.check_weights(config.student, tokens.student, trained=True)
+    seen: list[str] = []
+    if command != EVAL and not finished:
+        seen += models.check_weights(config.student, tokens.student, trained=True)
+        seen += models.check_adapter(config.student, tokens.student)
     chat = chat_of(config, tokens)
     with explained_disk(Path(tempfile.gettempdir())):  # where prompts lie until the run has them
         prompts, held_out = read_data(config, command, chat, needed_of_eval(config))
@@ -117,11 +125,14 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         key=lambda pair: pair[1],
     )
     models.check_context(config.student.model, tokens.student, longest, response, option)
+    read_by_teacher = max([longest, *(p.longest_of_teacher for p in (prompts, held_out) if p is not None)])
     notes = [*seen] + [
         f"{name}: {note}" for data, name in ((prompts, "data.train"), (held_out, "data.eval")) if data for note in data.notes
     ]
     if generates and config.loss.kd_weight:
         notes += divergence_notes(config.loss)
+    if needs_teacher and prompts is not None:
+        notes += knowledge_notes(config, prompts)
     if any(data is not None and data.templated for data in (prompts, held_out)):
         notes += tokens.notes
     compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
@@ -129,12 +140,12 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         if read is not None:
             notes += check_sources(config, read, name)
     reads = (needs_teacher or compared is not None) and not (command != EVAL and finished)
-    question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, longest, response, option)
+    question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, read_by_teacher, response, option)
     for key, teacher in config.all_teachers.items() if reads else ():
         notes += teacher_kind(teacher).check(teacher, tokens.teachers[key], question)
     if command != EVAL:
         Store(config.run_dir).check(given, command)
-    return Setup(config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, notes)
+    return Setup(config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, read_by_teacher, notes)
 
 
 def divergence_notes(loss: LossConfig) -> list[str]:
@@ -145,6 +156,28 @@ def divergence_notes(loss: LossConfig) -> list[str]:
         f"loss.top_k_mass {loss.top_k_mass} gives all tokens outside the teacher's top-k nothing, which {loss.divergence} "
         "takes for impossible. loss.top_k_mass: tail gives them what the teacher gave them."
     ]
+
+
+def knowledge_notes(config: Config, prompts: Prompts) -> list[str]:
+    """What follows from how much the teachers know, as far as prompts tell."""
+    notes = []
+    for key in config.all_teachers:
+        who = itself(config, key)
+        mine = [config.teacher_of(source) == key for source in prompts.table["source"].to_pylist()] if who else []
+        told = np.array(mine) & prompts.told_otherwise if any(mine) else np.ones(1, bool)
+        if not told.any():
+            notes.append(
+                f"The teacher is {who} and reads the same prompts: it knows no more than the student, and its part of the "
+                "loss only holds the student near. A column teacher_prompt, teacher.system or teacher.template_options tell "
+                "it more (docs/objectives.md)."
+            )
+    if prompts.privileged and config.selection.rule == RULES.default and config.selection.lower >= 0:
+        notes.append(
+            f"{prompts.privileged:,} prompts tell the teacher something else than the student. It may then be surer of good "
+            f"responses than the student is, and selection.rule {config.selection.rule} drops those (delta below "
+            f"selection.lower {config.selection.lower:g}). selection.rule none keeps them."
+        )
+    return notes
 
 
 def _processes() -> int:

@@ -25,7 +25,7 @@ from npd.config.models import StudentConfig, TeacherConfig
 from npd.registry import DIVERGENCES, ENGINES, RULES
 
 MOST_PROMPTS = 100 * MANY
-DataColumn = Literal["prompt", "completion", "messages", "answer", "source", "tools"]
+DataColumn = Literal["prompt", "completion", "messages", "answer", "source", "tools", "teacher_prompt"]
 
 
 class DataConfig(Section):
@@ -41,8 +41,8 @@ class DataConfig(Section):
     config: str | None = None
     """Configuration of a Hub dataset that has several."""
     columns: dict[DataColumn, str] = {}
-    """The data's own names, such as {prompt: question, answer: solution}: for prompt, completion, messages, answer, source
-    and tools."""
+    """The data's own names, such as {prompt: question, answer: solution}: for prompt, completion, messages, answer, source,
+    tools and teacher_prompt."""
     template_options: dict[str, Any] = {}
     """Variables for the chat template, such as {enable_thinking: false}: in training, references and evaluation alike."""
     max_prompt_tokens: int = Field(default=1024, ge=1, le=LONGEST_TEXT)
@@ -345,7 +345,13 @@ class Config(Section):
 
     @property
     def all_teachers(self) -> dict[str | None, TeacherConfig]:
-        """Every teacher by the source it is for; None is for all other sources."""
+        """Every teacher by the source it is for; None is for all other sources. One that is the student itself has the
+        student's weights as it started."""
+        return {key: t.of_student(self.student) if t.is_student else t for key, t in self.given_teachers.items()}
+
+    @property
+    def given_teachers(self) -> dict[str | None, TeacherConfig]:
+        """Every teacher as it was given, by the source it is for."""
         default: dict[str | None, TeacherConfig] = {} if self.teacher is None else {None: self.teacher}
         return default | dict(self.teachers)
 

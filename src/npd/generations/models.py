@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,27 +14,35 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from npd.config import Config, ModelConfig, Sampling
+from npd.config import Config, ModelConfig, Sampling, StudentConfig, TeacherConfig
 from npd.errors import UserError
 from npd.evaluation import Gap
+from npd.generations.itself import BelowAdapters, OfSnapshot, follows_snapshots, is_base
 from npd.models import (
+    ADAPTER,
+    Switchable,
     Vocabulary,
     load_model,
     load_model_config,
     load_tokenizer,
+    move,
     shared_vocabulary,
     snapshot_config,
     stop_ids_of,
     template_difference,
+    tensors_of,
 )
 from npd.observe.display import Display
 from npd.placement import Placement
 from npd.records import EngineCheck
 from npd.registry import ENGINES
 from npd.rollout import Engine, EngineSetting, Weights
-from npd.scoring import Identity, Prefill, Teacher, TeacherSetting, teacher_kind
+from npd.scoring import Held, Identity, Prefill, Teacher, TeacherSetting, teacher_kind
+from npd.scoring.contexts import teacher_contexts, written_behind
 from npd.scoring.routed import Routed
 from npd.store import Store
+
+FIRST = 0  # the snapshot that reads and writes what belongs to no generation, where a teacher is a snapshot
 
 
 class Tokens(NamedTuple):
@@ -98,6 +107,7 @@ class Models:
 
     Args:
         engine: the kind of engine that writes; None: the rollout's.
+        longest_of_teacher: tokens of the longest prompt as teachers read it, where that is another.
     """
 
     def __init__(
@@ -111,36 +121,75 @@ class Models:
         placement: Placement,
         *,
         engine: str | None = None,
+        longest_of_teacher: int = 0,
     ) -> None:
         self.config, self.store, self.vocabulary, self.pad_id = config, store, vocabulary, pad_id
         self.longest_prompt, self.display, self.placement = longest_prompt, display, placement
+        self.longest_of_teacher = max(longest_prompt, longest_of_teacher)
         self.engine_kind: type[Engine] = ENGINES[engine or config.rollout.engine]
         self._student: tuple[int, PreTrainedModel] | None = None  # version, model
         self._whole: int | None = None  # the version whose checksums were compared last
         self._engine: Engine | None = None
         self._teachers: dict[str | None, Teacher] = {}
+        self._read_with: dict[str | None, int] = {}  # of teachers that are snapshots, which
+        self._base: Switchable | None = None  # of the student's adapters, where a teacher is that base
+        self._on_base = any(is_base(config, key) for key in config.all_teachers)
 
     # -- teachers
 
-    def teacher(self, key: str | None) -> Teacher:
-        """A teacher by its key in `Config.all_teachers`, made ready when first asked for."""
+    def teacher(self, key: str | None, version: int | None = None) -> Teacher:
+        """A teacher by its key in `Config.all_teachers`, made ready when first asked for.
+
+        Args:
+            version: of one that is each generation's snapshot, which; None: that of the generation that is trained on.
+        """
+        if follows_snapshots(self.config, key):
+            version = self._trained_on() if version is None else version
+            if self._read_with.get(key, version) != version:
+                self._teachers.pop(key).close()
+            self._read_with[key] = version
         if key not in self._teachers:
-            config = self.config.all_teachers[key]
+            config, held = self._weights_of(key, version)
             setting = TeacherSetting(
                 self.vocabulary,
                 self.pad_id,
                 self.placement.teacher,
                 self.config.scoring.batch_tokens,
                 self.display.say,
-                self._start_engine,  # which rests by being closed
+                partial(self._start_engine, longest_prompt=self.longest_of_teacher),  # which rests by being closed
+                held,
             )
             self._teachers[key] = teacher_kind(config)(config, setting)
         return self._teachers[key]
+
+    def _weights_of(self, key: str | None, version: int | None) -> tuple[TeacherConfig, Held | None]:
+        """How a teacher's weights are loaded, and where this process has them anyway."""
+        config, beside = self.config.all_teachers[key], self.placement.teacher == self.placement.rollout
+        if not self.config.given_teachers[key].is_student:
+            return config, BelowAdapters(self._base_of_student) if beside and is_base(self.config, key) else None
+        held: Held | None = BelowAdapters(self._base_of_student) if is_base(self.config, key) else None
+        if follows_snapshots(self.config, key):
+            assert version is not None, "it was asked for"
+            held = OfSnapshot(partial(self.student, version))
+        first = version or 0
+        if self.store.policy(first).is_dir():  # of `npd sft` there are no snapshots
+            config = config.model_copy(update={"model": str(self.snapshot(first)), "revision": None, "adapter": None})
+        return config, held if beside else None
+
+    def _trained_on(self) -> int:
+        """The snapshot that wrote the generation that is trained on."""
+        current = self.store.current
+        manifest = self.store.manifest(current)
+        return current if manifest is None else manifest.policy_version
 
     def move_teachers(self, device: str) -> None:
         """Move those that are loaded here."""
         for teacher in self._teachers.values():
             teacher.move(device)
+        if self._base is not None:
+            move(tensors_of(self._base.base), device)
+        if self._read_with and device == "cpu":
+            self._student = None
 
     # -- the student
 
@@ -148,9 +197,20 @@ class Models:
         """The student as a snapshot has it; the one used last stays loaded."""
         if self._student is None or self._student[0] != version:
             self._student = None  # before the next one takes its memory
-            config = snapshot_config(self.config.student, self.snapshot(version))
-            self._student = version, load_model(config, on=self.placement.rollout)
+            folder = self.snapshot(version)
+            if self._on_base:
+                base = self._base_of_student()
+                base.take(folder / ADAPTER)
+                self._student = version, base.base
+            else:
+                config = snapshot_config(self.config.student, folder)
+                self._student = version, load_model(config, on=self.placement.rollout)
         return self._student[1]
+
+    def _base_of_student(self) -> Switchable:
+        if self._base is None:
+            self._base = Switchable(load_model(self.config.student.base, on=self.placement.rollout))
+        return self._base
 
     def snapshot(self, version: int) -> Path:
         """A snapshot's directory, whole.
@@ -194,16 +254,17 @@ class Models:
         self._engine.take(weights)
         return self._engine
 
-    def _start_engine(self, model: ModelConfig, *, shares_device: bool = False) -> Engine:
-        base = self.store.policy(0)  # where adapters have changed nothing yet; only a distillation has snapshots
-        lora = getattr(model, "lora", None) is not None and base.is_dir()
+    def _start_engine(self, model: ModelConfig, *, shares_device: bool = False, longest_prompt: int | None = None) -> Engine:
+        base = self.store.policy(0)  # where fresh adapters have changed nothing yet; only a distillation has snapshots
+        fresh = isinstance(model, StudentConfig) and model.lora is not None and not model.continues
+        lora = fresh and base.is_dir()
         setting = EngineSetting(
             self.config,
             model,
             self.vocabulary,
             self.pad_id,
             self.placement.rollout,
-            self.longest_prompt,
+            longest_prompt or self.longest_prompt,
             shares_device=shares_device,
             say=self.display.say,
             base=base if lora else None,
@@ -235,7 +296,7 @@ class Models:
         """Let go of everything."""
         for teacher in self._teachers.values():
             teacher.close()
-        self._student, self._teachers = None, {}
+        self._student, self._teachers, self._base = None, {}, None
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -270,6 +331,7 @@ class Evaluated:
     def gap(self, answered: pa.Table) -> Gap:
         config, model = self.models.config, self.weights.model()
         contexts, responses = answered["prompt_ids"].to_pylist(), answered["response_ids"].to_pylist()
+        read = teacher_contexts(answered)
         keys = [config.teacher_of(source) for source in answered["source"].to_pylist()]
         student = self.models.prefill(model, self.autocast)
         kl, agreed, tokens, exact = 0.0, 0, 0, True
@@ -279,8 +341,9 @@ class Evaluated:
             mine = [i for i, k in enumerate(keys) if k == key]
             teacher = self.models.teacher(key)
             exact = exact and teacher.exact
+            told = {"told": [read[i] for i in mine]} if any(read[i] != contexts[i] for i in mine) else {}
             pieces = teacher.distance(
-                student, [contexts[i] for i in mine], [responses[i] for i in mine], config.scoring.top_k
+                student, [contexts[i] for i in mine], [responses[i] for i in mine], config.scoring.top_k, **told
             )
             for piece in pieces:
                 kl, agreed, tokens = kl + piece.kl, agreed + piece.agreed, tokens + piece.tokens
@@ -289,7 +352,7 @@ class Evaluated:
 
 
 class AskedTeacher:
-    """The teacher under evaluation: what it can do is what the student aims at."""
+    """The teacher under evaluation: what it can do is what the student aims at. It is asked as the student is."""
 
     def __init__(self, models: Models) -> None:
         self.models = models
@@ -311,9 +374,13 @@ def engine_difference(table: pa.Table, prefill: Prefill) -> EngineCheck:
 
 
 def routed_writer(models: Models, sampling: Sampling) -> Routed:
-    """Stage: each row is answered by the teacher of its source."""
+    """Stage: each row is answered by the teacher of its source, behind its prompt as that teacher reads it."""
 
     def writer(key: str | None) -> Callable[..., pa.Table]:
-        return lambda table, seed, advance: models.teacher(key).write(table, sampling, seed, advance)
+        def write(table: pa.Table, seed: int, advance: Callable[[int], None]) -> pa.Table:
+            teacher = models.teacher(key, FIRST)
+            return written_behind(table, lambda asked: teacher.write(asked, sampling, seed, advance))
+
+        return write
 
     return Routed(models.config.teacher_of, writer)

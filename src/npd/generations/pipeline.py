@@ -16,7 +16,7 @@ from npd.errors import RunError
 from npd.generations.books import Books
 from npd.generations.earlier import earlier_answers
 from npd.generations.generation import Generations
-from npd.generations.models import Models, engine_difference, routed_writer
+from npd.generations.models import FIRST, Models, engine_difference, routed_writer
 from npd.observe.console import warn_of_engine
 from npd.observe.display import Advance, Display, untold
 from npd.observe.events import Events, SpanName
@@ -171,9 +171,9 @@ class Pipeline:
             with self.events.span(SpanName.LOAD):
                 student = self.models.student(version)
                 for source in table["source"].unique().to_pylist():
-                    self._teacher(self.config.teacher_of(source), generation)
+                    self._teacher(self.config.teacher_of(source), generation, version)
             with self._step(SpanName.SCORE, generation, part, (1 + 2 * free) * tokens) as advance:
-                scored = self._score_teacher(generation, free=free)(table, advance)
+                scored = self._score_teacher(generation, version, free=free)(table, advance)
                 table = ScoreStudent(self.models.prefill(student), free=free)(scored, advance)
             self._store(generation, part, Select(selection)(table))
 
@@ -215,16 +215,20 @@ class Pipeline:
         elsewhere = self.placement.teacher != self.placement.rollout or all(teacher_kind(t).elsewhere for t in teachers)
         return self.models.engine_kind.continuous and elsewhere
 
-    def _teacher(self, key: str | None, generation: int) -> Teacher:
+    def _teacher(self, key: str | None, generation: int, version: int) -> Teacher:
         """A teacher, which is to answer as it did in the parts that are there already."""
-        teacher = self.models.teacher(key)
-        if not teacher.health.begun and (earlier := earlier_answers(self.config, self.store, key, generation)) is not None:
-            teacher.health.recall(*earlier, self.config.scoring.top_k)
+        teacher = self.models.teacher(key, version)
+        if not teacher.health.begun:
+            earlier = earlier_answers(self.config, self.store, self.generations, key, generation)
+            if earlier is not None:
+                teacher.health.recall(*earlier, self.config.scoring.top_k)
         return teacher
 
-    def _score_teacher(self, generation: int, *, free: bool) -> Routed:
+    def _score_teacher(self, generation: int, version: int, *, free: bool) -> Routed:
         top_k = self.config.scoring.top_k
-        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self._teacher(key, generation), top_k, free=free))
+        return Routed(
+            self.config.teacher_of, lambda key: ScoreTeacher(self._teacher(key, generation, version), top_k, free=free)
+        )
 
     # -- references
 
@@ -243,7 +247,7 @@ class Pipeline:
         if generation == REFERENCE:  # mixed in, and so trained with the same loss as the student's own responses
             free = self.config.scoring.free == "always"  # no rule judges references
             with self._step(SpanName.SCORE, generation, part, (1 + free) * count_tokens(table["response_ids"])) as advance:
-                table = self._score_teacher(generation, free=free)(table, advance)
+                table = self._score_teacher(generation, FIRST, free=free)(table, advance)
         table = identify(table, generation, part, NO_POLICY)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 

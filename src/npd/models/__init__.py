@@ -1,5 +1,6 @@
 """Load and save models, check that teacher and student fit each other, cut a student out of a teacher."""
 
+from npd.models.continued import Switchable, adapter_bytes, check_adapter, with_adapters
 from npd.models.devices import device, fast_bfloat16, finish_copies, move, resolve_dtype, tensors_of, to_host, use_device
 from npd.models.head import AfterHead
 from npd.models.layout import MODES, Layout, Mode, expected_mode, expected_reading, layout_of
@@ -7,7 +8,6 @@ from npd.models.loading import (
     check_context,
     check_weights,
     context_length,
-    directory_of,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -29,9 +29,10 @@ from npd.models.reading import (
     head_weight,
     hidden_states,
 )
-from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
+from npd.models.saving import ADAPTER, State, copy_state, save_adapter, save_model, stop_at
 from npd.models.slots import Continuing, Slots, continuing, expected_continuing, going_on
-from npd.models.students import adapter_bytes, add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
+from npd.models.sources import directory_of, name_of, whole_directory_of
+from npd.models.students import add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 from npd.models.writing import Writing, prompt_batches, ways_to_write
 
@@ -46,6 +47,7 @@ __all__ = [
     "Mode",
     "Slots",
     "State",
+    "Switchable",
     "Vocabulary",
     "Writing",
     "activations",
@@ -55,6 +57,7 @@ __all__ = [
     "backbone",
     "base_model",
     "batches_for",
+    "check_adapter",
     "check_compatible",
     "check_compiler",
     "check_context",
@@ -83,11 +86,13 @@ __all__ = [
     "load_model_config",
     "load_tokenizer",
     "move",
+    "name_of",
     "parameter_count",
     "prompt_batches",
     "prove_layout",
     "quiet_transformers",
     "resolve_dtype",
+    "save_adapter",
     "save_model",
     "saved_dtype",
     "shared_vocabulary",
@@ -99,4 +104,6 @@ __all__ = [
     "to_host",
     "use_device",
     "ways_to_write",
+    "whole_directory_of",
+    "with_adapters",
 ]

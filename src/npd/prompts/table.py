@@ -27,6 +27,10 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Where a teacher reads another prompt than the student, a last column has its ids: null where it is the student's own.
+TEACHER_PROMPT = "teacher_prompt_ids"
+WITH_TEACHERS = SCHEMA.append(pa.field(TEACHER_PROMPT, pa.list_(pa.int32())))
+
 # Several right answers share a cell, apart by a character that no text holds: files of older versions stay readable.
 SEPARATOR = "\x1f"
 NO_DIGEST = "0" * 64  # in the place of a file's digest while the digest is taken
@@ -37,7 +41,8 @@ class Prompts:
     """Prompts as token ids, and what was left out.
 
     Columns of `table`, which is mapped from a file: prompt_id, source, prompt_ids, completion_ids (the stop token included;
-    null without a reference) and answer (null without one; several right ones as `accepted_answers` reads them).
+    null without a reference) and answer (null without one; several right ones as `accepted_answers` reads them). Where a
+    teacher reads some of them otherwise, also teacher_prompt_ids (null: as the student).
     """
 
     table: pa.Table
@@ -108,13 +113,34 @@ class Prompts:
         """Tokens of the longest prompt."""
         return int(pc.max(pc.list_value_length(self.table["prompt_ids"])).as_py() or 0)
 
+    @property
+    def told_otherwise(self) -> np.ndarray:
+        """[N] bool, does a teacher read another prompt than the student?"""
+        if TEACHER_PROMPT not in self.table.column_names:
+            return np.zeros(len(self.table), bool)
+        return pc.is_valid(self.table[TEACHER_PROMPT]).to_numpy()
+
+    @property
+    def privileged(self) -> int:
+        """Prompts that a teacher reads otherwise than the student."""
+        return int(self.told_otherwise.sum())
+
+    @property
+    def longest_of_teacher(self) -> int:
+        """Tokens of the longest prompt as teachers read it."""
+        if not self.privileged:
+            return self.longest
+        lengths = pc.list_value_length(self.table[TEACHER_PROMPT])
+        return int(pc.max(pc.coalesce(lengths, pc.list_value_length(self.table["prompt_ids"]))).as_py() or 0)
+
     def save(self, path: Path) -> None:
         """Write an Arrow file that `open` maps back; its last, empty batch carries the digest of the whole file."""
         facts = {name: value for name, value in vars(self).items() if name != "table"}
-        with pa.ipc.new_file(str(path), SCHEMA.with_metadata({"npd": json.dumps(facts)})) as writer:
+        schema = self.table.schema
+        with pa.ipc.new_file(str(path), schema.with_metadata({"npd": json.dumps(facts)})) as writer:
             for batch in self.table.to_batches(max_chunksize=CHUNK):
                 writer.write_batch(batch)
-            last = pa.RecordBatch.from_pylist([], schema=SCHEMA)
+            last = pa.RecordBatch.from_pylist([], schema=schema)
             writer.write_batch(last, custom_metadata={"sha256": NO_DIGEST})
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
             at = content.rfind(NO_DIGEST.encode())

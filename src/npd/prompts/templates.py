@@ -76,8 +76,7 @@ class Chat:
     ) -> None:
         self.tokenizer, self.options, self.now = tokenizer, dict(options or {}), now or datetime.now()
         self.template = str(tokenizer.chat_template or "")
-        unknown = [name for name in self.options if not re.search(rf"\b{re.escape(name)}\b", self.template)]
-        if unknown:
+        if unknown := self.unknown(self.options):
             raise UserError(
                 f"data.template_options has {foreign(', '.join(unknown), 200)}, but the student's tokenizer has "
                 + ("a chat template that knows nothing of it." if self.template else "no chat template.")
@@ -90,6 +89,10 @@ class Chat:
         ends = (self._eos, self.end.token, *stop_ids)
         self.stop_ids = frozenset(token for token in ends if token is not None)
         self._shows: dict[str, bool] = {}
+
+    def unknown(self, options: Mapping[str, Any]) -> list[str]:
+        """Options that the template knows nothing of."""
+        return [name for name in options if not re.search(rf"\b{re.escape(name)}\b", self.template)]
 
     # -- what is asked
 

@@ -46,7 +46,7 @@ class Store:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir)
-        self.student = self.path / "student"
+        self.student, self.adapter = self.path / "student", self.path / "adapter"
         self.metrics = self.path / "metrics.jsonl"
         self.vocabulary_size: int | None = None  # token ids of parts lie below it, where it is known
         self.joined = False  # has this process begun to work on the run? Then its directory must stay

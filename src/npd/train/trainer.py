@@ -30,7 +30,17 @@ from npd import models
 from npd.config import Config, LossConfig
 from npd.errors import RunError, UserError
 from npd.losses import LossOutput, divergence_of, near_policy_kl, sparse_soft_cross_entropy
-from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, quiet_transformers, save_model
+from npd.models import (
+    State,
+    base_model,
+    copy_state,
+    head_weight,
+    hidden_states,
+    quiet_transformers,
+    save_adapter,
+    save_model,
+    with_adapters,
+)
 from npd.observe.events import Events, SpanName
 from npd.schedule import derive_seed, learning_rate
 from npd.store import DELETE_CHECKPOINT, Store
@@ -126,16 +136,17 @@ class Trainer:
         events: Events,
     ) -> None:
         self.config, self.store, self.tokenizer, self.events = config, store, tokenizer, events
-        self.noisy = config.training.dropout or (config.student.lora is not None and config.student.lora.dropout > 0)
         models.freeze_unread(model)
         torch.manual_seed(derive_seed(config.seed, "adapters"))
-        self.student: nn.Module = add_lora(model, config.student) if config.student.lora else model
+        self.student: nn.Module = with_adapters(model, config.student)
+        adapters: Any = getattr(self.student, "peft_config", {})
+        self.noisy = config.training.dropout or any(each.lora_dropout > 0 for each in adapters.values())
         asked = config.training.gradient_checkpointing
         half = resolve_precision(config) == "bf16"
         able = asked is True or model.supports_gradient_checkpointing
         if able and checkpoints(config, model.config, accelerator.device, bfloat16=half):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if config.student.lora:
+            if config.student.adapts:
                 model.enable_input_require_grads()
         trained = [p for p in self.student.parameters() if p.requires_grad]
         groups = [
@@ -162,6 +173,10 @@ class Trainer:
     def save_student(self, path: Path) -> None:
         """Write the finished student, in the type of the checkpoint that it began as, or that student.dtype names."""
         save_model(self.student, self.tokenizer, path, dtype=models.saved_dtype(self.config.student))
+
+    def save_adapter(self, path: Path, base: str, revision: str | None) -> None:
+        """Write the adapters alone, for the weights that `base` names."""
+        save_adapter(self.student, path, base, revision)
 
     def save_policy(self, path: Path, state: State | None = None, dtype: torch.dtype | None = None) -> None:
         """Write the student, or the weights that `copy_policy` gave; `dtype` None: in the type that they have."""
