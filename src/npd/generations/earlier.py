@@ -8,10 +8,12 @@ import numpy as np
 
 from npd.config import Config
 from npd.errors import UserError
+from npd.generations.generation import Generations
+from npd.prompts import OWN_PROMPT
 from npd.scoring import Reading
 from npd.store import Store
 
-COLUMNS = ["source", "prompt_ids", "response_ids", "topk_ids", "topk_logprobs"]
+COLUMNS = ["prompt_id", "source", "prompt_ids", "response_ids", "topk_ids", "topk_logprobs"]
 ENOUGH = 64  # responses
 
 
@@ -25,7 +27,9 @@ class Earlier(NamedTuple):
     """With top-k alone: a part holds no log-probabilities of a response's own tokens."""
 
 
-def earlier_answers(config: Config, store: Store, key: str | None, generation: int) -> Earlier | None:
+def earlier_answers(
+    config: Config, store: Store, generations: Generations, key: str | None, generation: int
+) -> Earlier | None:
     """What the teacher of a key in `Config.all_teachers` said, in the first whole part of this generation or the one before.
 
     None: there is none.
@@ -40,7 +44,14 @@ def earlier_answers(config: Config, store: Store, key: str | None, generation: i
             mine = [i for i, k in enumerate(keys) if k == key and table["topk_ids"][i].is_valid][:ENOUGH]
             rows = table.take(mine).to_pylist()
             if rows:
-                contexts, responses = ([row[name] for row in rows] for name in ("prompt_ids", "response_ids"))
+                asked = generations.table(g, part)
+                own = (
+                    dict(zip(*(asked[name].to_pylist() for name in ("prompt_id", OWN_PROMPT)), strict=True))
+                    if (OWN_PROMPT in asked.column_names)
+                    else {}
+                )
+                contexts = [own.get(row["prompt_id"]) or row["prompt_ids"] for row in rows]
+                responses = [row["response_ids"] for row in rows]
                 return Earlier(str(store.part(g, part)), contexts, responses, [_reading(row) for row in rows])
     return None
 

@@ -212,13 +212,18 @@ class Pipeline:
     def _scores_beside(self) -> bool:
         """May scoring run while the engine generates? Where the teachers' work is done elsewhere."""
         teachers = self.config.all_teachers.values()
-        elsewhere = self.placement.teacher != self.placement.rollout or all(teacher_kind(t).elsewhere for t in teachers)
+        elsewhere = self.placement.teacher != self.placement.rollout or all(
+            teacher_kind(t).runs_elsewhere(t) for t in teachers
+        )
         return self.models.engine_kind.continuous and elsewhere
 
     def _teacher(self, key: str | None, generation: int) -> Teacher:
         """A teacher, which is to answer as it did in the parts that are there already."""
         teacher = self.models.teacher(key)
-        if not teacher.health.begun and (earlier := earlier_answers(self.config, self.store, key, generation)) is not None:
+        if (
+            not teacher.health.begun
+            and (earlier := earlier_answers(self.config, self.store, self.generations, key, generation)) is not None
+        ):
             teacher.health.recall(*earlier, self.config.scoring.top_k)
         return teacher
 

@@ -32,6 +32,7 @@ from npd.models.reading import (
 from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
 from npd.models.slots import Continuing, Slots, continuing, expected_continuing, going_on
 from npd.models.students import adapter_bytes, add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
+from npd.models.token_bytes import Span, TokenBytes
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 from npd.models.writing import Writing, prompt_batches, ways_to_write
 
@@ -45,7 +46,9 @@ __all__ = [
     "Layout",
     "Mode",
     "Slots",
+    "Span",
     "State",
+    "TokenBytes",
     "Vocabulary",
     "Writing",
     "activations",

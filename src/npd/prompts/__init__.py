@@ -5,12 +5,12 @@ Conventions are those TRL's users know: `prompt` (a string or messages) with opt
 `templates` how a model reads and writes it, `load` the table.
 """
 
-from npd.prompts.load import load_prompts, read_data
+from npd.prompts.load import OwnChat, load_prompts, read_data
 from npd.prompts.readers import SUFFIXES
-from npd.prompts.table import SCHEMA, Prompts, accepted_answers, count_sources
+from npd.prompts.table import OWN_PROMPT, SCHEMA, Prompts, accepted_answers, count_sources
 from npd.prompts.templates import Chat, TurnEnd, turn_end
 
 __all__ = [
-    "SCHEMA", "SUFFIXES", "Chat", "Prompts", "TurnEnd", "accepted_answers", "count_sources", "load_prompts", "read_data",
-    "turn_end",
+    "OWN_PROMPT", "SCHEMA", "SUFFIXES", "Chat", "OwnChat", "Prompts", "TurnEnd", "accepted_answers", "count_sources",
+    "load_prompts", "read_data", "turn_end",
 ]  # fmt: skip

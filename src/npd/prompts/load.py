@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from npd.config import Config
 from npd.errors import UserError, foreign
 from npd.prompts.layouts import Row, read_row
 from npd.prompts.readers import Source
-from npd.prompts.table import CHUNK, SCHEMA, Prompts, mapped
+from npd.prompts.table import CHUNK, OWN_PROMPT, SCHEMA, WITH_OWN, Prompts, mapped
 from npd.prompts.templates import Asked, Chat
 
 if TYPE_CHECKING:  # to read a run's files, nobody should wait for transformers
@@ -50,13 +50,18 @@ class _Seen:
         return new
 
 
+OwnChat = Callable[[str], Chat | None]
+"""The teacher's own, for prompts of a source; None where it reads with the student's tokenizer."""
+
+
 def read_data(
-    config: Config, command: str, chat: Chat, held_out_need: str | None = None
+    config: Config, command: str, chat: Chat, held_out_need: str | None = None, own: OwnChat | None = None
 ) -> tuple[Prompts | None, Prompts | None]:
     """What a command reads: data.train (None for `eval`, which trains on nothing) and data.eval (None without one).
 
     Args:
         held_out_need: the column that every row of data.eval must have.
+        own: how teachers read data.train, where one has another tokenizer.
 
     Raises:
         UserError: as `load_prompts`.
@@ -79,6 +84,7 @@ def read_data(
             max_completion_tokens=config.rollout.max_new_tokens if needs else None,
             need="completion" if needs else None,
             lenient=not needs and not (given and config.schedule.references),
+            own=own,
             **common,
         )
     if data.eval is not None:
@@ -99,6 +105,7 @@ def load_prompts(
     max_completion_tokens: int | None = None,
     need: str | None = None,
     lenient: bool = False,
+    own: OwnChat | None = None,
 ) -> Prompts:
     """Read, render and tokenise prompts; rows that can't be used are counted and named, never cut.
 
@@ -112,6 +119,7 @@ def load_prompts(
         need: a column that every row must have: "completion" or "answer". Where it is the completion, rows repeat each other
             only with the same one.
         lenient: completions are not used: one that can't be written is left away, with a remark, and the prompt stays.
+        own: fills the column `OWN_PROMPT`; None: there is none.
 
     Raises:
         UserError: a missing or unreadable file, a row of the wrong shape (named by file and line), messages without a
@@ -119,7 +127,9 @@ def load_prompts(
     """
     chat, columns = chat or Chat(tokenizer), columns or {}
     raw = Source(source, split, config, columns.values())
-    prompts, seen = Prompts(SCHEMA.empty_table(), 0), _Seen()
+    schema = SCHEMA if own is None else WITH_OWN
+    prompts, seen = Prompts(schema.empty_table(), 0), _Seen()
+    readers: dict[str, str] = {}  # sources whose teacher has another tokenizer, and what that is
     pending: list[tuple[str, dict[str, Any]]] = []
     missing = set(columns.values())
 
@@ -133,12 +143,12 @@ def load_prompts(
             else:
                 prompts.leave_out("duplicate of an earlier prompt", where)
         pending.clear()
-        return pa.RecordBatch.from_pylist(rows, schema=SCHEMA)
+        return pa.RecordBatch.from_pylist(rows, schema=schema)
 
     # Unlinked as soon as it is mapped: the system frees it when the last reader is gone.
     with tempfile.TemporaryDirectory(prefix="npd-", ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "prompts.arrow"
-        with pa.ipc.new_file(str(file), SCHEMA) as writer:
+        with pa.ipc.new_file(str(file), schema) as writer:
             for where, record in raw.rows():
                 prompts.rows += 1
                 if missing:
@@ -155,7 +165,16 @@ def load_prompts(
                     prompts.leave_out(reason, where)
                     continue
                 prompts.templated += not isinstance(row.prompt, str)
-                pending.append((where, _columns(row, asked, completion_ids)))
+                columns_of = _columns(row, asked, completion_ids)
+                if own is not None and (reader := own(row.source)) is not None:
+                    theirs, _ = render_row(row, reader)
+                    if not theirs.ids:
+                        prompts.leave_out("empty prompt for the teacher's tokenizer", where)
+                        continue
+                    columns_of[OWN_PROMPT] = theirs.ids
+                    if row.source not in readers:
+                        readers[row.source] = tokenizer_digest(reader.tokenizer)
+                pending.append((where, columns_of))
                 if len(pending) == CHUNK:
                     writer.write_batch(fresh())
             writer.write_batch(fresh())
@@ -168,6 +187,8 @@ def load_prompts(
     limits = {"prompt": max_prompt_tokens, "completion": max_completion_tokens, "need": need}
     options = {"columns": dict(columns), "template": chat.options, **limits, "stops": sorted(chat.stop_ids)}
     prompts.made_from = {"data": raw.digest(), "tokenizer": tokenizer_digest(tokenizer), "options": options}
+    if own is not None:
+        prompts.made_from["teachers' tokenizers"] = dict(sorted(readers.items()))
     prompts.date = chat.now.isoformat() if chat.dated else None
     return prompts
 

@@ -27,6 +27,10 @@ SCHEMA = pa.schema(
     ]
 )
 
+OWN_PROMPT = "teacher_prompt_ids"
+"""A further column where a teacher reads prompts with its own tokenizer: its ids of the same prompt; null in others' rows."""
+WITH_OWN = SCHEMA.append(pa.field(OWN_PROMPT, pa.list_(pa.int32())))
+
 # Several right answers share a cell, apart by a character that no text holds: files of older versions stay readable.
 SEPARATOR = "\x1f"
 NO_DIGEST = "0" * 64  # in the place of a file's digest while the digest is taken
@@ -37,7 +41,8 @@ class Prompts:
     """Prompts as token ids, and what was left out.
 
     Columns of `table`, which is mapped from a file: prompt_id, source, prompt_ids, completion_ids (the stop token included;
-    null without a reference) and answer (null without one; several right ones as `accepted_answers` reads them).
+    null without a reference) and answer (null without one; several right ones as `accepted_answers` reads them); `OWN_PROMPT`
+    where a teacher has another tokenizer.
     """
 
     table: pa.Table
@@ -106,15 +111,24 @@ class Prompts:
     @property
     def longest(self) -> int:
         """Tokens of the longest prompt."""
-        return int(pc.max(pc.list_value_length(self.table["prompt_ids"])).as_py() or 0)
+        return self._longest("prompt_ids")
+
+    @property
+    def longest_own(self) -> int:
+        """Tokens of the longest prompt that a teacher reads with its own tokenizer; 0 without any."""
+        return self._longest(OWN_PROMPT) if OWN_PROMPT in self.table.column_names else 0
+
+    def _longest(self, column: str) -> int:
+        return int(pc.max(pc.list_value_length(self.table[column])).as_py() or 0)
 
     def save(self, path: Path) -> None:
         """Write an Arrow file that `open` maps back; its last, empty batch carries the digest of the whole file."""
         facts = {name: value for name, value in vars(self).items() if name != "table"}
-        with pa.ipc.new_file(str(path), SCHEMA.with_metadata({"npd": json.dumps(facts)})) as writer:
+        schema = self.table.schema.remove_metadata()
+        with pa.ipc.new_file(str(path), schema.with_metadata({"npd": json.dumps(facts)})) as writer:
             for batch in self.table.to_batches(max_chunksize=CHUNK):
                 writer.write_batch(batch)
-            last = pa.RecordBatch.from_pylist([], schema=SCHEMA)
+            last = pa.RecordBatch.from_pylist([], schema=schema)
             writer.write_batch(last, custom_metadata={"sha256": NO_DIGEST})
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
             at = content.rfind(NO_DIGEST.encode())

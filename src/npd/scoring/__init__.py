@@ -18,10 +18,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary
+from npd.prompts import OWN_PROMPT
 from npd.registry import TEACHERS
+from npd.scoring.alignment import EXACT, MERGED
 from npd.scoring.distance import Distance, at_least
 from npd.scoring.health import Health, wrong_readings
 from npd.scoring.prefill import Prefill, Reading
+from npd.store.schema import ALIGNED
 
 __all__ = [
     "Identity",
@@ -33,6 +36,7 @@ __all__ = [
     "ScoreTeacher",
     "Teacher",
     "TeacherSetting",
+    "contexts_of",
     "teacher_kind",
 ]
 
@@ -62,6 +66,8 @@ class Identity(NamedTuple):
     """Tokens that end its responses, besides the student's."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """Its own, with the chat template that it was made for; None where that is not at hand."""
+    aligned: bool = False
+    """Does it read with that, and not with the student's? Then it shares no token ids with the student."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,10 @@ class Question:
     """Tokens of the longest response."""
     option: str
     """The option that bounds `response`."""
+    own_prompt: int = 0
+    """Tokens of the longest prompt of a teacher that reads prompts with its own tokenizer."""
+    whose: str = "The student"
+    """Whose tokenizer it is, for messages."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,8 @@ class TeacherSetting:
     """Is told what a person should know meanwhile."""
     start_engine: Callable[[ModelConfig], Any] | None = None
     """Starts an engine (`npd.rollout.Engine`) that writes with the weights of a model here."""
+    student: ModelConfig | None = None
+    """Whose tokenizer responses are in; None where only ids are known."""
 
 
 class Teacher(ABC):
@@ -112,6 +124,11 @@ class Teacher(ABC):
     def suits(cls, config: TeacherConfig) -> bool:
         """Is a teacher of this kind meant, where `kind` does not say?"""
         return False
+
+    @classmethod
+    def runs_elsewhere(cls, config: TeacherConfig) -> bool:
+        """Is the work of this teacher done by another machine or process?"""
+        return cls.elsewhere
 
     @classmethod
     def identify(cls, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: str) -> Identity:
@@ -179,6 +196,10 @@ class Teacher(ABC):
         """KL(teacher || student) on responses, piece by piece; here a lower bound, from the teacher's top-k."""
         return at_least(student, self.read(contexts, responses, top_k), contexts, responses)
 
+    def context(self) -> int | None:
+        """Tokens that it reads at once, at most; None: not known."""
+        return None
+
     def move(self, device: str) -> None:
         """Move what is loaded here to a device."""
 
@@ -198,7 +219,7 @@ def teacher_kind(config: TeacherConfig) -> type[Teacher]:
     Raises:
         UserError: there is no such kind.
     """
-    if config.kind is not None:
+    if config.kind is not None and not config.align:
         return TEACHERS[config.kind]
     return TEACHERS.suiting(config)
 
@@ -210,6 +231,13 @@ def _mean_nll(readings: list[Reading]) -> pa.Array:
     return pa.array([-float(reading.logprobs.mean(dtype=np.float64)) for reading in readings], pa.float32())
 
 
+def contexts_of(table: pa.Table) -> list[list[int]]:
+    """What a teacher reads each row's response behind: its own prompt where it has one, else the student's."""
+    prompts: list[list[int]] = table["prompt_ids"].to_pylist()
+    own = table[OWN_PROMPT].to_pylist() if OWN_PROMPT in table.column_names else [None] * len(prompts)
+    return [prompt if mine is None else mine for prompt, mine in zip(prompts, own, strict=True)]
+
+
 class _Scorer:
     """Conditional and free reading of a table's responses by one model."""
 
@@ -217,8 +245,7 @@ class _Scorer:
         self.reader, self.top_k, self.free = reader, top_k, free
 
     def conditional(self, table: pa.Table, progress: Advance | None) -> list[Reading]:
-        contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
-        return self.reader(contexts, responses, self.top_k, progress)
+        return self.reader(contexts_of(table), table["response_ids"].to_pylist(), self.top_k, progress)
 
     def free_nll(self, table: pa.Table, progress: Advance | None) -> pa.Array:
         """Mean nats per response token without the prompt, behind one start token; nulls where that is not wanted."""
@@ -229,7 +256,7 @@ class _Scorer:
 
 
 class ScoreTeacher(_Scorer):
-    """Stage: adds teacher_nll, teacher_nll_free, topk_ids and topk_logprobs.
+    """Stage: adds teacher_nll, teacher_nll_free, topk_ids, topk_logprobs, and of a teacher with another tokenizer `ALIGNED`.
 
     Raises:
         RunError: the teacher answers what no model can, or no longer as it did first.
@@ -240,8 +267,12 @@ class ScoreTeacher(_Scorer):
         self._see(table, readings)
         nll_free = self.free_nll(table, progress)
         if isinstance(self.reader, Teacher):  # last: what was read before a server was exchanged is not kept either
-            contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
+            contexts, responses = contexts_of(table), table["response_ids"].to_pylist()
             self.reader.health.check(self.reader, self.reader.config.model, contexts, responses, readings)
+        if readings and readings[0].kinds is not None:
+            for name, kind in zip(ALIGNED.names, (EXACT, MERGED), strict=True):
+                counts = [int((reading.kinds == kind).sum()) for reading in readings]
+                table = table.append_column(name, pa.array(counts, pa.int32()))
         return (
             table.append_column("teacher_nll", _mean_nll(readings))
             .append_column("teacher_nll_free", nll_free)

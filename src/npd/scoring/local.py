@@ -81,6 +81,9 @@ class LocalTeacher(Teacher):
     ) -> Iterator[Distance]:
         return exact(student, self.prefill, contexts, responses)
 
+    def context(self) -> int | None:
+        return models.context_length(self.model().config)
+
     def model(self) -> PreTrainedModel:
         """Its weights as a model, for an engine."""
         assert self._model is not None, "a teacher is not asked once it is closed"

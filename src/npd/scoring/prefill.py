@@ -28,7 +28,9 @@ class Reading(NamedTuple):
     topk_ids: np.ndarray
     """[T, K] int32, best first; K is 0 if no top-k was asked for."""
     topk_logprobs: np.ndarray
-    """[T, K] float32"""
+    """[T, K] float32; of a teacher with another tokenizer -inf where there is nothing, and the id then matters to nobody."""
+    kinds: np.ndarray | None = None
+    """[T] of a teacher with another tokenizer: what became of each position (see `npd.scoring.alignment`)."""
 
 
 class Prefill:
