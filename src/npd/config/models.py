@@ -58,8 +58,8 @@ class TeacherConfig(ModelConfig):
     options: dict[str, Any] = {}
     """Options of a kind that a plug-in brings, by its own names."""
     align: bool = False
-    """The teacher has another tokenizer: it reads prompts and responses with that and its own chat template, and positions meet
-    by bytes (docs/objectives.md). A served one needs `tokenizer` then."""
+    """The teacher has another tokenizer: it reads prompts and responses with that and its own chat template, and positions
+    meet by bytes (docs/objectives.md). A served one needs `tokenizer` then."""
     server: str | None = None
     """URL of a running vLLM or SGLang server (http://host:8000) that serves the teacher; `model` is then its name there.
     null: the teacher is loaded here. The key, if the server wants one, is read from the environment (api_key_env)."""

@@ -49,8 +49,8 @@ class TokenBytes:
         scheme = _scheme(tokenizer)
         if scheme is None:
             raise UserError(
-                f"How the tokens of {self.name} become bytes is not known ({type(tokenizer).__name__}), so they can't be aligned "
-                "with those of another tokenizer.",
+                f"How the tokens of {self.name} become bytes is not known ({type(tokenizer).__name__}), so they can't be "
+                "aligned with those of another tokenizer.",
                 "Choose a model whose tokenizer is a byte-level or SentencePiece BPE, or a unigram, in tokenizer.json.",
             )
         self.words: list[str | None] = [None] * size
@@ -215,7 +215,7 @@ def _piece(word: str, scheme: str) -> bytes | None:
 
 
 def _byte_of() -> dict[str, int]:
-    """The bytes behind byte-level BPE's characters: those that print stand for themselves, others for 256, 257, ... in order."""
+    """The bytes behind byte-level BPE's characters: what prints stands for itself, the others are 256, 257, ... in order."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + n): byte for n, byte in enumerate(others)}

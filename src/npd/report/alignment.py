@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from npd.report.facts import RunFacts
-from npd.report.figures import percent
-from npd.report.tables import Table, middle_left_out
+from npd.report.tables import Table, middle_left_out, percent
 from npd.store import REFERENCE
 
 
@@ -20,8 +19,8 @@ def aligned_table(run: RunFacts) -> Table | None:
         shares = (f"{n:,} ({percent(n / found.total)})" for n in (found.exact, found.merged, found.left_out))
         rows.append(["references" if g == REFERENCE else f"g{g}", f"{found.total:,}", *shares])
     note = (
-        "Exact: one token of the student's is one of the teacher's, and has its top-k. Merged: it covers several of them, and has "
-        "its own probability alone, or begins one, and has the top-k's. Left out: cross-entropy alone."
+        "Exact: one token of the student's is one of the teacher's, and has its top-k. Merged: it covers several of them, "
+        "and has its own probability alone, or begins one, and has the top-k's. Left out: cross-entropy alone."
     )
     columns = ["generation", "response tokens", "exact", "merged", "left out"]
     return Table("Read with the teacher's own tokenizer", columns, rows, note) if rows else None

@@ -23,7 +23,7 @@ from npd.registry import TEACHERS
 from npd.scoring.alignment import EXACT, MERGED
 from npd.scoring.distance import Distance, at_least
 from npd.scoring.health import Health, wrong_readings
-from npd.scoring.prefill import Prefill, Reading
+from npd.scoring.prefill import AlignedReading, Prefill, Reading
 from npd.store.schema import ALIGNED
 
 __all__ = [
@@ -86,8 +86,8 @@ class Question:
     """The option that bounds `response`."""
     own_prompt: int = 0
     """Tokens of the longest prompt of a teacher that reads prompts with its own tokenizer."""
-    whose: str = "The student"
-    """Whose tokenizer it is, for messages."""
+    own: bool = False
+    """Is `tokenizer` the teacher's own, so that a server is to have the same one?"""
 
 
 @dataclass(frozen=True)
@@ -269,9 +269,10 @@ class ScoreTeacher(_Scorer):
         if isinstance(self.reader, Teacher):  # last: what was read before a server was exchanged is not kept either
             contexts, responses = contexts_of(table), table["response_ids"].to_pylist()
             self.reader.health.check(self.reader, self.reader.config.model, contexts, responses, readings)
-        if readings and readings[0].kinds is not None:
+        aligned = [reading for reading in readings if isinstance(reading, AlignedReading)]
+        if aligned:
             for name, kind in zip(ALIGNED.names, (EXACT, MERGED), strict=True):
-                counts = [int((reading.kinds == kind).sum()) for reading in readings]
+                counts = [int((reading.kinds == kind).sum()) for reading in aligned]
                 table = table.append_column(name, pa.array(counts, pa.int32()))
         return (
             table.append_column("teacher_nll", _mean_nll(readings))

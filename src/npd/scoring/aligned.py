@@ -26,7 +26,7 @@ from npd.scoring import Advance, Identity, Question, Teacher, TeacherSetting, te
 from npd.scoring.alignment import NONE, align, carry, token_logprobs
 from npd.scoring.distance import Distance
 from npd.scoring.health import Health, wrong_readings
-from npd.scoring.prefill import Prefill, Reading
+from npd.scoring.prefill import AlignedReading, Prefill, Reading
 from npd.store.schema import add_answers
 
 
@@ -195,7 +195,7 @@ class AlignedTeacher(Teacher):
             tokenizer=identity.tokenizer,
             vocabulary=own,
             prompt=max(1, question.own_prompt),
-            whose="The tokenizer that teacher.tokenizer names",
+            own=True,
         )
         return teacher_kind(inner).check(inner, identity, asked)
 
@@ -248,7 +248,7 @@ class AlignedTeacher(Teacher):
             self.vocabulary.size,
         )
         own = token_logprobs(alignment, said.logprobs).astype(np.float32)
-        return Reading(own, ids, values, alignment.kinds)
+        return AlignedReading.of(Reading(own, ids, values), alignment.kinds)
 
     def write(self, table: pa.Table, sampling: Sampling, seed: int = 0, progress: Advance | None = None) -> pa.Table:
         asked = table.set_column(table.column_names.index("prompt_ids"), "prompt_ids", table[OWN_PROMPT])

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npd.errors import RunError
-from npd.scoring.prefill import Reading
+from npd.scoring.prefill import AlignedReading, Reading
 from npd.store.answers import wrong_ids, wrong_logprobs, wrong_top
 
 QUESTIONS, TOKENS, BEST = 8, 16, 32
@@ -37,7 +37,7 @@ def wrong_readings(readings: Sequence[Reading], lengths: Sequence[int], top_k: i
         if shapes != ((length,), (length, top_k), (length, top_k)):
             return f"log-probabilities of shapes {shapes} for {length} tokens and their top {top_k}"
         wrong = wrong_logprobs(reading.logprobs, finite=False) or wrong_ids(reading.topk_ids, size)
-        said = slice(None) if reading.kinds is None else (reading.topk_logprobs > -np.inf).any(axis=1)
+        said = _said(reading.topk_logprobs) if isinstance(reading, AlignedReading) else slice(None)
         wrong = wrong or wrong_top(reading.topk_ids[said], reading.topk_logprobs[said], finite=False)
         if wrong is not None:
             return f"{wrong} in response {i}"
@@ -152,10 +152,10 @@ class Health:
     ) -> tuple[list[list[int]], list[list[int]], Reading]:
         count = min(QUESTIONS, max(1, len(responses) // ONE_IN))
         rows = np.linspace(0, len(responses) - 1, count).astype(int).tolist()  # from all over the part
-        kept = _joined([Reading(*(values[: self._tokens] for values in readings[i][:3])) for i in rows])
-        said = Reading(*(values[_said(kept.topk_logprobs)] for values in kept[:3]))
+        kept = _joined([Reading(*(values[: self._tokens] for values in readings[i])) for i in rows])
+        said = Reading(*(values[_said(kept.topk_logprobs)] for values in kept))
         n = len(said.topk_ids)
-        others = [Reading(*(np.roll(values, by, axis=0) for values in said[:3])) for by in (1, n // 2)]
+        others = [Reading(*(np.roll(values, by, axis=0) for values in said)) for by in (1, n // 2)]
         nats = [difference(said, other).nats for other in others] if n else [0.0]
         self._between = float(np.mean(nats)) if n >= FEWEST else 2 * BOUND
         return [list(contexts[i]) for i in rows], [list(responses[i][: self._tokens]) for i in rows], kept
@@ -165,7 +165,7 @@ def difference(was: Reading, now: Reading) -> Difference:
     """How far answers are from those that were given before to the same questions, where those said anything."""
     if not len(said := np.flatnonzero(_said(was.topk_logprobs))):
         return Difference(0.0, 1.0, 0.0, 0.0)
-    was, now = (Reading(*(values[said] for values in reading[:3])) for reading in (was, now))
+    was, now = (Reading(*(values[said] for values in reading)) for reading in (was, now))
     ids, before = was.topk_ids[:, :BEST], was.topk_logprobs[:, :BEST].astype(np.float64)
     after = now.topk_logprobs.astype(np.float64)
     found_TBK = ids[:, :, None] == now.topk_ids[:, None, :]
@@ -187,4 +187,4 @@ def _said(topk_logprobs: np.ndarray) -> np.ndarray:
 
 
 def _joined(readings: Sequence[Reading]) -> Reading:
-    return Reading(*(np.concatenate(columns) for columns in zip(*(reading[:3] for reading in readings), strict=True)))
+    return Reading(*(np.concatenate(columns) for columns in zip(*readings, strict=True)))

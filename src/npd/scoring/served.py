@@ -158,21 +158,31 @@ def _check(config: TeacherConfig, question: Question) -> list[str]:
 
 def _check_tokenizer(config: TeacherConfig, server: Server, question: Question) -> list[str]:
     tokenizer = question.tokenizer
-    if config.tokenizer is not None:
+    if config.tokenizer is not None and not question.own:
         theirs = load_tokenizer(ModelConfig(model=config.tokenizer))
         check_compatible(tokenizer, theirs, ("the student", config.tokenizer))
         return []
     for text in (*PROBES, "".join(tokenizer.all_special_tokens)):
         ids = server.tokenize(text)
         if ids is None:
+            if question.own:
+                return [
+                    f"The server {server.url} does not tokenize, so teacher.tokenizer could not be compared with its own."
+                ]
             return [
                 f"The server {server.url} does not tokenize, so its tokenizer could not be compared with the student's; "
                 "teacher.tokenizer would say where the teacher's own lies."
             ]
         mine = tokenizer(text)["input_ids"]
+        if ids != mine and question.own:
+            raise UserError(
+                f"teacher.tokenizer {config.tokenizer} and {config.model} on {server.url} turn the same text {text!r} into "
+                f"different ids ({mine[:8]} / {ids[:8]} ...).",
+                "Name the tokenizer that the server has.",
+            )
         if ids != mine:
             raise UserError(
-                f"{question.whose} and {config.model} on {server.url} turn the same text {text!r} into different ids "
+                f"The student and {config.model} on {server.url} turn the same text {text!r} into different ids "
                 f"({mine[:8]} / {ids[:8]} ...). NPD compares the two token by token, so they must share a tokenizer; or set "
                 "teacher.align: true and teacher.tokenizer, and positions of two tokenizers meet by bytes."
             )
