@@ -342,8 +342,8 @@ def test_real_tokenizers_align(mine, yours):
         assert b.teacher.tokens.join([span.token for span in read]) == b.student.tokens.join(response)
         kinds = align(spans, read).kinds
         assert len(kinds) == len(response)
-        assert (kinds != LEFT_OUT).mean() > 0.3
-    assert (b.image != NONE).mean() > 0.9
+        assert (kinds != LEFT_OUT).mean() >= 0.2
+    assert (b.image != NONE).mean() > 0.8
 
 
 def test_what_has_no_bytes_is_refused():

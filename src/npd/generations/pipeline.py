@@ -21,6 +21,7 @@ from npd.observe.console import warn_of_engine
 from npd.observe.display import Advance, Display, untold
 from npd.observe.events import Events, SpanName
 from npd.placement import Placement
+from npd.prompts import OWN_PROMPT
 from npd.rollout import Engine, Request
 from npd.schedule import derive_seed
 from npd.scoring import ScoreStudent, ScoreTeacher, Teacher, teacher_kind
@@ -74,6 +75,8 @@ class Pipeline:
                 finish(part, table)
 
     def _store(self, generation: int, part: int, table: pa.Table) -> None:
+        if OWN_PROMPT in table.column_names:  # it follows from the prompt, and its ids are no student's
+            table = table.drop_columns(OWN_PROMPT)
         with self.events.span(SpanName.STORE, generation=generation, part=part):
             if (wrong := wrong_part(table, self.store.vocabulary_size)) is not None:  # or it would be made again for ever
                 raise RunError(
