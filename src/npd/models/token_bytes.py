@@ -103,7 +103,13 @@ class TokenBytes:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
-        ids = self.tokenizer([self._lead + text for text in texts], add_special_tokens=False, split_special_tokens=True)
+        ids = self.tokenizer(
+            [self._lead + text for text in texts],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )
         return [list(each) for each in ids["input_ids"]]
 
     def _behind_lead(self, ids: list[int], text: bytes) -> list[Span] | None:
