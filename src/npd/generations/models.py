@@ -198,14 +198,21 @@ class Models:
         self._engine.take(weights)
         return self._engine
 
-    def _start_engine(self, model: ModelConfig, *, shares_device: bool = False) -> Engine:
+    def _start_engine(
+        self,
+        model: ModelConfig,
+        *,
+        shares_device: bool = False,
+        vocabulary: Vocabulary | None = None,
+        pad_id: int | None = None,
+    ) -> Engine:
         base = self.store.policy(0)  # where adapters have changed nothing yet; only a distillation has snapshots
         lora = getattr(model, "lora", None) is not None and base.is_dir()
         setting = EngineSetting(
             self.config,
             model,
-            self.vocabulary,
-            self.pad_id,
+            vocabulary or self.vocabulary,
+            self.pad_id if pad_id is None else pad_id,
             self.placement.rollout,
             self.longest_prompt,
             shares_device=shares_device,

@@ -101,8 +101,9 @@ class TeacherSetting:
     """Tokens in one packed prefill batch."""
     say: Callable[[str], None] = lambda text: None
     """Is told what a person should know meanwhile."""
-    start_engine: Callable[[ModelConfig], Any] | None = None
-    """Starts an engine (`npd.rollout.Engine`) that writes with the weights of a model here."""
+    start_engine: Callable[..., Any] | None = None
+    """Starts an engine (`npd.rollout.Engine`) that writes with the weights of a model here: of a `ModelConfig`, and where its
+    tokens are not the student's, of its own `vocabulary` and `pad_id`."""
     student: ModelConfig | None = None
     """Whose tokenizer responses are in; None where only ids are known."""
 

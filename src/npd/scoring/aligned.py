@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -156,8 +157,10 @@ class AlignedTeacher(Teacher):
         inner = without_align(config)
         tokenizer = own_tokenizer(config)
         self.inside = own_vocabulary(config, tokenizer)
-        start_pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else self.inside.stop_ids[0]
-        self.inner: Teacher = teacher_kind(inner)(inner, replace(setting, vocabulary=self.inside, pad_id=int(start_pad)))
+        pad = int(self.inside.stop_ids[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        start = setting.start_engine and partial(setting.start_engine, vocabulary=self.inside, pad_id=pad)
+        own = replace(setting, vocabulary=self.inside, pad_id=pad, start_engine=start)
+        self.inner: Teacher = teacher_kind(inner)(inner, own)
         self.vocabulary = replace(setting.vocabulary, start_id=self.inside.start_id)
         ours = Side(load_tokenizer(setting.student), setting.vocabulary.stop_ids)
         self.bridge = Bridge(ours, Side(tokenizer, self.inside.stop_ids, config.model), setting.vocabulary.size)
@@ -190,6 +193,7 @@ class AlignedTeacher(Teacher):
                     f"scoring.top_k is {question.top_k}, but with the aligned teacher {config.model} {whose} has only {size} "
                     "tokens, and some must be left for the rest. Lower scoring.top_k."
                 )
+        assert identity.tokenizer is not None, "it has one of its own"
         asked = replace(
             question,
             tokenizer=identity.tokenizer,
