@@ -293,7 +293,7 @@ def _places(setup: Setup) -> list[list[str]]:
         return rows
     for i, worker in enumerate(placed.workers):
         cpu = f"CPU threads {placed.rollout_threads}, scoring {placed.teacher_threads}, generation 0 {placed.first_threads}"
-        local = any(not teacher_kind(teacher).elsewhere for teacher in config.all_teachers.values())
+        local = any(not teacher_kind(teacher).runs_elsewhere(teacher) for teacher in config.all_teachers.values())
         teacher = f", teacher on {worker.teacher}" if local else ""
         rows.append([f"refresh {i} on", f"{', '.join((worker.rollout, *worker.beside))}{teacher}; {cpu}"])
     if placed.turns:

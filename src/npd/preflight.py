@@ -20,7 +20,7 @@ from npd.generations.itself import itself
 from npd.generations.models import Tokens, load_tokenizers
 from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
-from npd.prompts import Chat, Prompts, count_sources, read_data
+from npd.prompts import Chat, OwnChat, Prompts, count_sources, read_data
 from npd.registry import ENGINES, RULES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
@@ -110,7 +110,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         seen += models.check_adapter(config.student, tokens.student)
     chat = chat_of(config, tokens)
     with explained_disk(Path(tempfile.gettempdir())):  # where prompts lie until the run has them
-        prompts, held_out = read_data(config, command, chat, needed_of_eval(config))
+        own = own_chats(config, tokens, chat) if needs_teacher else None
+        prompts, held_out = read_data(config, command, chat, needed_of_eval(config), own)
     if config.schedule.references and prompts is not None and not len(usable_references(config, prompts)):
         raise UserError(
             "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
@@ -139,6 +140,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
         if read is not None:
             notes += check_sources(config, read, name)
+    if compared is not None or config.evaluation.teacher or generates:
+        check_aligned(config, compared is not None, generates)
     reads = (needs_teacher or compared is not None) and not (command != EVAL and finished)
     question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, read_by_teacher, response, option)
     for key, teacher in config.all_teachers.items() if reads else ():
@@ -171,9 +174,15 @@ def knowledge_notes(config: Config, prompts: Prompts) -> list[str]:
                 "loss only holds the student near. A column teacher_prompt, teacher.system or teacher.template_options tell "
                 "it more (docs/objectives.md)."
             )
-    if prompts.privileged and config.selection.rule == RULES.default and config.selection.lower >= 0:
+    # A teacher with another tokenizer has ids of its own for all prompts, which need not tell it more.
+    keys = {key for key, teacher in config.given_teachers.items() if not teacher.align or teacher.tells_more}
+    sources = prompts.table["source"].to_pylist() if prompts.privileged else []
+    more = sum(
+        told for told, source in zip(prompts.told_otherwise, sources, strict=False) if config.teacher_of(source) in keys
+    )
+    if more and config.selection.rule == RULES.default and config.selection.lower >= 0:
         notes.append(
-            f"{prompts.privileged:,} prompts tell the teacher something else than the student. It may then be surer of good "
+            f"{more:,} prompts tell the teacher something else than the student. It may then be surer of good "
             f"responses than the student is, and selection.rule {config.selection.rule} drops those (delta below "
             f"selection.lower {config.selection.lower:g}). selection.rule none keeps them."
         )
@@ -195,6 +204,55 @@ def chat_of(config: Config, tokens: Tokens) -> Chat:
     """How a run's tokenizer writes conversations: with its options, its stop tokens, and the date when the run began."""
     now = Store(config.run_dir).began
     return Chat(tokens.tokenizer, config.data.template_options, now=now, stop_ids=tokens.vocabulary.stop_ids)
+
+
+def own_chats(config: Config, tokens: Tokens, chat: Chat) -> OwnChat | None:
+    """How teachers with another tokenizer write the prompts of a source; None where there are none of them."""
+    chats = {
+        key: Chat(
+            identity.tokenizer,
+            {name: value for name, value in chat.options.items() if name in str(identity.tokenizer.chat_template)},
+            now=chat.now,
+            whose=f"the teacher {config.all_teachers[key].model}'s",
+        )
+        for key, identity in tokens.teachers.items()
+        if identity.aligned and identity.tokenizer is not None
+    }
+    return (lambda source: chats.get(config.teacher_of(source))) if chats else None
+
+
+def check_aligned(config: Config, compared: bool, trains: bool) -> None:
+    """Refuse what a teacher with another tokenizer can't do.
+
+    Args:
+        compared: is the KL to the teachers measured?
+        trains: is the student trained on what it says?
+
+    Raises:
+        UserError: it can't.
+    """
+    aligned = [key for key, teacher in config.all_teachers.items() if teacher.align]
+    if not aligned:
+        return
+    name = config.all_teachers[aligned[0]].model
+    if compared:
+        raise UserError(
+            f"The KL to the teacher is not defined where it has another tokenizer ({name}, teacher.align), as the two "
+            "distributions are over different tokens.",
+            "Set evaluation.kl_prompts: 0; evaluation.tasks still measure the student.",
+        )
+    if config.evaluation.teacher and None in aligned:
+        raise UserError(
+            f"evaluation.teacher asks {name} tasks as the student's tokenizer writes them, and it has another one "
+            "(teacher.align).",
+            "Set evaluation.teacher: false; as the student of another configuration, `npd eval` measures it by itself.",
+        )
+    if trains and config.loss.kd_weight and config.loss.top_k_mass == "renormalize":
+        raise UserError(
+            "loss.top_k_mass renormalize does not go with teacher.align: where a token of the student's is several of the "
+            f"teacher's ({name}), its own probability alone is known, and scaled to one it would be called certain.",
+            "Set loss.top_k_mass: raw or tail.",
+        )
 
 
 def needed_of_eval(config: Config) -> str | None:

@@ -95,12 +95,15 @@ class TeacherConfig(ModelConfig):
     """What it is; null: what the other options say (loaded here, or served where `server` is set). `plugins` bring others."""
     options: dict[str, Any] = {}
     """Options of a kind that a plug-in brings, by its own names."""
+    align: bool = False
+    """The teacher has another tokenizer: it reads prompts and responses with that and its own chat template, and positions
+    meet by bytes (docs/objectives.md). A served one needs `tokenizer` then."""
     server: str | None = None
     """URL of a running vLLM or SGLang server (http://host:8000) that serves the teacher; `model` is then its name there.
     null: the teacher is loaded here. The key, if the server wants one, is read from the environment (api_key_env)."""
     tokenizer: Place | None = None
-    """Tokenizer of a served teacher (directory or Hub id), to be compared with the student's; null: the server is asked to
-    turn a few texts into ids instead."""
+    """Tokenizer of a served teacher (directory or Hub id), to be compared with the student's, or with `align` to read by;
+    null: the server is asked to turn a few texts into ids instead."""
     api: Literal["auto", "vllm", "sglang"] = "auto"
     """What kind of server it is; auto asks it."""
     api_key_env: str = "NPD_TEACHER_API_KEY"

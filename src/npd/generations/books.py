@@ -12,11 +12,11 @@ from npd.errors import UserError
 from npd.generations.generation import Generations
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName, read_events
-from npd.records import EngineCheck, Manifest, SelectionSummary
+from npd.records import AlignedPositions, EngineCheck, Manifest, SelectionSummary
 from npd.registry import ENGINES
 from npd.selection import Summary, check_some_kept
 from npd.store import Store
-from npd.store.schema import NO_POLICY, SCALARS, count_tokens
+from npd.store.schema import NO_POLICY, SCALARS, count_aligned, count_tokens
 
 
 class Books:
@@ -105,6 +105,7 @@ class Books:
                 length_stops=stops,
                 teachers=self._rows_by_teacher(selection) if self.config.teachers else {},
                 engine=self._engine_check(generation),
+                aligned=self._aligned(generation, count),
             )
             self.store.finish_generation(manifest)
         return manifest
@@ -118,6 +119,11 @@ class Books:
         manifest = self.store.manifest(generation)
         if manifest is not None:
             check_some_kept(manifest.selection, self.selection())
+
+    def _aligned(self, generation: int, count: int) -> AlignedPositions | None:
+        found = [count_aligned(self.store.part(generation, part)) for part in range(count)]
+        counts = [each for each in found if each is not None]
+        return AlignedPositions(*map(sum, zip(*counts, strict=True))) if counts else None
 
     def _engine_check(self, generation: int) -> EngineCheck | None:
         """The worst of what the checks of this generation's engines found."""

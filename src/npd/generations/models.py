@@ -72,17 +72,20 @@ def load_tokenizers(config: Config) -> Tokens:
         key: teacher_kind(teacher).identify(teacher, tokenizer, config.student.model)
         for key, teacher in config.all_teachers.items()
     }
-    for identity in teachers.values():
+    alike = [identity for identity in teachers.values() if not identity.aligned]
+    for identity in alike:
         stop_ids += identity.stop_ids
-    known = [identity.config for identity in teachers.values() if identity.config is not None]
+    known = [identity.config for identity in alike if identity.config is not None]
     options = config.data.template_options
     vocabulary = shared_vocabulary(tokenizer, student, *known, stop_ids=stop_ids, template_options=options)
-    if len(known) < len(teachers):  # how far another one's vocabulary is padded is not known
+    if len(known) < len(alike):  # how far another one's vocabulary is padded is not known
         vocabulary = replace(vocabulary, size=min(vocabulary.size, 1 + max(tokenizer.get_vocab().values())))
     if config.scoring.top_k > vocabulary.size:
         raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
     notes = []
     for key, identity in teachers.items():
+        if identity.aligned:  # it reads what its own template writes
+            continue
         if identity.tokenizer is not None and (difference := template_difference(tokenizer, identity.tokenizer, options)):
             name = config.all_teachers[key].model
             notes.append(f"The chat template of {name} is another one than the student's: {difference}.")
@@ -157,6 +160,7 @@ class Models:
                 self.config.scoring.batch_tokens,
                 self.display.say,
                 partial(self._start_engine, longest_prompt=self.longest_of_teacher),  # which rests by being closed
+                self.config.student,
                 held,
             )
             self._teachers[key] = teacher_kind(config)(config, setting)
@@ -254,15 +258,23 @@ class Models:
         self._engine.take(weights)
         return self._engine
 
-    def _start_engine(self, model: ModelConfig, *, shares_device: bool = False, longest_prompt: int | None = None) -> Engine:
+    def _start_engine(
+        self,
+        model: ModelConfig,
+        *,
+        shares_device: bool = False,
+        longest_prompt: int | None = None,
+        vocabulary: Vocabulary | None = None,
+        pad_id: int | None = None,
+    ) -> Engine:
         base = self.store.policy(0)  # where fresh adapters have changed nothing yet; only a distillation has snapshots
         fresh = isinstance(model, StudentConfig) and model.lora is not None and not model.continues
         lora = fresh and base.is_dir()
         setting = EngineSetting(
             self.config,
             model,
-            self.vocabulary,
-            self.pad_id,
+            vocabulary or self.vocabulary,
+            self.pad_id if pad_id is None else pad_id,
             self.placement.rollout,
             longest_prompt or self.longest_prompt,
             shares_device=shares_device,

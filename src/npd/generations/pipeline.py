@@ -21,6 +21,7 @@ from npd.observe.console import warn_of_engine
 from npd.observe.display import Advance, Display, untold
 from npd.observe.events import Events, SpanName
 from npd.placement import Placement
+from npd.prompts import TEACHER_PROMPT
 from npd.rollout import Engine, Request
 from npd.schedule import derive_seed
 from npd.scoring import ScoreStudent, ScoreTeacher, Teacher, teacher_kind
@@ -74,6 +75,8 @@ class Pipeline:
                 finish(part, table)
 
     def _store(self, generation: int, part: int, table: pa.Table) -> None:
+        if TEACHER_PROMPT in table.column_names:  # it follows from the prompt, and its ids are no student's
+            table = table.drop_columns(TEACHER_PROMPT)
         with self.events.span(SpanName.STORE, generation=generation, part=part):
             if (wrong := wrong_part(table, self.store.vocabulary_size)) is not None:  # or it would be made again for ever
                 raise RunError(
@@ -212,7 +215,9 @@ class Pipeline:
     def _scores_beside(self) -> bool:
         """May scoring run while the engine generates? Where the teachers' work is done elsewhere."""
         teachers = self.config.all_teachers.values()
-        elsewhere = self.placement.teacher != self.placement.rollout or all(teacher_kind(t).elsewhere for t in teachers)
+        elsewhere = self.placement.teacher != self.placement.rollout or all(
+            teacher_kind(t).runs_elsewhere(t) for t in teachers
+        )
         return self.models.engine_kind.continuous and elsewhere
 
     def _teacher(self, key: str | None, generation: int, version: int) -> Teacher:

@@ -33,6 +33,7 @@ from npd.models.saving import ADAPTER, State, copy_state, save_adapter, save_mod
 from npd.models.slots import Continuing, Slots, continuing, expected_continuing, going_on
 from npd.models.sources import directory_of, name_of, whole_directory_of
 from npd.models.students import add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
+from npd.models.token_bytes import Span, TokenBytes
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 from npd.models.writing import Writing, prompt_batches, ways_to_write
 
@@ -46,8 +47,10 @@ __all__ = [
     "Layout",
     "Mode",
     "Slots",
+    "Span",
     "State",
     "Switchable",
+    "TokenBytes",
     "Vocabulary",
     "Writing",
     "activations",

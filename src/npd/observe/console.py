@@ -53,6 +53,13 @@ def show_generation(manifest: Manifest, display: Display) -> None:
     title = f"{name}: {manifest.response_tokens or 0:,} response tokens, {manifest.length_stops or 0} stopped by length"
     columns = ["source", "responses", *names, "delta 5/50/95%", *(["kept from, to"] if bounded else [])]
     display.table(title, columns, rows)
+    if (aligned := manifest.aligned) is not None and aligned.total:
+        display.say(
+            f"Read with the teacher's own tokenizer: {aligned.exact:,} tokens met one of its own "
+            f"({aligned.exact / aligned.total:.1%}), {aligned.merged:,} several or the beginning of one "
+            f"({aligned.merged / aligned.total:.1%}), {aligned.left_out:,} are left to cross-entropy "
+            f"({aligned.left_out / aligned.total:.1%})."
+        )
 
 
 def warn_of_engine(check: EngineCheck, bound: float, display: Display) -> None:

@@ -7,10 +7,21 @@ Conventions are those TRL's users know: `prompt` (a string or messages) with opt
 
 from npd.prompts.load import load_prompts, read_data
 from npd.prompts.readers import SUFFIXES
-from npd.prompts.table import SCHEMA, Prompts, accepted_answers, count_sources
+from npd.prompts.table import SCHEMA, TEACHER_PROMPT, Prompts, accepted_answers, count_sources
+from npd.prompts.teachers import OwnChat
 from npd.prompts.templates import Chat, TurnEnd, turn_end
 
 __all__ = [
-    "SCHEMA", "SUFFIXES", "Chat", "Prompts", "TurnEnd", "accepted_answers", "count_sources", "load_prompts", "read_data",
+    "SCHEMA",
+    "SUFFIXES",
+    "TEACHER_PROMPT",
+    "Chat",
+    "OwnChat",
+    "Prompts",
+    "TurnEnd",
+    "accepted_answers",
+    "count_sources",
+    "load_prompts",
+    "read_data",
     "turn_end",
 ]  # fmt: skip

@@ -18,7 +18,7 @@ from npd.errors import UserError, foreign
 from npd.prompts.layouts import Row, read_row
 from npd.prompts.readers import Source
 from npd.prompts.table import CHUNK, SCHEMA, TEACHER_PROMPT, WITH_TEACHERS, Prompts, mapped
-from npd.prompts.teachers import TeacherPrompts
+from npd.prompts.teachers import OwnChat, TeacherPrompts
 from npd.prompts.templates import Asked, Chat
 
 if TYPE_CHECKING:  # to read a run's files, nobody should wait for transformers
@@ -53,12 +53,13 @@ class _Seen:
 
 
 def read_data(
-    config: Config, command: str, chat: Chat, held_out_need: str | None = None
+    config: Config, command: str, chat: Chat, held_out_need: str | None = None, own: OwnChat | None = None
 ) -> tuple[Prompts | None, Prompts | None]:
     """What a command reads: data.train (None for `eval`, which trains on nothing) and data.eval (None without one).
 
     Args:
         held_out_need: the column that every row of data.eval must have.
+        own: how teachers with another tokenizer read.
 
     Raises:
         UserError: as `load_prompts`.
@@ -72,7 +73,7 @@ def read_data(
         "max_prompt_tokens": data.max_prompt_tokens,
     }
     train = held_out = None
-    told = TeacherPrompts(config, chat) if config.has_teacher else None
+    told = TeacherPrompts(config, chat, own) if config.has_teacher else None
     if command != "eval":
         needs = command == "sft" and given
         train = load_prompts(
@@ -189,6 +190,9 @@ def load_prompts(
     options = {"columns": dict(columns), "template": chat.options, **limits, "stops": sorted(chat.stop_ids)}
     options |= {} if teachers is None else teachers.facts
     prompts.made_from = {"data": raw.digest(), "tokenizer": tokenizer_digest(tokenizer), "options": options}
+    if teachers is not None and teachers.own is not None:
+        digests = {source: tokenizer_digest(chat.tokenizer) for source, chat in sorted(teachers.readers.items())}
+        prompts.made_from["teachers' tokenizers"] = digests
     prompts.date = chat.now.isoformat() if chat.dated else None
     return prompts
 

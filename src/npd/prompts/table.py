@@ -27,7 +27,8 @@ SCHEMA = pa.schema(
     ]
 )
 
-# Where a teacher reads another prompt than the student, a last column has its ids: null where it is the student's own.
+# Where a teacher reads another prompt than the student, or the same with another tokenizer, a last column has its ids, in its
+# own tokens: null where they are the student's own.
 TEACHER_PROMPT = "teacher_prompt_ids"
 WITH_TEACHERS = SCHEMA.append(pa.field(TEACHER_PROMPT, pa.list_(pa.int32())))
 
@@ -136,7 +137,7 @@ class Prompts:
     def save(self, path: Path) -> None:
         """Write an Arrow file that `open` maps back; its last, empty batch carries the digest of the whole file."""
         facts = {name: value for name, value in vars(self).items() if name != "table"}
-        schema = self.table.schema
+        schema = self.table.schema.remove_metadata()
         with pa.ipc.new_file(str(path), schema.with_metadata({"npd": json.dumps(facts)})) as writer:
             for batch in self.table.to_batches(max_chunksize=CHUNK):
                 writer.write_batch(batch)

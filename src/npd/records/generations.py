@@ -54,6 +54,22 @@ class EngineCheck(Record):
 
 
 @dataclass(frozen=True)
+class AlignedPositions(Record):
+    """Response tokens that a teacher with another tokenizer read, by what could be said of them."""
+
+    exact: int
+    """One token of the student's is one of the teacher's: its top-k."""
+    merged: int
+    """One is several, or begins one: what can be carried exactly."""
+    left_out: int
+    """Cross-entropy alone."""
+
+    @property
+    def total(self) -> int:
+        return self.exact + self.merged + self.left_out
+
+
+@dataclass(frozen=True)
 class Manifest(Record):
     """What a finished generation is; the last file of it that is written."""
 
@@ -72,6 +88,8 @@ class Manifest(Record):
     """Responses by the teacher that scored them, where there are several."""
     engine: EngineCheck | None = None
     """The worst check of the engines that wrote it."""
+    aligned: AlignedPositions | None = None
+    """Of the teachers with another tokenizer, if there are any."""
     removed: bool = False
     """Are its parts deleted (checkpoint.keep)?"""
     more: dict[str, Any] = field(default_factory=dict)

@@ -28,6 +28,7 @@ from npd.observe.events import SpanName
 from npd.report import figures as fig
 from npd.report import pictures as pic
 from npd.report import tables as tab
+from npd.report.alignment import aligned_table
 from npd.report.facts import INTERRUPTED, SIGNALLED, RunFacts, clock, gather
 from npd.report.output import check_output, write_output
 from npd.report.samples import MOST_SAMPLES, MOST_TOKENS, Browser, browse
@@ -151,7 +152,7 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
             "Responses",
             "Responses",
             figures=_some(pic.lengths(facts)),
-            tables=[t for t in [generations, tab.engine_table(facts)] if t],
+            tables=[t for t in [generations, aligned_table(facts), tab.engine_table(facts)] if t],
         ),
         Chapter("time", "Time", "Time", intro=[TIME] if facts.events else [], figures=_some(pic.timeline(facts))),
         Chapter("samples", "Samples", "Samples", browser=bool(browser.samples)),

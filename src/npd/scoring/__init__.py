@@ -20,10 +20,12 @@ from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary
 from npd.registry import TEACHERS
+from npd.scoring.alignment import EXACT, MERGED
 from npd.scoring.contexts import teacher_contexts
 from npd.scoring.distance import Distance, at_least
 from npd.scoring.health import Health, wrong_readings
-from npd.scoring.prefill import Prefill, Reading
+from npd.scoring.prefill import AlignedReading, Prefill, Reading
+from npd.store.schema import ALIGNED
 
 __all__ = [
     "Held",
@@ -65,6 +67,8 @@ class Identity(NamedTuple):
     """Tokens that end its responses, besides the student's."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """Its own, with the chat template that it was made for; None where that is not at hand."""
+    aligned: bool = False
+    """Does it read with that, and not with the student's? Then it shares no token ids with the student."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,8 @@ class Question:
     """Tokens of the longest response."""
     option: str
     """The option that bounds `response`."""
+    own: bool = False
+    """Is `tokenizer` the teacher's own, so that a server is to have the same one?"""
 
 
 @dataclass(frozen=True)
@@ -94,8 +100,11 @@ class TeacherSetting:
     """Tokens in one packed prefill batch."""
     say: Callable[[str], None] = lambda text: None
     """Is told what a person should know meanwhile."""
-    start_engine: Callable[[ModelConfig], Any] | None = None
-    """Starts an engine (`npd.rollout.Engine`) that writes with the weights of a model here."""
+    start_engine: Callable[..., Any] | None = None
+    """Starts an engine (`npd.rollout.Engine`) that writes with the weights of a model here: of a `ModelConfig`, and where its
+    tokens are not the student's, of its own `vocabulary` and `pad_id`."""
+    student: ModelConfig | None = None
+    """Whose tokenizer responses are in; None where only ids are known."""
     held: Held | None = None
     """Its weights, where this process has them anyway; None: they are its own to load."""
 
@@ -127,6 +136,11 @@ class Teacher(ABC):
     def suits(cls, config: TeacherConfig) -> bool:
         """Is a teacher of this kind meant, where `kind` does not say?"""
         return False
+
+    @classmethod
+    def runs_elsewhere(cls, config: TeacherConfig) -> bool:
+        """Is the work of this teacher done by another machine or process?"""
+        return cls.elsewhere
 
     @classmethod
     def identify(cls, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: str) -> Identity:
@@ -202,6 +216,10 @@ class Teacher(ABC):
         """
         return at_least(student, self.read(told or contexts, responses, top_k), contexts, responses)
 
+    def context(self) -> int | None:
+        """Tokens that it reads at once, at most; None: not known."""
+        return None
+
     def move(self, device: str) -> None:
         """Move what is loaded here to a device."""
 
@@ -221,7 +239,7 @@ def teacher_kind(config: TeacherConfig) -> type[Teacher]:
     Raises:
         UserError: there is no such kind.
     """
-    if config.kind is not None:
+    if config.kind is not None and not config.align:
         return TEACHERS[config.kind]
     return TEACHERS.suiting(config)
 
@@ -251,7 +269,7 @@ class _Scorer:
 
 
 class ScoreTeacher(_Scorer):
-    """Stage: adds teacher_nll, teacher_nll_free, topk_ids and topk_logprobs.
+    """Stage: adds teacher_nll, teacher_nll_free, topk_ids, topk_logprobs, and of a teacher with another tokenizer `ALIGNED`.
 
     Responses are read behind the teacher's own prompts where a table has such (see `contexts`), without a prompt as ever.
 
@@ -266,6 +284,11 @@ class ScoreTeacher(_Scorer):
         if isinstance(self.reader, Teacher):  # last: what was read before a server was exchanged is not kept either
             contexts, responses = teacher_contexts(table), table["response_ids"].to_pylist()
             self.reader.health.check(self.reader, self.reader.config.model, contexts, responses, readings)
+        aligned = [reading for reading in readings if isinstance(reading, AlignedReading)]
+        if aligned:
+            for name, kind in zip(ALIGNED.names, (EXACT, MERGED), strict=True):
+                counts = [int((reading.kinds == kind).sum()) for reading in aligned]
+                table = table.append_column(name, pa.array(counts, pa.int32()))
         return (
             table.append_column("teacher_nll", _mean_nll(readings))
             .append_column("teacher_nll_free", nll_free)

@@ -95,6 +95,9 @@ class LocalTeacher(Teacher):
     ) -> Iterator[Distance]:
         return exact(student, self.prefill, contexts, responses, told)
 
+    def context(self) -> int | None:
+        return models.context_length(self.model().config)
+
     def model(self) -> PreTrainedModel:
         """Its weights as a model, for an engine."""
         if self._held is not None:

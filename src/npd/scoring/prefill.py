@@ -28,7 +28,20 @@ class Reading(NamedTuple):
     topk_ids: np.ndarray
     """[T, K] int32, best first; K is 0 if no top-k was asked for."""
     topk_logprobs: np.ndarray
-    """[T, K] float32"""
+    """[T, K] float32; of a teacher with another tokenizer -inf where there is nothing, and the id then matters to nobody."""
+
+
+class AlignedReading(Reading):
+    """What a teacher with another tokenizer says about a response of T of the student's tokens."""
+
+    kinds: np.ndarray
+    """[T] what became of each position (see `npd.scoring.alignment`)."""
+
+    @classmethod
+    def of(cls, reading: Reading, kinds: np.ndarray) -> AlignedReading:
+        aligned = cls(*reading)
+        aligned.kinds = kinds
+        return aligned
 
 
 class Prefill:

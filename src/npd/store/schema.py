@@ -37,6 +37,10 @@ SCHEMA = pa.schema(
     ]
 )
 
+ALIGNED = pa.schema([("aligned_exact", pa.int32()), ("aligned_merged", pa.int32())])
+"""Further columns, where a teacher has another tokenizer: how many of a response's tokens met one of its own, and how many
+several or the beginning of one. Null in rows of other teachers."""
+
 # Written byte by byte of like place, which zstd makes smaller than a dictionary of values that hardly repeat
 # (benchmarks/scoring.py counts the bytes).
 SPLIT = [f"{name}.list.element" for name in ("behavior_logprobs", "topk_ids", "topk_logprobs")]
@@ -48,18 +52,35 @@ SCALARS = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
 
 
 def write_columns(table: pa.Table, path: Path) -> None:
-    """Write a part's table with SCHEMA's columns in their order; columns that it lacks are null."""
+    """Write a part's table with SCHEMA's columns in their order; columns that it lacks are null. Those of ALIGNED follow if
+    there are any."""
+    schema = schema_of(table)
     for field in SCHEMA:
         if field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
     pq.write_table(
-        table.select(SCHEMA.names).cast(SCHEMA),
+        table.select(schema.names).cast(schema),
         path,
         compression="zstd",
         use_dictionary=OTHERS,
         column_encoding=dict.fromkeys(SPLIT, "BYTE_STREAM_SPLIT"),
         write_page_checksum=True,
     )
+
+
+def schema_of(table: pa.Table) -> pa.Schema:
+    """The columns of a part that has those of a table."""
+    return pa.schema([*SCHEMA, *(field for field in ALIGNED if field.name in table.column_names)])
+
+
+def count_aligned(path: Path) -> tuple[int, int, int] | None:
+    """Positions of a part's file that are exact, merged and left out; None: its teachers have the student's tokenizer."""
+    if not set(ALIGNED.names) <= set(pq.read_schema(path).names):
+        return None
+    table = pq.read_table(path, columns=[*ALIGNED.names, "response_ids"])
+    tokens = pc.filter(pc.list_value_length(table["response_ids"]), pc.is_valid(table[ALIGNED.names[0]]))
+    exact, merged, read = (int(pc.sum(column).as_py() or 0) for column in (*(table[n] for n in ALIGNED.names), tokens))
+    return exact, merged, read - exact - merged
 
 
 def add_answers(
