@@ -53,9 +53,18 @@ def test_values_and_gradients_are_those_of_the_entries_that_are_there(
         labels = ids[:, -1].clone()
     ours, theirs = ([x.clone().requires_grad_() for x in (hidden, weight)] for _ in range(2))
     out = sparse_soft_cross_entropy(
-        *ours, labels, ids, logprobs, kd_weight=kd_weight, top_k_mass=mass, divergence=name, chunk_tokens=3, fused=fused
+        ours[0],
+        ours[1],
+        labels,
+        ids,
+        logprobs,
+        kd_weight=kd_weight,
+        top_k_mass=mass,
+        divergence=name,
+        chunk_tokens=3,
+        fused=fused,
     )
-    kd = dense(name, *theirs, ids, logprobs, mass)
+    kd = dense(name, theirs[0], theirs[1], ids, logprobs, mass)
     ce = torch.nn.functional.cross_entropy(theirs[0] @ theirs[1].T, labels, reduction="sum")
     loss = (1 - kd_weight) * ce + kd_weight * kd
     assert out.kd.item() == pytest.approx(kd.item(), rel=1e-9, abs=1e-9)

@@ -72,6 +72,7 @@ def teacher_of(path: Path, student: Path, **options: Any) -> Any:
     config = load_config(
         {"run_dir": "", "student": {"model": ""}, "data": {"train": ""}, "teacher": {"model": str(path)} | options}
     ).teacher
+    assert config is not None
     setting = TeacherSetting(VOCABULARY, 0, "cpu", 256, student=ModelConfig(model=str(student)))
     return teacher_kind(config)(config, setting)
 
@@ -118,7 +119,7 @@ def test_the_way_by_bytes_gives_the_same_columns_too(tokenizer, teacher_dir, stu
     other = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
     )
-    model = AutoModelForCausalLM.from_pretrained(teacher_dir)
+    model: Any = AutoModelForCausalLM.from_pretrained(teacher_dir)
     perm = torch.tensor([tokenizer.convert_tokens_to_ids(word) for word in order])
     weight = model.get_input_embeddings().weight.detach()
     config = model.config
@@ -234,6 +235,7 @@ def test_a_run_distils_from_it(make_tree, other_dir, student_dir, tmp_path):
         table = pa.concat_tables([store.read_part(g, p) for p in sorted(store.parts(g))])
         assert TEACHER_PROMPT not in table.column_names
         counts = manifest.aligned
+        assert counts is not None
         assert counts.total == manifest.response_tokens
         assert counts.exact == numbers(table, "aligned_exact").sum()
         assert counts.merged == numbers(table, "aligned_merged").sum()
@@ -247,6 +249,7 @@ def test_a_run_distils_from_it(make_tree, other_dir, student_dir, tmp_path):
     generations = Generations(config, prompts)
     earlier = earlier_answers(config, store, generations, None, 1)
     asked = generations.table(1, 0)
+    assert earlier is not None
     assert earlier.contexts == asked[TEACHER_PROMPT].to_pylist()
     table = asked.append_column("response_ids", pa.array(earlier.responses, pa.list_(pa.int32())))
     for path, same in ((other_dir, True), (save_teacher(tmp_path / "exchanged", pairs_tokenizer(), seed=9), False)):
@@ -267,7 +270,9 @@ def test_one_of_several_teachers_may_have_another_tokenizer(make_tree, other_dir
     read = [value is not None for value in table["aligned_exact"].to_pylist()]
     assert read == [source == "b" for source in table["source"].to_pylist()]
     lengths = [len(ids) for ids, mine in zip(table["response_ids"].to_pylist(), read, strict=True) if mine]
-    assert store.check_generation(0).aligned.total == sum(lengths)
+    counts = store.check_generation(0).aligned
+    assert counts is not None
+    assert counts.total == sum(lengths)
 
 
 def test_it_writes_references_in_its_own_tokens(make_tree, other_dir, tokenizer):

@@ -54,8 +54,8 @@ class TokenBytes:
                 "Choose a model whose tokenizer is a byte-level or SentencePiece BPE, or a unigram, in tokenizer.json.",
             )
         self.words: list[str | None] = [None] * size
-        for word, id_ in vocabulary.items():
-            self.words[id_] = word
+        for name_, id_ in vocabulary.items():
+            self.words[id_] = name_
         self.pieces: list[bytes | None] = [None] * size
         self.specials: dict[int, str] = {}
         for id_, word in enumerate(self.words):
