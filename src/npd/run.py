@@ -18,7 +18,7 @@ from npd.errors import RunError, UserError
 from npd.evaluation import BenchmarkSetting, Evaluator
 from npd.generations.books import Books
 from npd.generations.generation import Generation
-from npd.generations.models import Evaluated, Models
+from npd.generations.models import Evaluated, Models, texts_of
 from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Producer, Workshop, producer_kind
 from npd.generations.reselect import reselect as reselect_generation
@@ -104,6 +104,7 @@ class Run:
             self.display,
             placed,
             engine=engine,
+            decode=texts_of(tokens),
         )
         books = Books(config, self.store, generations, self.display, self.events)
         pipeline = Pipeline(config, self.store, generations, kept, books, self.display, self.events, placed)

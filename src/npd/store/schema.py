@@ -37,6 +37,12 @@ SCHEMA = pa.schema(
     ]
 )
 
+LATER = pa.schema([("reward", pa.float32())])
+"""Columns that a part need not have: those of older versions' runs, and of runs that do not ask for them, have not."""
+
+COLUMNS = pa.schema([*SCHEMA, *LATER])
+"""All that a part can have."""
+
 # Written byte by byte of like place, which zstd makes smaller than a dictionary of values that hardly repeat
 # (benchmarks/scoring.py counts the bytes).
 SPLIT = [f"{name}.list.element" for name in ("behavior_logprobs", "topk_ids", "topk_logprobs")]
@@ -48,18 +54,32 @@ SCALARS = [field.name for field in SCHEMA if not pa.types.is_list(field.type)]
 
 
 def write_columns(table: pa.Table, path: Path) -> None:
-    """Write a part's table with SCHEMA's columns in their order; columns that it lacks are null."""
+    """Write a part's table with SCHEMA's columns in their order; columns that it lacks are null. Of LATER's, those that it
+    has follow."""
     for field in SCHEMA:
         if field.name not in table.column_names:
             table = table.append_column(field, pa.nulls(len(table), field.type))
+    schema = pa.schema([*SCHEMA, *(field for field in LATER if field.name in table.column_names)])
     pq.write_table(
-        table.select(SCHEMA.names).cast(SCHEMA),
+        table.select(schema.names).cast(schema),
         path,
         compression="zstd",
         use_dictionary=OTHERS,
         column_encoding=dict.fromkeys(SPLIT, "BYTE_STREAM_SPLIT"),
         write_page_checksum=True,
     )
+
+
+def with_later(table: pa.Table, names: list[str] | None) -> pa.Table:
+    """A part's table as it was read, with the columns that were asked for, in that order (None: all).
+
+    Raises:
+        KeyError: one of SCHEMA's is not there.
+    """
+    for name in names or ():
+        if name in LATER.names and name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table), LATER.field(name).type))
+    return table.select(names or [*SCHEMA.names, *(name for name in LATER.names if name in table.column_names)])
 
 
 def add_answers(
