@@ -154,7 +154,12 @@ def test_the_demo_is_not_warned(tmp_path):
 def test_a_warning_stands_in_the_report(make_tree):
     """The tests' models are so flat that their top-k hold little."""
     result = npd.distill(
-        make_tree(scoring={"top_k": 1}, schedule={"generations": 2, "passes": 1}, rollout={"max_new_tokens": 40})
+        make_tree(
+            scoring={"top_k": 1},
+            schedule={"generations": 2, "passes": 1},
+            rollout={"max_new_tokens": 40, "part_size": 100},
+            packing={"length": 128},
+        )
     )
     said = warnings(gather(result.run_dir))
     assert [("generation 0" in line, "generation 1" in line) for line in said] == [(True, False), (False, True)]

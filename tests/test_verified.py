@@ -79,7 +79,7 @@ def test_any_text_is_judged(text, answer):
     assert is_correct(text, answer) in (True, False)
 
 
-MEGABYTE = 1 << 20
+LONG = 1 << 18
 
 
 @pytest.mark.parametrize(
@@ -102,9 +102,9 @@ MEGABYTE = 1 << 20
 @pytest.mark.parametrize("filler", ["", "\n", " ", "*"])
 def test_a_hostile_text_takes_no_more_than_its_length(piece, filler):
     began = time.process_time()
-    for text in (piece * (MEGABYTE // len(piece)), piece + filler * MEGABYTE + "#", (piece + filler * 99) * 4000):
+    for text in (piece * (LONG // len(piece)), piece + filler * LONG + "#", (piece + filler * 99) * 2000):
         is_correct(text, "7")
-    assert time.process_time() - began < 20  # quadratic, each would take minutes
+    assert time.process_time() - began < 10  # quadratic, each would take minutes
 
 
 # -- verifiers of others
@@ -190,7 +190,7 @@ def test_entries_of_reasoning_gym_judge_as_they_do_there():
     verifier = Verifier()
     for name in ("chain_sum", "countdown", "mini_sudoku", "letter_counting"):
         entry = reasoning_gym.create_dataset(name, size=1, seed=1)[0]
-        right = entry["metadata"].get("expression", entry["answer"])
+        right = entry["metadata"]["expression"] if name == "countdown" else entry["answer"]
         cell = ENTRY + json.dumps(entry, default=str)
         said = right if "\n" in right else f"so <answer>{right}</answer>"
         assert (verifier(said, cell), verifier("<answer>no</answer>", cell)) == (1.0, 0.0), name

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.compute as pc
+
 from npd import models
 from npd.config import Config, LossConfig, load_config
 from npd.errors import UserError, foreign
@@ -18,7 +20,7 @@ from npd.generations.generation import Generations, ReferenceGenerations, tuning
 from npd.generations.models import Tokens, load_tokenizers
 from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
-from npd.prompts import Chat, Prompts, count_sources, read_data
+from npd.prompts import ENTRY, Chat, Prompts, count_sources, read_data
 from npd.registry import ENGINES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
@@ -165,7 +167,7 @@ def check_answers(config: Config, prompts: Prompts) -> None:
             "Add them, name the column with data.columns, or set selection.reward: any.",
         )
     if config.scoring.verify:
-        check_entries(cell for chunk in answers.chunks for cell in chunk.to_pylist())
+        check_entries(answers.filter(pc.starts_with(answers, ENTRY)).to_pylist())
 
 
 def _processes() -> int:

@@ -153,13 +153,13 @@ def task_of(entry: dict[str, Any]) -> str:
     return str(entry["metadata"]["source_dataset"])
 
 
-def check_entries(cells: Iterable[str | None]) -> None:
+def check_entries(cells: Iterable[str]) -> None:
     """See that the tasks of reasoning-gym entries exist.
 
     Raises:
         UserError: one does not.
     """
-    named = {task_of(entry) for cell in cells if cell is not None and (entry := reasoning_gym_entry(cell)) is not None}
+    named = {task_of(entry) for cell in cells if (entry := reasoning_gym_entry(cell)) is not None}
     if named:
         from reasoning_gym.factory import DATASETS
 

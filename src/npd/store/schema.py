@@ -70,12 +70,17 @@ def write_columns(table: pa.Table, path: Path) -> None:
     )
 
 
-def with_later(table: pa.Table, names: list[str] | None) -> pa.Table:
-    """A part's table as it was read, with the columns that were asked for, in that order (None: all).
+def read_columns(path: Path, names: list[str] | None = None) -> pa.Table:
+    """Read a part's columns, in that order (None: all), page checksums verified; of LATER's, those that it lacks are null.
 
     Raises:
-        KeyError: one of SCHEMA's is not there.
+        OSError, ValueError, KeyError, pa.ArrowException: it is damaged, or one of SCHEMA's columns is not there.
     """
+    wanted = names
+    if names is not None and set(names) & set(LATER.names):
+        there = pq.read_schema(path).names
+        wanted = [name for name in names if name in there or name not in LATER.names]
+    table = pq.read_table(path, columns=wanted, page_checksum_verification=True)
     for name in names or ():
         if name in LATER.names and name not in table.column_names:
             table = table.append_column(name, pa.nulls(len(table), LATER.field(name).type))
