@@ -22,7 +22,8 @@ FLOORS = (
     ("registry",),
     ("config",),
     ("attention", "intervals", "packing", "schedule", "prompts", "records", "result"),
-    ("models", "store"),
+    ("verifying",),
+    ("models", "store", "verifiers"),
     ("losses",),
     ("observe",),
     ("rollout", "scoring", "selection", "evaluation"),
@@ -31,6 +32,7 @@ FLOORS = (
     ("preflight",),
     ("plan", "measures", "dataview"),
     ("run",),
+    ("rewards",),
     ("demo",),
     ("cli",),
     ("__main__",),
@@ -108,6 +110,8 @@ OTHER_MEANINGS = {
     ("transformers", "npd.store.provenance"),  # a package whose version is kept
     ("vllm", "npd.config.models"),  # what a teacher's server runs
     ("vllm", "npd.scoring.server"),
+    ("reasoning_gym", "npd.config.sections"),  # a column of data
+    ("reasoning_gym", "npd.prompts.layouts"),
     ("none", "npd.selection"),  # no quantiles
     ("none", "npd.dataview"),  # no teacher
 }

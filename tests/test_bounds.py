@@ -290,7 +290,9 @@ def test_columns_of_any_type_are_no_matter_where_they_are_not_read(tmp_path, tok
     st.one_of(
         st.binary(max_size=200),
         st.text('{}[]",:1ae\\u d8\n\r', max_size=80).map(str.encode),
-        st.dictionaries(st.sampled_from(["prompt", "messages", "answer", "history", "instruction", "tools"]), VALUES).map(
+        st.dictionaries(
+            st.sampled_from(["prompt", "messages", "answer", "history", "instruction", "tools", "reasoning_gym"]), VALUES
+        ).map(
             lambda row: json.dumps(
                 {key: str(value) if isinstance(value, dict) else value for key, value in row.items()}, default=str
             ).encode()

@@ -87,7 +87,7 @@ def make_plan(setup: Setup) -> Plan:
     rows = samples * (4 * float(prompts.mean()) + wide * float(responses.mean()) + ROW)
     references = 0.0
     if contents.mixed:
-        each = 4 * int(prompts.max()) + (4 + 6 * config.scoring.top_k) * config.rollout.max_new_tokens + ROW
+        each = 4 * int(prompts.max()) + (4 + 6 * config.scoring.top_k) * config.response_tokens + ROW
         references = contents.size(REFERENCE) * each
     per_generation = max(1, steps // generations)
     keep, every = config.checkpoint.keep, config.checkpoint.every_steps
@@ -125,8 +125,9 @@ def make_plan(setup: Setup) -> Plan:
 def _response_lengths(config: Config, prompts: pa.Table, *, given: bool) -> np.ndarray:
     """[N] tokens of each prompt's response: of one that is given, or as many as are allowed."""
     if given and config.data.references == "given":
-        return pc.fill_null(pc.list_value_length(prompts["completion_ids"]), 0).to_numpy()
-    return np.full(len(prompts), config.rollout.max_new_tokens)
+        given_lengths = pc.fill_null(pc.list_value_length(prompts["completion_ids"]), 0).to_numpy()
+        return np.minimum(given_lengths, config.response_tokens)
+    return np.full(len(prompts), config.response_tokens)
 
 
 def _evaluates_files(setup: Setup) -> bool:

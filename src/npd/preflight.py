@@ -10,21 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 
 from npd import models
 from npd.config import Config, LossConfig, load_config
 from npd.errors import UserError, foreign
 from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind
+from npd.generations import guards
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.itself import itself
 from npd.generations.models import Tokens, load_tokenizers
 from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
-from npd.prompts import Chat, OwnChat, Prompts, count_sources, read_data
+from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data
 from npd.registry import ENGINES, RULES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
 from npd.store.provenance import in_rows
+from npd.verifiers import check_entries
 
 AnyConfig = Config | Mapping[str, Any] | str | Path
 
@@ -117,6 +120,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
             "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
             "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
         )
+    if command == DISTILL and prompts is not None:
+        check_answers(config, prompts)
     setting = BenchmarkSetting(config, chat, held_out)
     tasks = [benchmark_kind(task)(task, setting) for task in config.evaluation.tasks]
     longest = max([0, *(p.longest for p in (prompts, held_out) if p is not None), *(task.longest_prompt for task in tasks)])
@@ -131,7 +136,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         f"{name}: {note}" for data, name in ((prompts, "data.train"), (held_out, "data.eval")) if data for note in data.notes
     ]
     if generates and config.loss.kd_weight:
-        notes += divergence_notes(config.loss)
+        notes += divergence_notes(config.loss) + guards.notes(config)
     if needs_teacher and prompts is not None:
         notes += knowledge_notes(config, prompts)
     if any(data is not None and data.templated for data in (prompts, held_out)):
@@ -187,6 +192,23 @@ def knowledge_notes(config: Config, prompts: Prompts) -> list[str]:
             f"selection.lower {config.selection.lower:g}). selection.rule none keeps them."
         )
     return notes
+
+
+def check_answers(config: Config, prompts: Prompts) -> None:
+    """See that there is something to verify responses by, where that is asked for.
+
+    Raises:
+        UserError: no row has an answer, or one names a task that is not known.
+    """
+    answers = prompts.table["answer"]
+    if config.selection.reward != "any" and answers.null_count == len(answers):
+        raise UserError(
+            f"selection.reward {config.selection.reward} judges responses by their rows' answers, but no row of data.train "
+            "has an `answer` or a `reasoning_gym` entry.",
+            "Add them, name the column with data.columns, or set selection.reward: any.",
+        )
+    if config.scoring.verify:
+        check_entries(answers.filter(pc.starts_with(answers, ENTRY)).to_pylist())
 
 
 def _processes() -> int:

@@ -19,7 +19,7 @@ from npd.evaluation import BenchmarkSetting, Evaluator
 from npd.generations.books import Books
 from npd.generations.generation import Generation
 from npd.generations.itself import settled
-from npd.generations.models import Evaluated, Models
+from npd.generations.models import Evaluated, Models, texts_of
 from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Producer, Workshop, producer_kind
 from npd.generations.reselect import reselect as reselect_generation
@@ -106,6 +106,7 @@ class Run:
             placed,
             engine=engine,
             longest_of_teacher=setup.longest_of_teacher,
+            decode=texts_of(tokens),
         )
         books = Books(config, self.store, generations, self.display, self.events)
         pipeline = Pipeline(config, self.store, generations, kept, books, self.display, self.events, placed)

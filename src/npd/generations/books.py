@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from npd.config import Config, SelectionConfig
 from npd.errors import UserError
 from npd.generations.generation import Generations
+from npd.generations.guards import look_at
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName, read_events
 from npd.records import AlignedPositions, EngineCheck, Manifest, SelectionSummary
@@ -89,7 +90,7 @@ class Books:
             parts = self.store.part_entries(generation, count)
             summary, tokens, stops = Summary(self.selection()), 0, 0
             for part in range(count):
-                table = self.store.read_part(generation, part, [*SCALARS, "response_ids"], check=True)
+                table = self.store.read_part(generation, part, [*SCALARS, "reward", "response_ids"], check=True)
                 summary.add(table)
                 tokens += count_tokens(table["response_ids"])
                 stops += int(pc.sum(pc.equal(table["finish_reason"], "length")).as_py())
@@ -108,6 +109,7 @@ class Books:
                 aligned=self._aligned(generation, count),
             )
             self.store.finish_generation(manifest)
+        look_at(generation, self.config, self.store, self.events, self.display)
         return manifest
 
     def check_some_kept(self, generation: int) -> None:

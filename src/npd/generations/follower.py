@@ -12,7 +12,7 @@ from npd.config import Config, config_tree, differing_keys, load_config
 from npd.errors import UserError
 from npd.generations.books import Books
 from npd.generations.generation import Generations
-from npd.generations.models import Models, load_tokenizers
+from npd.generations.models import Models, load_tokenizers, texts_of
 from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
@@ -184,6 +184,7 @@ def _workshop(config: Config, placement: Placement | None, rank: int, world: int
         display,
         placement,
         longest_of_teacher=prompts.longest_of_teacher,
+        decode=texts_of(loaded),
     )
     pipeline = Pipeline(config, store, generations, kept, books, display, events, placement)
     return Workshop(config, store, generations, books, pipeline, placement, events, display, rank, world)

@@ -105,12 +105,22 @@ class Snapshot:
         return self.models.student(self.version)
 
 
+def no_texts(responses: list[list[int]]) -> list[str]:
+    raise AssertionError("only models with a tokenizer are asked for texts")
+
+
+def texts_of(tokens: Tokens) -> Callable[[list[list[int]]], list[str]]:
+    """What gives the texts of responses, without special tokens."""
+    return partial(tokens.tokenizer.batch_decode, skip_special_tokens=True)
+
+
 class Models:
     """Loads each model when it is first asked for, and keeps it: of the student's snapshots, the one asked for last.
 
     Args:
         engine: the kind of engine that writes; None: the rollout's.
         longest_of_teacher: tokens of the longest prompt as teachers read it, where that is another.
+        decode: the texts of responses without special tokens, for verifiers.
     """
 
     def __init__(
@@ -125,11 +135,13 @@ class Models:
         *,
         engine: str | None = None,
         longest_of_teacher: int = 0,
+        decode: Callable[[list[list[int]]], list[str]] | None = None,
     ) -> None:
         self.config, self.store, self.vocabulary, self.pad_id = config, store, vocabulary, pad_id
         self.longest_prompt, self.display, self.placement = longest_prompt, display, placement
         self.longest_of_teacher = max(longest_prompt, longest_of_teacher)
         self.engine_kind: type[Engine] = ENGINES[engine or config.rollout.engine]
+        self.decode = decode or no_texts
         self._student: tuple[int, PreTrainedModel] | None = None  # version, model
         self._whole: int | None = None  # the version whose checksums were compared last
         self._engine: Engine | None = None

@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from npd.config import Config, Sampling
@@ -16,6 +18,7 @@ from npd.errors import RunError
 from npd.generations.books import Books
 from npd.generations.earlier import earlier_answers
 from npd.generations.generation import Generations
+from npd.generations.guards import warn
 from npd.generations.models import FIRST, Models, engine_difference, routed_writer
 from npd.observe.console import warn_of_engine
 from npd.observe.display import Advance, Display, untold
@@ -30,6 +33,7 @@ from npd.selection import Select, wants_free
 from npd.store import REFERENCE, Store
 from npd.store.answers import wrong_part
 from npd.store.schema import NO_POLICY, count_tokens
+from npd.verifiers import Verify
 
 CHECKED_TOKENS = 64  # of each response by which an engine is compared with transformers
 
@@ -52,6 +56,7 @@ class Pipeline:
     ) -> None:
         self.config, self.store, self.generations, self.models = config, store, generations, models
         self.books, self.display, self.events, self.placement = books, display, events, placement
+        self.verify = Verify()
         self._checked: set[int] = set()  # generations whose engine was compared with transformers
 
     def make(self, generation: int, parts: Iterator[int], version: int | None = None) -> None:
@@ -118,7 +123,7 @@ class Pipeline:
                 advance(finished - shown)
                 shown = finished
 
-        stream = engine.stream(asked(), self.config.rollout.sampling, progress)
+        stream = engine.stream(asked(), self.config.sampling, progress)
         try:
             while True:
                 if not waiting and following is None:
@@ -153,15 +158,12 @@ class Pipeline:
         count = self.config.rollout.check_samples
         if not count:
             return
-        options = self.config.rollout
-        sampling = Sampling(
-            min(CHECKED_TOKENS, options.max_new_tokens), options.temperature, options.top_p, options.samples_per_prompt
-        )
+        sampling = replace(self.config.sampling, max_new_tokens=min(CHECKED_TOKENS, self.config.response_tokens))
         with self.events.span(SpanName.CHECK, generation=generation):
             answers = engine.answer(table.slice(0, count), sampling, self.config.seed)
             found = engine_difference(answers, self.models.prefill(self.models.student(version)))
         self.events.mark(SpanName.ENGINE, generation=generation, **found.to_json())
-        warn_of_engine(found, options.check_bound, self.display)
+        warn_of_engine(found, self.config.rollout.check_bound, self.display)
 
     # -- others read, and judge
 
@@ -178,7 +180,7 @@ class Pipeline:
             with self._step(SpanName.SCORE, generation, part, (1 + 2 * free) * tokens) as advance:
                 scored = self._score_teacher(generation, version, free=free)(table, advance)
                 table = ScoreStudent(self.models.prefill(student), free=free)(scored, advance)
-            self._store(generation, part, Select(selection)(table))
+            self._store(generation, part, Select(selection)(self._verified(table, generation)))
 
     @contextmanager
     def _scoring(self, generation: int, version: int) -> Iterator[tuple[Callable[[int, pa.Table], None], Callable[[], None]]]:
@@ -235,6 +237,23 @@ class Pipeline:
             self.config.teacher_of, lambda key: ScoreTeacher(self._teacher(key, generation, version), top_k, free=free)
         )
 
+    def _verified(self, table: pa.Table, generation: int) -> pa.Table:
+        """With a column reward, where the run's prompts have something to verify by."""
+        if not self.generations.verifies:
+            return table
+        before = self.verify.failed
+        table = self.verify(table, self.models.decode)
+        if failed := self.verify.failed - before:
+            warn(
+                "verifier",
+                f"{failed} of {len(table)} responses could not be judged by their verifier, and have no reward "
+                f"({self.verify.why}).",
+                self.events,
+                self.display,
+                generation=generation,
+            )
+        return table
+
     # -- references
 
     def _reference_part(self, generation: int, part: int) -> pa.Table:
@@ -243,17 +262,15 @@ class Pipeline:
             with self._step(SpanName.GENERATE, generation, part, len(table)) as advance:
                 seed = derive_seed(self.config.seed, "teacher", generation, part)
                 options = self.config.rollout
-                sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+                sampling = Sampling(self.config.response_tokens, options.temperature, options.top_p)
                 table = routed_writer(self.models, sampling)(table, seed, advance)
         else:
-            table = table.append_column("response_ids", table["completion_ids"]).append_column(
-                "finish_reason", pa.array(["stop"] * len(table), pa.string())
-            )
+            table = given_references(table, self.config.response_tokens)
         if generation == REFERENCE:  # mixed in, and so trained with the same loss as the student's own responses
             free = self.config.scoring.free == "always"  # no rule judges references
             with self._step(SpanName.SCORE, generation, part, (1 + free) * count_tokens(table["response_ids"])) as advance:
                 table = self._score_teacher(generation, FIRST, free=free)(table, advance)
-        table = identify(table, generation, part, NO_POLICY)
+        table = self._verified(identify(table, generation, part, NO_POLICY), generation)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 
     @contextmanager
@@ -275,6 +292,17 @@ class Pipeline:
                 yield advance
         finally:
             torch.set_num_threads(before)
+
+
+def given_references(table: pa.Table, longest: int) -> pa.Table:
+    """Add response_ids and finish_reason: the completions that the data gives, or their first `longest` tokens."""
+    completions = table["completion_ids"]
+    lengths = pc.list_value_length(completions)
+    if pc.max(lengths).as_py() > longest:
+        cut = [ids[:longest] for ids in completions.to_pylist()]
+        completions = pa.chunked_array([pa.array(cut, completions.type)])
+    reasons = pc.if_else(pc.greater(lengths, longest), "length", "stop")
+    return table.append_column("response_ids", completions).append_column("finish_reason", reasons)
 
 
 def identify(table: pa.Table, generation: int, part: int, policy_version: int) -> pa.Table:

@@ -10,9 +10,9 @@ from typing import Any
 from npd.errors import UserError, foreign
 from npd.inputs import Unreadable, is_deeper, is_missing, is_text, parse_json, reason
 from npd.prompts.fields import Message
-from npd.prompts.table import SEPARATOR
+from npd.prompts.table import ENTRY, SEPARATOR
 
-COLUMNS = ("prompt", "completion", "messages", "answer", "source", "tools", "teacher_prompt")
+COLUMNS = ("prompt", "completion", "messages", "answer", "source", "tools", "teacher_prompt", "reasoning_gym")
 
 # Names in data without `prompt` and `messages`, as public datasets have them.
 CONVERSATIONS = ("conversations", "conversation")
@@ -103,7 +103,8 @@ def read_row(where: str, record: Mapping[str, Any], columns: Mapping[str, str], 
     if options is not None and not isinstance(options, dict):
         raise UserError(f"{where}: `chat_template_kwargs` must be an object, but it is {_shown(options)}.")
     source = record.get("source")
-    answer = _answer(where, record.get("answer"))
+    entry = record.get("reasoning_gym")
+    answer = _answer(where, record.get("answer")) if entry is None else _entry(where, entry)
     told = _teacher_prompt(where, record, tools, chat, remark)
     source = "" if source is None else _plain(where, "source", source)
     row = Row(where, prompt, reply, answer, source, tools or None, options, told)
@@ -318,6 +319,20 @@ def _answer(where: str, answer: Any) -> str | None:
             f"{_shown(answer)}."
         )
     return SEPARATOR.join(_plain(where, "answer", entry) for entry in entries)
+
+
+def _entry(where: str, value: Any) -> str:
+    """A reasoning-gym entry, by whose verifier a response is judged, as a cell of column `answer`."""
+    entry = _listed(where, "reasoning_gym", value)
+    metadata = entry.get("metadata") if isinstance(entry, dict) else None
+    name = metadata.get("source_dataset") if isinstance(metadata, dict) else None
+    if not isinstance(name, str) or not isinstance(entry.get("answer"), str | None) or is_deeper(entry, DEEPEST):
+        raise UserError(
+            f"{where}: `reasoning_gym` must be an entry of reasoning-gym, an object with `answer` and `metadata`, whose "
+            f"`source_dataset` names the task, but it is {_shown(value)}."
+        )
+    kept = {key: entry.get(key) for key in ("question", "answer", "metadata")}
+    return ENTRY + json.dumps(kept, ensure_ascii=False, default=str)
 
 
 def _layout(where: str, record: Mapping[str, Any], chat: bool, remark: Remark) -> Mapping[str, Any]:

@@ -34,6 +34,7 @@ WITH_TEACHERS = SCHEMA.append(pa.field(TEACHER_PROMPT, pa.list_(pa.int32())))
 
 # Several right answers share a cell, apart by a character that no text holds: files of older versions stay readable.
 SEPARATOR = "\x1f"
+ENTRY = "\x1e"  # begins a cell that holds a reasoning-gym entry as JSON
 NO_DIGEST = "0" * 64  # in the place of a file's digest while the digest is taken
 
 
@@ -42,8 +43,9 @@ class Prompts:
     """Prompts as token ids, and what was left out.
 
     Columns of `table`, which is mapped from a file: prompt_id, source, prompt_ids, completion_ids (the stop token included;
-    null without a reference) and answer (null without one; several right ones as `accepted_answers` reads them). Where a
-    teacher reads some of them otherwise, also teacher_prompt_ids (null: as the student).
+    null without a reference) and answer (null without one; several right ones as `accepted_answers` reads them, a
+    reasoning-gym entry as `reasoning_gym_entry` does). Where a teacher reads some of them otherwise, also teacher_prompt_ids
+    (null: as the student).
     """
 
     table: pa.Table
@@ -194,6 +196,14 @@ def mapped(path: Path) -> pa.Table:
 def accepted_answers(answer: str) -> list[str]:
     """The answers of which any one is right, from a cell of column `answer`."""
     return answer.split(SEPARATOR)
+
+
+def reasoning_gym_entry(answer: str) -> dict[str, Any] | None:
+    """The reasoning-gym entry (question, answer, metadata) that a cell of column `answer` holds; None: it holds answers."""
+    if not answer.startswith(ENTRY):
+        return None
+    entry: dict[str, Any] = json.loads(answer[len(ENTRY) :])
+    return entry
 
 
 def count_sources(table: pa.Table) -> Counter[str]:

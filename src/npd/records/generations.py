@@ -9,6 +9,9 @@ from npd.records.record import Record
 
 PROXIMAL, DEGENERATE, DISCONNECT, UNDEFINED = "proximal", "degenerate", "disconnect", "undefined"
 """Verdicts of selection; a rule may have others for what it drops."""
+INCORRECT, UNANIMOUS, UNVERIFIED = "incorrect", "unanimous", "unverified"
+"""Verdicts of selection.reward on what the rule keeps: wrong; of a prompt whose samples are all right or all wrong; not
+judged by any verifier."""
 KEPT = (PROXIMAL, "reference")
 """Verdicts of responses that are trained on."""
 
@@ -34,6 +37,10 @@ class SelectionSummary(Record):
     """Quantile ("0.05", "0.5", ...) -> Δ-IFD; empty where nothing was scored."""
     bounds: tuple[float, float] | None = None
     """The lowest and the highest Δ that any part was kept between; None where nothing says so."""
+    verified: int | None = None
+    """Responses that a verifier judged; None where the generation has no column `reward`."""
+    correct: int | None = None
+    """Of these, the right ones."""
     sources: dict[str, SelectionSummary] = field(default_factory=dict)
     """The same for each source."""
 

@@ -31,9 +31,10 @@ from npd.records import (
     as_span,
     number_of,
 )
-from npd.store import REFERENCE, SCHEMA, Store, json_lines
+from npd.store import REFERENCE, Store, json_lines
 from npd.store.files import read_facts
 from npd.store.names import GENERATION, LOG, REFERENCES
+from npd.store.schema import COLUMNS
 
 LIGHT = [
     "sample_id",
@@ -45,6 +46,7 @@ LIGHT = [
     "ifd_teacher",
     "delta_ifd",
     "verdict",
+    "reward",
 ]
 MOST_TOKENS = 80_000_000  # response tokens whose parts are read; of a larger run, evenly spaced parts
 LOG_LINES = 40
@@ -313,7 +315,7 @@ def _read_responses(store: Store, facts: RunFacts) -> None:
         pieces.append(pa.table(columns))
         facts.parts_read += 1
     empty = pa.schema(
-        [SCHEMA.field(name) for name in LIGHT] + [(n, pa.int32()) for n in ("generation", "part", "row", "tokens")]
+        [COLUMNS.field(name) for name in LIGHT] + [(n, pa.int32()) for n in ("generation", "part", "row", "tokens")]
     )
     facts.responses = pa.concat_tables(pieces).combine_chunks() if pieces else empty.empty_table()
 

@@ -28,6 +28,7 @@ from npd.observe.events import SpanName
 from npd.report import figures as fig
 from npd.report import pictures as pic
 from npd.report import tables as tab
+from npd.report import verified as ver
 from npd.report.alignment import aligned_table
 from npd.report.facts import INTERRUPTED, SIGNALLED, RunFacts, clock, gather
 from npd.report.output import check_output, write_output
@@ -125,7 +126,7 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
     runs = [facts]
     generations = tab.generation_table(facts, browser)
     sources = tab.source_table(facts)
-    evaluation = tab.evaluation_table(runs)
+    evaluation, rewards = tab.evaluation_table(runs), ver.reward_table(facts)
     chapters = [
         what_went_wrong(facts),
         Chapter(
@@ -148,6 +149,14 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
             tables=[t for t in [sources] if t],
         ),
         Chapter(
+            "rewards",
+            "Right and wrong responses",
+            "Rewards",
+            intro=[ver.ROLLOUTS] if rewards else [],
+            figures=_some(ver.reward_histogram(facts)),
+            tables=[rewards] if rewards else [],
+        ),
+        Chapter(
             "data",
             "Responses",
             "Responses",
@@ -167,7 +176,11 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
         facts.status.kind,
         tab.tiles(facts),
         [chapter for chapter in chapters if chapter],
-        [*([facts.status.sentence] if facts.status.kind in ("running", "between") else []), *facts.missing],
+        [
+            *([facts.status.sentence] if facts.status.kind in ("running", "between") else []),
+            *ver.warnings(facts),
+            *facts.missing,
+        ],
         browser,
     )
 
