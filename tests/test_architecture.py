@@ -22,7 +22,8 @@ FLOORS = (
     ("registry",),
     ("config",),
     ("attention", "intervals", "packing", "schedule", "prompts", "records", "result"),
-    ("models", "store"),
+    ("verifying",),
+    ("models", "store", "verifiers"),
     ("losses",),
     ("observe",),
     ("rollout", "scoring", "selection", "evaluation"),
@@ -31,7 +32,7 @@ FLOORS = (
     ("preflight",),
     ("plan", "measures", "dataview"),
     ("run", "forecast"),
-    ("splits",),
+    ("rewards", "splits"),
     ("costs",),
     ("demo", "trial"),
     ("dryrun",),
@@ -114,6 +115,8 @@ OTHER_MEANINGS = {
     *(
         (engine, f"npd.{room}.harness") for engine in ("transformers", "vllm") for room in ("config", "evaluation")
     ),  # lm-eval's
+    ("reasoning_gym", "npd.config.sections"),  # a column of data
+    ("reasoning_gym", "npd.prompts.layouts"),
     ("none", "npd.selection"),  # no quantiles
     ("none", "npd.dataview"),  # no teacher
     ("none", "npd.evaluation.harness"),  # no filter

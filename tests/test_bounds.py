@@ -27,7 +27,7 @@ from npd.config import Config, SelectionConfig, leaves, load_config
 from npd.errors import NpdError, UserError
 from npd.models import load_model_config
 from npd.models.files import check_claims, check_config, read_header, weight_files
-from npd.models.students import _check_pattern
+from npd.models.students import check_pattern
 from npd.preflight import prepare
 from npd.prompts import Chat, load_prompts, turn_end
 from npd.prompts.bounded import MOST
@@ -290,7 +290,9 @@ def test_columns_of_any_type_are_no_matter_where_they_are_not_read(tmp_path, tok
     st.one_of(
         st.binary(max_size=200),
         st.text('{}[]",:1ae\\u d8\n\r', max_size=80).map(str.encode),
-        st.dictionaries(st.sampled_from(["prompt", "messages", "answer", "history", "instruction", "tools"]), VALUES).map(
+        st.dictionaries(
+            st.sampled_from(["prompt", "messages", "answer", "history", "instruction", "tools", "reasoning_gym"]), VALUES
+        ).map(
             lambda row: json.dumps(
                 {key: str(value) if isinstance(value, dict) else value for key, value in row.items()}, default=str
             ).encode()
@@ -467,8 +469,8 @@ def test_weights_that_are_links_are_read(tmp_path):
 def test_a_pattern_without_end(monkeypatch):
     monkeypatch.setattr("npd.models.students.MATCH_SECONDS", 0.5)
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(9)]
-    _check_pattern(r"(.*\.)?q_proj", names)
-    assert "takes more than 0.5 seconds" in str(outcome(lambda: _check_pattern(r"(\w*\.?)*x!", names)))
+    check_pattern(r"(.*\.)?q_proj", names, "It")
+    assert "takes more than 0.5 seconds" in str(outcome(lambda: check_pattern(r"(\w*\.?)*x!", names, "It")))
 
 
 def test_a_number_of_processes_that_is_none(make_tree, monkeypatch):

@@ -28,7 +28,7 @@ QUANTILES = {"0.05": -0.25, "0.5": 0.125, "0.95": 0.5}
 def manifest(bounds: tuple[float, float] | None = None, generation: int = 1) -> Manifest:
     one = SelectionSummary(4, {"proximal": 3, "too_short": 1}, QUANTILES, bounds)
     sources = {"a": one, "": SelectionSummary(2, {"proximal": 2}, {})}
-    selection = SelectionSummary(6, {"proximal": 5, "too_short": 1}, QUANTILES, bounds, sources)
+    selection = SelectionSummary(6, {"proximal": 5, "too_short": 1}, QUANTILES, bounds, sources=sources)
     return Manifest(generation, 6, (), 1, selection, response_tokens=1234, length_stops=2)
 
 

@@ -21,7 +21,8 @@ import npd.scoring.prefill
 from npd import models
 from npd.config import load_config
 from npd.evaluation import BenchmarkSetting, Evaluator, VerifiedTask, benchmarks
-from npd.generations.models import Evaluated, Models, load_tokenizers
+from npd.generations.evaluated import Evaluated
+from npd.generations.models import Models, load_tokenizers
 from npd.observe.display import Display
 from npd.placement import resolve_placement
 from npd.prompts import Chat, load_prompts

@@ -19,7 +19,8 @@ import npd.generations.models
 import npd.scoring.local
 from npd.config import Sampling, load_config
 from npd.errors import UserError
-from npd.generations.models import AskedTeacher, Evaluated, Models, engine_difference, load_tokenizers, routed_writer
+from npd.generations.evaluated import AskedTeacher, Evaluated
+from npd.generations.models import Models, engine_difference, load_tokenizers, routed_writer
 from npd.models import load_model, load_tokenizer
 from npd.models import save_model as write_model
 from npd.observe.display import Display

@@ -33,7 +33,8 @@ def dense(hidden, weight, labels, ids, logprobs, kd_weight, mass):
         for token, p_teacher in zip(ids[t].tolist(), p, strict=True):
             if p_teacher > 0:
                 kd = kd + p_teacher * (torch.tensor(p_teacher, dtype=z.dtype).log() - log_s[t, token])
-        others = [v for v in range(z.shape[1]) if v not in ids[t].tolist()]
+        given = [token for token, p_teacher in zip(ids[t].tolist(), p, strict=True) if p_teacher > 0]
+        others = [v for v in range(z.shape[1]) if v not in given]  # what has no entry belongs to the rest
         rest = 1.0 - sum(p)
         if mass == "tail" and others and rest > 0:
             kd = kd + rest * (torch.tensor(rest, dtype=z.dtype).log() - torch.logsumexp(log_s[t, others], 0))

@@ -21,7 +21,7 @@ from npd.store import sha256
 
 DATA = Path(__file__).parent / "data"
 TIMED = ("tokens_per_second", "publish_seconds")
-AS_THEN = {"rollout": {"batching": "static"}, "scoring": {"free": "always"}}
+AS_THEN: dict[str, dict[str, Any]] = {"rollout": {"batching": "static"}, "scoring": {"free": "always", "verify": False}}
 """What those versions did without being asked; a run that they began goes on with it by itself."""
 VERSIONS = sorted(DATA.glob("runs-*"))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npd.evaluation.verify import extract_answer, is_correct, pass_at_k
+from npd.verifiers import extract_answer, is_correct, pass_at_k
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import npd.preflight
 from npd.config import ModelConfig, Sampling, load_config
 from npd.demo.task import make_problems
 from npd.demo.tokenizer import build_tokenizer
-from npd.generations.models import Evaluated
+from npd.generations.evaluated import Evaluated
 from npd.models import Vocabulary, directory_of, load_model
 from npd.placement import Placement, engine_beside_training
 from npd.records import TeacherLine

@@ -9,11 +9,11 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
+from npd.evaluation.verify import pass_at_k
 
 from benchmarks.evidence.problems import verified
 from npd.config import Sampling, SelectionConfig, TaskConfig
 from npd.evaluation import BenchmarkSetting, Student, VerifiedTask
-from npd.evaluation.verify import pass_at_k
 from npd.records import PROXIMAL, StepLine
 from npd.registry import BENCHMARKS, RULES
 from npd.schedule import derive_seed

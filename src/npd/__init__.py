@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from npd.threads import wait_politely
 
 if TYPE_CHECKING:
-    from npd import losses, packing, selection
+    from npd import losses, packing, rewards, selection
     from npd.config import Config, load_config
     from npd.errors import NpdError, RunError, UserError
     from npd.generations.generation import Generation
@@ -30,11 +30,11 @@ _HOMES = {
 }
 wait_politely()  # before anything imports PyTorch
 
-_MODULES = ("losses", "packing", "selection")
+_MODULES = ("losses", "packing", "rewards", "selection")
 
 __all__ = [
     "Config", "DistillResult", "Generation", "NpdError", "RunError", "UserError", "distill", "evaluate", "load_config",
-    "losses", "packing", "refresh", "selection", "sft",
+    "losses", "packing", "refresh", "rewards", "selection", "sft",
 ]  # fmt: skip
 
 

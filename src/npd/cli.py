@@ -266,7 +266,7 @@ def init_student(config: Config, layers: int | None, keep: str | None) -> None:
     from npd import models
     from npd.store import Store
 
-    if config.teacher is None or config.teacher.server is not None:
+    if config.teacher is None or config.teacher.server is not None or config.teacher.is_student:
         raise UserError("`npd init-student` cuts the student out of a teacher that lies here; set teacher.model.")
     target = Path(config.student.model)
     if os.path.lexists(target):

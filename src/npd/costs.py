@@ -135,7 +135,7 @@ def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case
     student = model_of(known, trust_remote_code=config.student.trust_remote_code)
     step = step_memory(config, known, bfloat16=half)
     held = student.parameters * models.resolve_dtype(config.student, trained=True).itemsize
-    adapters = models.adapter_bytes(known, config.student) if config.student.lora else 0
+    adapters = models.adapter_bytes(known, config.student) if config.student.adapts else 0
     prompts = pc.list_value_length(setup.prompts.table["prompt_ids"]).to_numpy()
     options, kind = config.rollout, ENGINES[engine]
     named = engine == options.engine
@@ -181,7 +181,7 @@ def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case
         engine_devices=size,
         checkpointing=(None if device.kind != "cpu" else False) if asked == "auto" else asked,
         checkpoints=passes * load.pass_steps / config.checkpoint.every_steps,
-        sharding=config.student.lora is None,
+        sharding=not config.student.adapts,
         together=not kind.takes_first_gpus,
     )
 

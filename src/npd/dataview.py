@@ -15,7 +15,8 @@ from npd.observe.display import Display
 from npd.prompts.layouts import read_row
 from npd.prompts.load import overlong, render_row, unusable
 from npd.prompts.readers import Source
-from npd.prompts.table import Prompts, count_sources
+from npd.prompts.table import TEACHER_PROMPT, Prompts, count_sources
+from npd.prompts.teachers import TeacherPrompts
 from npd.prompts.templates import Chat
 
 QUANTILES = {"least": 0.0, "5%": 0.05, "25%": 0.25, "median": 0.5, "75%": 0.75, "95%": 0.95, "99%": 0.99, "most": 1.0}
@@ -66,27 +67,35 @@ def show_data(
 def describe_rows(
     config: Config, command: str, chat: Chat, first: int, end: int, *, whole: bool = False
 ) -> Iterator[list[str]]:
-    """Rows `first` to `end` of data.train, in lines: where each stands, prompt and reference as text and ids, remarks.
+    """Rows `first` to `end` of data.train, in lines: where each stands, prompt, the teacher's own and
+    reference as text and ids, remarks.
 
     Args:
         whole: long texts too.
     """
     data = config.data
     columns = {str(ours): theirs for ours, theirs in data.columns.items()}
+    given = command == "sft" and data.references == "given"
+    teachers = TeacherPrompts(config, chat) if config.has_teacher and not given else None
     for where, record in itertools.islice(Source(data.train, data.split, data.config, columns.values()).rows(), first, end):
         said: list[str] = []
         lines = [where]
         try:
             row = read_row(where, record, columns, chat=bool(chat.template), remark=said.append)
             lines[0] += f"; source {row.source or '(none)'!r}, teacher {_teacher(config, row.source)}"
-            needs = command == "sft" and data.references == "given"
-            longest = config.rollout.max_new_tokens if needs else None
+            longest = config.rollout.max_new_tokens if given else None
             if (reason := overlong(row, data.max_prompt_tokens, longest)) is not None:
                 yield [*lines, f"It is left out: {reason}."]
                 continue
             asked, remarks = render_row(row, chat)
             lines += [f"The prompt, {len(asked.ids):,} tokens {_ids(asked.ids)}:", visible(chat, asked.ids, whole)]
             said += remarks
+            told = None
+            if teachers is not None:
+                told, remarks = teachers.ask(row, asked)
+                said += [f"in the teacher's prompt {text}" for text in remarks]
+            if told is not None:
+                lines += [f"The teacher's prompt, {len(told):,} tokens {_ids(told)}:", visible(chat, told, whole)]
             answer = None
             if row.completion is not None:
                 answer = chat.answer(where, asked, row.completion)
@@ -96,7 +105,7 @@ def describe_rows(
                 lines.append(visible(chat, answer, whole))
             else:
                 lines.append("It has no reference: the response begins here.")
-            reason = unusable(row, asked, answer, data.max_prompt_tokens, longest)
+            reason = unusable(row, asked, answer, data.max_prompt_tokens, longest, told)
             lines += [f"It is left out: {reason}."] if reason else []
         except UserError as error:
             lines.append(f"It is refused: {error}")
@@ -141,7 +150,10 @@ def _ids(ids: list[int]) -> str:
 
 
 def _lengths(data: Prompts) -> Iterator[list[str]]:
-    for column, name in (("prompt_ids", "prompt"), ("completion_ids", "reference")):
+    columns = {"prompt_ids": "prompt", TEACHER_PROMPT: "teacher's prompt", "completion_ids": "reference"}
+    for column, name in columns.items():
+        if column not in data.table.column_names:
+            continue
         lengths = pc.drop_null(pc.list_value_length(data.table[column])).to_numpy()
         quantiles = np.quantile(lengths, list(QUANTILES.values())) if len(lengths) else []
         yield [name, f"{len(lengths):,}", *([f"{q:,.0f}" for q in quantiles] or ["-"] * len(QUANTILES))]

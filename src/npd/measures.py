@@ -14,7 +14,7 @@ from npd import models
 from npd.config import Config, ModelConfig
 from npd.errors import UserError
 from npd.evaluation import BenchmarkSetting, Evaluator, Measure, ahead
-from npd.generations.models import AskedTeacher, Evaluated
+from npd.generations.evaluated import AskedTeacher, Evaluated
 from npd.generations.producer import Workshop
 from npd.preflight import Setup
 from npd.train.trainer import Trainer
@@ -130,7 +130,7 @@ class ModelWeights:
         return self._model
 
     def path(self) -> Path:
-        path = models.directory_of(self.config)
+        path = models.whole_directory_of(self.config)
         if path is None:
             raise UserError(
                 f"{self.config.model} is to write, but rollout.engine needs a directory of weights for that. Name one, or "

@@ -15,9 +15,10 @@ from transformers import PreTrainedConfig
 from npd import models
 from npd.config import Config
 from npd.generations.generation import Generations
+from npd.generations.itself import follows_snapshots, is_base, itself
 from npd.placement import engine_beside_training
 from npd.preflight import Setup
-from npd.prompts import count_sources
+from npd.prompts import Prompts, count_sources
 from npd.registry import ENGINES, RULES
 from npd.scoring import teacher_kind
 from npd.store import REFERENCE
@@ -79,7 +80,7 @@ def make_plan(setup: Setup) -> Plan:
     known = setup.tokens.student
     student = models.parameter_count(known, trust_remote_code=config.student.trust_remote_code)
     held = student * models.resolve_dtype(config.student, trained=True).itemsize
-    adapters = models.adapter_bytes(known, config.student) if config.student.lora else 0
+    adapters = models.adapter_bytes(known, config.student)
     learns = adapters or held
     half, train = resolve_precision(config) == "bf16", setup.placement.train
     step = step_memory(config, known, bfloat16=half)
@@ -90,7 +91,7 @@ def make_plan(setup: Setup) -> Plan:
     rows = samples * (4 * float(prompts.mean()) + wide * float(responses.mean()) + ROW)
     references = 0.0
     if contents.mixed:
-        each = 4 * int(prompts.max()) + (4 + 6 * config.scoring.top_k) * config.rollout.max_new_tokens + ROW
+        each = 4 * int(prompts.max()) + (4 + 6 * config.scoring.top_k) * config.response_tokens + ROW
         references = contents.size(REFERENCE) * each
     per_generation = max(1, steps // generations)
     keep, every = config.checkpoint.keep, config.checkpoint.every_steps
@@ -103,6 +104,7 @@ def make_plan(setup: Setup) -> Plan:
     disk += rows + references  # the trainer's copy of a generation's kept samples and of the references
     snapshots = (min(generations, kept + 1) + 1 if contents.by_student else 0) + 1  # the first one, and student/
     disk += snapshots * (held + adapters + files)
+    disk += adapters + FILES * config.student.adapts  # adapter/
     if _evaluates_files(setup):
         disk += held + adapters + files
     # One is written before the oldest goes; it has the weights and two moments of what learns.
@@ -128,8 +130,9 @@ def make_plan(setup: Setup) -> Plan:
 def _response_lengths(config: Config, prompts: pa.Table, *, given: bool) -> np.ndarray:
     """[N] tokens of each prompt's response: of one that is given, or as many as are allowed."""
     if given and config.data.references == "given":
-        return pc.fill_null(pc.list_value_length(prompts["completion_ids"]), 0).to_numpy()
-    return np.full(len(prompts), config.rollout.max_new_tokens)
+        given_lengths = pc.fill_null(pc.list_value_length(prompts["completion_ids"]), 0).to_numpy()
+        return np.minimum(given_lengths, config.response_tokens)
+    return np.full(len(prompts), config.response_tokens)
 
 
 def _evaluates_files(setup: Setup) -> bool:
@@ -235,6 +238,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
         ["prompts", f"{len(prompts):,} of {prompts.rows:,} rows"],
         *([f"  source {name or '(none)'}", f"{n:,}"] for name, n in sorted(count_sources(prompts.table).items())),
         ["longest prompt", f"{prompts.longest:,} tokens"],
+        *([["prompts of the teacher's own", _privileged(prompts)]] if prompts.privileged else []),
         ["generations", f"{plan.generations:,} of {plan.samples:,} responses"],
         ["passes over each", str(config.schedule.passes)],
         *([["answered by", _writes(config, setup.tokens.student)]] if contents.by_student else []),
@@ -261,9 +265,24 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
     reads = contents.by_student or config.data.references == "teacher"
     for key, teacher in config.all_teachers.items() if reads else ():
         name = "teacher" if key is None else f"teachers.{key}"
-        rows.append([name, teacher_kind(teacher).plan(teacher, setup.tokens.teachers[key])])
+        rows.append([name, _reader(setup, key, teacher_kind(teacher).plan(teacher, setup.tokens.teachers[key]))])
     rows.append(["disk", f"at most {plan.disk_bytes / GIB:.2f} GiB"])
     return rows + _places(setup)
+
+
+def _privileged(prompts: Prompts) -> str:
+    return f"{prompts.privileged:,}, the longest {prompts.longest_of_teacher:,} tokens"
+
+
+def _reader(setup: Setup, key: str | None, plan: str) -> str:
+    """A teacher, and whether it takes memory of its own."""
+    config, placed = setup.config, setup.placement
+    who = itself(config, key)
+    beside = all(worker.rollout == worker.teacher for worker in placed.workers) and placed.rollout == placed.teacher
+    told = plan if who is None else f"{who}; {plan}"
+    if beside and is_base(config, key):
+        return f"{told}; the student's base with its adapters off, no memory of its own"
+    return f"{told}; the model that the student is scored with" if beside and follows_snapshots(config, key) else told
 
 
 def _activations(plan: Plan) -> list[list[str]]:
@@ -296,7 +315,7 @@ def _places(setup: Setup) -> list[list[str]]:
         return rows
     for i, worker in enumerate(placed.workers):
         cpu = f"CPU threads {placed.rollout_threads}, scoring {placed.teacher_threads}, generation 0 {placed.first_threads}"
-        local = any(not teacher_kind(teacher).elsewhere for teacher in config.all_teachers.values())
+        local = any(not teacher_kind(teacher).runs_elsewhere(teacher) for teacher in config.all_teachers.values())
         teacher = f", teacher on {worker.teacher}" if local else ""
         rows.append([f"refresh {i} on", f"{', '.join((worker.rollout, *worker.beside))}{teacher}; {cpu}"])
     if placed.turns:

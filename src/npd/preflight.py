@@ -9,21 +9,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.compute as pc
+
 from npd import models
 from npd.config import Config, LossConfig, load_config
 from npd.errors import UserError, foreign
 from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind, benchmarks
+from npd.generations import guards
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
+from npd.generations.itself import itself
 from npd.generations.models import Tokens, load_tokenizers
 from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
-from npd.prompts import Chat, Prompts, count_sources, read_data
-from npd.registry import ENGINES
+from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data
+from npd.registry import ENGINES, RULES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
 from npd.store.provenance import in_rows
 from npd.train.memory import memory_of, sharding
 from npd.train.trainer import resolve_precision
+from npd.verifiers import check_entries
 
 AnyConfig = Config | Mapping[str, Any] | str | Path
 
@@ -49,6 +55,8 @@ class Setup:
     placement: Placement
     longest_prompt: int
     """Tokens, over all that is asked."""
+    longest_of_teacher: int
+    """The same, as teachers read it."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before it begins."""
 
@@ -104,15 +112,21 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         sharding(config, tokens.student, processes, memory_of(models.device()), bfloat16=half)
     finished = Store(config.run_dir).finished
     # What is not trained any more need not be there any more.
-    seen = [] if command == EVAL or finished else models.check_weights(config.student, tokens.student, trained=True)
+    seen: list[str] = []
+    if command != EVAL and not finished:
+        seen += models.check_weights(config.student, tokens.student, trained=True)
+        seen += models.check_adapter(config.student, tokens.student)
     chat = chat_of(config, tokens)
     with explained_disk(Path(tempfile.gettempdir())):  # where prompts lie until the run has them
-        prompts, held_out = read_data(config, command, chat, needed_of_eval(config))
+        own = own_chats(config, tokens, chat) if needs_teacher else None
+        prompts, held_out = read_data(config, command, chat, needed_of_eval(config), own)
     if config.schedule.references and prompts is not None and not len(usable_references(config, prompts)):
         raise UserError(
             "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
             "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
         )
+    if command == DISTILL and prompts is not None:
+        check_answers(config, prompts)
     tasks = [] if command != EVAL and finished else benchmarks(BenchmarkSetting(config, chat, held_out))
     longest = max([0, *(p.longest for p in (prompts, held_out) if p is not None), *(task.longest_prompt for task in tasks)])
     option, response = max(
@@ -121,25 +135,30 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         key=lambda pair: pair[1],
     )
     models.check_context(config.student.model, tokens.student, longest, response, option)
+    read_by_teacher = max([longest, *(p.longest_of_teacher for p in (prompts, held_out) if p is not None)])
     notes = [*seen] + [
         f"{name}: {note}" for data, name in ((prompts, "data.train"), (held_out, "data.eval")) if data for note in data.notes
     ]
     notes += [note for task in tasks for note in task.notes]
     if generates and config.loss.kd_weight:
-        notes += divergence_notes(config.loss)
+        notes += divergence_notes(config.loss) + guards.notes(config)
+    if needs_teacher and prompts is not None:
+        notes += knowledge_notes(config, prompts)
     if any(data is not None and data.templated for data in (prompts, held_out)):
         notes += tokens.notes
     compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
     for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
         if read is not None:
             notes += check_sources(config, read, name)
+    if compared is not None or config.evaluation.teacher or generates:
+        check_aligned(config, compared is not None, generates)
     reads = (needs_teacher or compared is not None) and not (command != EVAL and finished)
-    question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, longest, response, option)
+    question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, read_by_teacher, response, option)
     for key, teacher in config.all_teachers.items() if reads else ():
         notes += teacher_kind(teacher).check(teacher, tokens.teachers[key], question)
     if command != EVAL:
         Store(config.run_dir).check(given, command)
-    return Setup(config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, notes)
+    return Setup(config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, read_by_teacher, notes)
 
 
 def divergence_notes(loss: LossConfig) -> list[str]:
@@ -150,6 +169,51 @@ def divergence_notes(loss: LossConfig) -> list[str]:
         f"loss.top_k_mass {loss.top_k_mass} gives all tokens outside the teacher's top-k nothing, which {loss.divergence} "
         "takes for impossible. loss.top_k_mass: tail gives them what the teacher gave them."
     ]
+
+
+def knowledge_notes(config: Config, prompts: Prompts) -> list[str]:
+    """What follows from how much the teachers know, as far as prompts tell."""
+    notes = []
+    for key in config.all_teachers:
+        who = itself(config, key)
+        mine = [config.teacher_of(source) == key for source in prompts.table["source"].to_pylist()] if who else []
+        told = np.array(mine) & prompts.told_otherwise if any(mine) else np.ones(1, bool)
+        if not told.any():
+            notes.append(
+                f"The teacher is {who} and reads the same prompts: it knows no more than the student, and its part of the "
+                "loss only holds the student near. A column teacher_prompt, teacher.system or teacher.template_options tell "
+                "it more (docs/objectives.md)."
+            )
+    # A teacher with another tokenizer has ids of its own for all prompts, which need not tell it more.
+    keys = {key for key, teacher in config.given_teachers.items() if not teacher.align or teacher.tells_more}
+    sources = prompts.table["source"].to_pylist() if prompts.privileged else []
+    more = sum(
+        told for told, source in zip(prompts.told_otherwise, sources, strict=False) if config.teacher_of(source) in keys
+    )
+    if more and config.selection.rule == RULES.default and config.selection.lower >= 0:
+        notes.append(
+            f"{more:,} prompts tell the teacher something else than the student. It may then be surer of good "
+            f"responses than the student is, and selection.rule {config.selection.rule} drops those (delta below "
+            f"selection.lower {config.selection.lower:g}). selection.rule none keeps them."
+        )
+    return notes
+
+
+def check_answers(config: Config, prompts: Prompts) -> None:
+    """See that there is something to verify responses by, where that is asked for.
+
+    Raises:
+        UserError: no row has an answer, or one names a task that is not known.
+    """
+    answers = prompts.table["answer"]
+    if config.selection.reward != "any" and answers.null_count == len(answers):
+        raise UserError(
+            f"selection.reward {config.selection.reward} judges responses by their rows' answers, but no row of data.train "
+            "has an `answer` or a `reasoning_gym` entry.",
+            "Add them, name the column with data.columns, or set selection.reward: any.",
+        )
+    if config.scoring.verify:
+        check_entries(answers.filter(pc.starts_with(answers, ENTRY)).to_pylist())
 
 
 def _processes() -> int:
@@ -167,6 +231,55 @@ def chat_of(config: Config, tokens: Tokens) -> Chat:
     """How a run's tokenizer writes conversations: with its options, its stop tokens, and the date when the run began."""
     now = Store(config.run_dir).began
     return Chat(tokens.tokenizer, config.data.template_options, now=now, stop_ids=tokens.vocabulary.stop_ids)
+
+
+def own_chats(config: Config, tokens: Tokens, chat: Chat) -> OwnChat | None:
+    """How teachers with another tokenizer write the prompts of a source; None where there are none of them."""
+    chats = {
+        key: Chat(
+            identity.tokenizer,
+            {name: value for name, value in chat.options.items() if name in str(identity.tokenizer.chat_template)},
+            now=chat.now,
+            whose=f"the teacher {config.all_teachers[key].model}'s",
+        )
+        for key, identity in tokens.teachers.items()
+        if identity.aligned and identity.tokenizer is not None
+    }
+    return (lambda source: chats.get(config.teacher_of(source))) if chats else None
+
+
+def check_aligned(config: Config, compared: bool, trains: bool) -> None:
+    """Refuse what a teacher with another tokenizer can't do.
+
+    Args:
+        compared: is the KL to the teachers measured?
+        trains: is the student trained on what it says?
+
+    Raises:
+        UserError: it can't.
+    """
+    aligned = [key for key, teacher in config.all_teachers.items() if teacher.align]
+    if not aligned:
+        return
+    name = config.all_teachers[aligned[0]].model
+    if compared:
+        raise UserError(
+            f"The KL to the teacher is not defined where it has another tokenizer ({name}, teacher.align), as the two "
+            "distributions are over different tokens.",
+            "Set evaluation.kl_prompts: 0; evaluation.tasks still measure the student.",
+        )
+    if config.evaluation.teacher and None in aligned:
+        raise UserError(
+            f"evaluation.teacher asks {name} tasks as the student's tokenizer writes them, and it has another one "
+            "(teacher.align).",
+            "Set evaluation.teacher: false; as the student of another configuration, `npd eval` measures it by itself.",
+        )
+    if trains and config.loss.kd_weight and config.loss.top_k_mass == "renormalize":
+        raise UserError(
+            "loss.top_k_mass renormalize does not go with teacher.align: where a token of the student's is several of the "
+            f"teacher's ({name}), its own probability alone is known, and scaled to one it would be called certain.",
+            "Set loss.top_k_mass: raw or tail.",
+        )
 
 
 def needed_of_eval(config: Config) -> str | None:

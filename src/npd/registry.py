@@ -109,6 +109,7 @@ TEACHERS = Registry(
     {
         "local": "npd.scoring.local:LocalTeacher",
         "served": "npd.scoring.served:ServedTeacher",
+        "aligned": "npd.scoring.aligned:AlignedTeacher",
     },
 )
 PRODUCERS = Registry(

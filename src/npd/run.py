@@ -12,13 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from npd import models
 from npd.config import Config
 from npd.errors import RunError, UserError
 from npd.evaluation import BenchmarkSetting, Evaluator
 from npd.generations.books import Books
+from npd.generations.evaluated import Evaluated
 from npd.generations.generation import Generation
-from npd.generations.models import Evaluated, Models
+from npd.generations.itself import settled
+from npd.generations.models import Models, texts_of
 from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Producer, Workshop, producer_kind
 from npd.generations.reselect import reselect as reselect_generation
@@ -104,6 +108,8 @@ class Run:
             self.display,
             placed,
             engine=engine,
+            longest_of_teacher=setup.longest_of_teacher,
+            decode=texts_of(tokens),
         )
         books = Books(config, self.store, generations, self.display, self.events)
         pipeline = Pipeline(config, self.store, generations, kept, books, self.display, self.events, placed)
@@ -175,12 +181,30 @@ class Run:
             if finished is not None:
                 with self.events.span(SpanName.SAVE):
                     facts = {"step": at.step, "tokens": at.tokens}
+                    self._save_adapter(finished, facts)
                     self.store.save_model(self.store.student, partial(trainer.save_student, student=finished), facts)
                     self._tidy_finished()
         self.accelerator.wait_for_everyone()
         self.shop.pipeline.models.close()  # before accelerate ends what an engine shares with it
         self.accelerator.end_training()
         return self._result()
+
+    def _save_adapter(self, finished: nn.Module, facts: dict[str, Any]) -> None:
+        """What was trained beside the student, where that is an adapter and the weights below it lie somewhere."""
+        student, first = self.config.student, self.store.policy(0)
+        if not student.adapts:
+            return
+        if student.continues or student.adapter is None:
+            base, revision = models.name_of(student), student.revision
+        elif first.is_dir():  # fresh adapters, on weights that an older one was merged into
+            base, revision = str(first.resolve()), None
+        else:
+            return
+
+        def save(path: Path) -> None:
+            models.save_adapter(finished, path, base, revision)
+
+        self.store.save_model(self.store.adapter, save, facts)
 
     def _tidy_finished(self) -> None:
         """Drop what a finished run need not keep."""
@@ -281,8 +305,9 @@ def refresh(config: AnyConfig, policy: int | str | Path | None = None, *, displa
             began = time.time()
             student = models.load_model(run.config.student, trained=True)
             models.stop_at(student, run.setup.tokens.vocabulary.stop_ids)
-            store.publish(0, lambda path: models.save_model(student, run.setup.tokens.tokenizer, path), 0)
-            del student
+            begun = models.with_adapters(student, run.config.student) if run.config.student.continues else student
+            store.publish(0, lambda path: models.save_model(begun, run.setup.tokens.tokenizer, path), 0)
+            del student, begun
             run.display.say(f"Published the student as it starts, v000000, in {time.time() - began:.1f} s.")
         names = {store.policy(version).name: version for version in store.policies()}
         name = list(names)[-1] if policy is None else f"v{policy:06d}" if isinstance(policy, int) else Path(policy).name
@@ -326,8 +351,9 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
         UserError: there is nothing to evaluate, or what the user gave is wrong.
     """
     config = as_config(config)
+    store = Store(config.run_dir)
+    config = settled(config, store)  # before another model takes the student's place
     if model is None:
-        store = Store(config.run_dir)
         versions = store.policies()
         paths = [store.student] if store.finished else [store.policy(versions[-1])] if versions else []
         model = str(paths[0]) if paths else None
@@ -352,6 +378,7 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
         display,
         setup.placement,
         engine=engine,
+        longest_of_teacher=setup.longest_of_teacher,
     )
     try:
         return config.student.model, evaluator(Evaluated(kept, weights, nullcontext))

@@ -22,7 +22,7 @@ from .world import Case, World
 
 COUNT = 1000
 SLOW = 12.0
-COLUMNS = ("prompt", "completion", "messages", "answer", "source", "tools", "unused")
+COLUMNS = ("prompt", "completion", "messages", "answer", "source", "tools", "reasoning_gym", "unused")
 MESSAGES = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2"}]
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from npd.config.base import Section, check_without_secrets
+from npd.config.models import STUDENT, TeacherConfig
 from npd.config.sections import Config
 from npd.config.trees import copied, read_yaml
 from npd.errors import UserError, foreign
@@ -117,6 +118,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any], path: tuple[s
 
     A key that an older version did not have yet is what that version did: see `as_begun`.
     """
+    old = old if path else {**old, **_named_then(old)}
     lines = []
     for key in sorted(old.keys() | new.keys(), key=str):
         here, a, b = (*path, key), old.get(key), new.get(key)
@@ -145,7 +147,33 @@ def as_begun(config: Config, old: Mapping[str, Any]) -> Config:
             begun = old.get(section)
             theirs = begun.get(name, _extra(field)["before"]) if isinstance(begun, Mapping) else _extra(field)["before"]
             config = config.model_copy(update={section: chosen.model_copy(update={name: theirs})})
+    named = _named_then(old)
+    given = {key: getattr(config, key) for key in named}
+
+    def then(teacher: TeacherConfig, theirs: Any) -> TeacherConfig:
+        is_directory = isinstance(theirs, Mapping) and theirs.get("model") == f"./{STUDENT}" and teacher.is_student
+        return teacher.model_copy(update={"model": f"./{STUDENT}"}) if is_directory else teacher
+
+    if (mine := given.get("teacher")) is not None:
+        config = config.model_copy(update={"teacher": then(mine, named["teacher"])})
+    if mine := given.get("teachers"):
+        config = config.model_copy(
+            update={"teachers": {key: then(each, named["teachers"].get(key)) for key, each in mine.items()}}
+        )
     return config
+
+
+def _named_then(old: Mapping[str, Any]) -> dict[str, Any]:
+    """The teachers of a run's config.yaml; versions without a key `snapshot` took the model `student` for a directory."""
+
+    def named(teacher: Any) -> Any:
+        then = isinstance(teacher, Mapping) and teacher.get("model") == STUDENT and "snapshot" not in teacher
+        return {**teacher, "model": f"./{STUDENT}"} if then else teacher
+
+    found: dict[str, Any] = {"teacher": named(old["teacher"])} if "teacher" in old else {}
+    if isinstance(several := old.get("teachers"), Mapping):
+        found["teachers"] = {key: named(each) for key, each in several.items()}
+    return found
 
 
 def _then(path: tuple[str, ...]) -> Any:

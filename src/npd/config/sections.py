@@ -26,7 +26,7 @@ from npd.config.models import StudentConfig, TeacherConfig
 from npd.registry import DIVERGENCES, ENGINES, RULES
 
 MOST_PROMPTS = 100 * MANY
-DataColumn = Literal["prompt", "completion", "messages", "answer", "source", "tools"]
+DataColumn = Literal["prompt", "completion", "messages", "answer", "source", "tools", "teacher_prompt", "reasoning_gym"]
 
 
 class DataConfig(Section):
@@ -42,8 +42,8 @@ class DataConfig(Section):
     config: str | None = None
     """Configuration of a Hub dataset that has several."""
     columns: dict[DataColumn, str] = {}
-    """The data's own names, such as {prompt: question, answer: solution}: for prompt, completion, messages, answer, source
-    and tools."""
+    """The data's own names, such as {prompt: question, answer: solution}: for prompt, completion, messages, answer, source,
+    tools, teacher_prompt and reasoning_gym."""
     template_options: dict[str, Any] = {}
     """Variables for the chat template, such as {enable_thinking: false}: in training, references and evaluation alike."""
     max_prompt_tokens: int = Field(default=1024, ge=1, le=LONGEST_TEXT)
@@ -126,11 +126,6 @@ class RolloutConfig(Section):
         return self
 
     @property
-    def sampling(self) -> Sampling:
-        """How the student's own responses are drawn."""
-        return Sampling(self.max_new_tokens, self.temperature, self.top_p, self.samples_per_prompt)
-
-    @property
     def engine_options(self) -> dict[str, Any]:
         """The options of the engine that is chosen."""
         named = getattr(self, self.engine, None)
@@ -146,6 +141,9 @@ class ScoringConfig(Section):
     """When responses are read a second time, without their prompts, by student and teacher, as IFD wants it. needed: where
     selection.rule judges by it; the columns *_nll_free, ifd_* and delta_ifd are null otherwise. always: so that a generation
     can be judged by another rule later (`npd refresh --reselect`)."""
+    verify: bool = Field(default=True, json_schema_extra={"before": False})
+    """Let the verifiers of evaluation judge every response to a row with an `answer` or a reasoning_gym entry (column
+    reward): for selection.reward, and for the share of right ones in the report."""
 
 
 class SelectionConfig(Section):
@@ -160,6 +158,9 @@ class SelectionConfig(Section):
     """Above it a response is "disconnect" (paper: 0.8, best of its sweep). The adaptive rule never goes above it."""
     adaptive_lower: float = Field(default=-0.4, allow_inf_nan=True)
     """The adaptive rule never goes below it."""
+    reward: Literal["any", "correct", "contrast"] = "any"
+    """What a response that the rule keeps must be beside: correct, right by its row's verifier; contrast, one of a prompt
+    that has right and wrong ones (rollout.samples_per_prompt of at least 2)."""
     options: dict[str, Any] = {}
     """Options of a rule that a plug-in brings, by its own names."""
 
@@ -186,6 +187,9 @@ class LossConfig(Section):
     top_k_mass: Literal["raw", "renormalize", "tail"] = "raw"
     """raw: the teacher's top-k as they are (paper); renormalize: scaled to sum to one; tail: what is left over becomes
     one more symbol."""
+    first_tokens: int | None = Field(default=None, ge=1, le=LONGEST_TEXT)
+    """Loss on the first so many tokens of each response alone: rollouts, and references too, end there, with finish_reason
+    "length", and so teacher, student and filter read no more either. Evaluation is not cut. null: whole responses."""
 
 
 class TrainingConfig(Section):
@@ -353,7 +357,13 @@ class Config(Section):
 
     @property
     def all_teachers(self) -> dict[str | None, TeacherConfig]:
-        """Every teacher by the source it is for; None is for all other sources."""
+        """Every teacher by the source it is for; None is for all other sources. One that is the student itself has the
+        student's weights as it started."""
+        return {key: t.of_student(self.student) if t.is_student else t for key, t in self.given_teachers.items()}
+
+    @property
+    def given_teachers(self) -> dict[str | None, TeacherConfig]:
+        """Every teacher as it was given, by the source it is for."""
         default: dict[str | None, TeacherConfig] = {} if self.teacher is None else {None: self.teacher}
         return default | dict(self.teachers)
 
@@ -361,8 +371,26 @@ class Config(Section):
         """The key in `all_teachers` of the teacher that reads prompts of a source."""
         return source if source in self.teachers else None
 
+    @property
+    def response_tokens(self) -> int:
+        """Tokens of a response that is trained on, at most."""
+        return min(self.rollout.max_new_tokens, self.loss.first_tokens or self.rollout.max_new_tokens)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the student's own responses are drawn."""
+        rollout = self.rollout
+        return Sampling(self.response_tokens, rollout.temperature, rollout.top_p, rollout.samples_per_prompt)
+
     @model_validator(mode="after")
     def _fits(self) -> Config:
+        reward = self.selection.reward
+        if reward == "contrast" and self.rollout.samples_per_prompt < 2:
+            raise ValueError(
+                "selection.reward contrast compares the responses to a prompt, but rollout.samples_per_prompt is 1; raise it"
+            )
+        if reward != "any" and not self.scoring.verify:
+            raise ValueError(f"selection.reward {reward} needs scoring.verify: true")
         if self.evaluation.teacher and (self.teacher is None or self.teacher.server is not None):
             raise ValueError(
                 "evaluation.teacher asks the teacher to answer tasks, which only one that is loaded here can: set "

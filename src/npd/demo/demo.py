@@ -183,7 +183,7 @@ def _write_data(out: Path, seed: int) -> None:
     problems = make_problems(REFERENCES + PROMPTS + HELD_OUT, seed=seed)
     references, rest = problems[:REFERENCES], problems[REFERENCES:]
     _write_jsonl(out / "references.jsonl", ({"prompt": p.prompt, "completion": p.completion} for p in references))
-    _write_jsonl(out / "prompts.jsonl", ({"prompt": p.prompt} for p in rest[:PROMPTS]))
+    _write_jsonl(out / "prompts.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in rest[:PROMPTS]))
     _write_jsonl(out / "held-out.jsonl", ({"prompt": p.prompt, "answer": p.answer} for p in rest[PROMPTS:]))
 
 

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from npd.config import Config, Sampling, TaskConfig
-from npd.evaluation.verify import pass_at_k
 from npd.intervals import wilson_interval
 from npd.prompts import Chat, Prompts
 from npd.registry import BENCHMARKS
 from npd.schedule import derive_seed
+from npd.verifiers import Verifier, pass_at_k
 
 __all__ = [
     "Benchmark",
@@ -149,6 +149,7 @@ class VerifiedTask(Benchmark):
     def __init__(self, task: TaskConfig, setting: BenchmarkSetting, prompts: Sequence[Sequence[int]]) -> None:
         super().__init__(task, setting)
         self.prompts = pa.table({"prompt_ids": pa.array(prompts, pa.list_(pa.int32()))})
+        self.verifier = Verifier()
 
     @abstractmethod
     def score(self, problem: int, text: str) -> float:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from npd.config import TaskConfig
 from npd.errors import UserError
 from npd.evaluation import BenchmarkSetting, VerifiedTask
-from npd.evaluation.verify import is_correct
-from npd.prompts import accepted_answers
 
 
 class Answers(VerifiedTask):
@@ -24,4 +22,4 @@ class Answers(VerifiedTask):
         super().__init__(task, setting, table["prompt_ids"].to_pylist())
 
     def score(self, problem: int, text: str) -> float:
-        return float(any(is_correct(text, answer) for answer in accepted_answers(self.answers[problem])))
+        return self.verifier(text, self.answers[problem]) or 0.0

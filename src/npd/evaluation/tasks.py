@@ -7,7 +7,6 @@ from typing import Any
 from npd.config import TaskConfig
 from npd.errors import UserError
 from npd.evaluation import BenchmarkSetting, VerifiedTask
-from npd.evaluation.verify import extract_answer
 
 DEFAULT_SIZE = 128
 
@@ -20,8 +19,9 @@ class ReasoningGym(VerifiedTask):
 
         size = task.size or DEFAULT_SIZE
         try:
-            self.dataset = reasoning_gym.create_dataset(task.name, size=size, seed=task.seed, **task.options)
-            self.entries: list[Any] = [self.dataset[i] for i in range(size)]
+            self.options = {"size": size, "seed": task.seed, **task.options}
+            dataset = reasoning_gym.create_dataset(task.name, **self.options)
+            self.entries: list[Any] = [dataset[i] for i in range(size)]
         except Exception as error:  # unknown names and options raise whatever the task's own checks do
             raise UserError(
                 f"evaluation.tasks: {task.name!r} with options {task.options} is no task: {error}. Give a reasoning-gym task "
@@ -30,11 +30,4 @@ class ReasoningGym(VerifiedTask):
         super().__init__(task, setting, [setting.chat.question(entry["question"]) for entry in self.entries])
 
     def score(self, problem: int, text: str) -> float:
-        entry = self.entries[problem]
-        whole = "\n" in str(entry["answer"]) and "<answer>" not in text
-        said = text.strip() if whole else extract_answer(text).rstrip(".")
-        try:
-            # Part marks, which some verifiers give for a format, are no solution.
-            return float(self.dataset.score_answer(said, entry) >= 1.0)
-        except Exception:  # verifiers parse, and a model may write anything
-            return 0.0
+        return self.verifier.task(text, self.task.name, self.options, self.entries[problem]) or 0.0

@@ -10,13 +10,14 @@ import pyarrow.compute as pc
 from npd.config import Config, SelectionConfig
 from npd.errors import UserError
 from npd.generations.generation import Generations
+from npd.generations.guards import look_at
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName, read_events
-from npd.records import EngineCheck, Manifest, SelectionSummary
+from npd.records import AlignedPositions, EngineCheck, Manifest, SelectionSummary
 from npd.registry import ENGINES
 from npd.selection import Summary, check_some_kept
 from npd.store import Store
-from npd.store.schema import NO_POLICY, SCALARS, count_tokens
+from npd.store.schema import NO_POLICY, SCALARS, count_aligned, count_tokens
 
 
 class Books:
@@ -89,7 +90,7 @@ class Books:
             parts = self.store.part_entries(generation, count)
             summary, tokens, stops = Summary(self.selection()), 0, 0
             for part in range(count):
-                table = self.store.read_part(generation, part, [*SCALARS, "response_ids"], check=True)
+                table = self.store.read_part(generation, part, [*SCALARS, "reward", "response_ids"], check=True)
                 summary.add(table)
                 tokens += count_tokens(table["response_ids"])
                 stops += int(pc.sum(pc.equal(table["finish_reason"], "length")).as_py())
@@ -105,8 +106,10 @@ class Books:
                 length_stops=stops,
                 teachers=self._rows_by_teacher(selection) if self.config.teachers else {},
                 engine=self._engine_check(generation),
+                aligned=self._aligned(generation, count),
             )
             self.store.finish_generation(manifest)
+        look_at(generation, self.config, self.store, self.events, self.display)
         return manifest
 
     def check_some_kept(self, generation: int) -> None:
@@ -118,6 +121,11 @@ class Books:
         manifest = self.store.manifest(generation)
         if manifest is not None:
             check_some_kept(manifest.selection, self.selection())
+
+    def _aligned(self, generation: int, count: int) -> AlignedPositions | None:
+        found = [count_aligned(self.store.part(generation, part)) for part in range(count)]
+        counts = [each for each in found if each is not None]
+        return AlignedPositions(*map(sum, zip(*counts, strict=True))) if counts else None
 
     def _engine_check(self, generation: int) -> EngineCheck | None:
         """The worst of what the checks of this generation's engines found."""

@@ -5,13 +5,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
 from npd.config import Config
 from npd.errors import UserError
+from npd.generations.generation import Generations
+from npd.generations.itself import follows_snapshots
 from npd.scoring import Reading
+from npd.scoring.contexts import teacher_contexts
 from npd.store import Store
 
-COLUMNS = ["source", "prompt_ids", "response_ids", "topk_ids", "topk_logprobs"]
+COLUMNS = ["source", "response_ids", "topk_ids", "topk_logprobs"]
 ENOUGH = 64  # responses
 
 
@@ -25,13 +29,15 @@ class Earlier(NamedTuple):
     """With top-k alone: a part holds no log-probabilities of a response's own tokens."""
 
 
-def earlier_answers(config: Config, store: Store, key: str | None, generation: int) -> Earlier | None:
+def earlier_answers(
+    config: Config, store: Store, generations: Generations, key: str | None, generation: int
+) -> Earlier | None:
     """What the teacher of a key in `Config.all_teachers` said, in the first whole part of this generation or the one before.
 
-    None: there is none.
+    None: there is none. A teacher that is each generation's snapshot is another one in each.
     """
-    for g in (generation, generation - 1):
-        for part in sorted(store.parts(g)):
+    for g in (generation,) if follows_snapshots(config, key) else (generation, generation - 1):
+        for part in sorted(store.parts(g) & {*range(len(generations.parts(g)))}):
             try:
                 table = store.read_part(g, part, COLUMNS, check=True)
             except (UserError, FileNotFoundError):  # whoever takes it will say so
@@ -40,7 +46,11 @@ def earlier_answers(config: Config, store: Store, key: str | None, generation: i
             mine = [i for i, k in enumerate(keys) if k == key and table["topk_ids"][i].is_valid][:ENOUGH]
             rows = table.take(mine).to_pylist()
             if rows:
-                contexts, responses = ([row[name] for row in rows] for name in ("prompt_ids", "response_ids"))
+                asked, each = generations.table(g, part), generations.per_prompt(g)
+                if len(asked) * each != len(table):  # damaged; it is made again
+                    continue
+                contexts = teacher_contexts(asked.take(pa.array([i // each for i in mine])))
+                responses = [row["response_ids"] for row in rows]
                 return Earlier(str(store.part(g, part)), contexts, responses, [_reading(row) for row in rows])
     return None
 

@@ -12,7 +12,7 @@ from npd.config import Config, config_tree, differing_keys, load_config
 from npd.errors import UserError
 from npd.generations.books import Books
 from npd.generations.generation import Generations
-from npd.generations.models import Models, load_tokenizers
+from npd.generations.models import Models, load_tokenizers, texts_of
 from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Beside, Workshop
 from npd.observe.display import Display
@@ -21,7 +21,7 @@ from npd.placement import Placement, check_engine, resolve_placement
 from npd.store import REFERENCE, Store, check_places, explained_run, recorded
 from npd.store.provenance import in_rows
 
-ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer):")  # another machine may have its own way
+ELSEWHERE = re.compile(r"(student|teacher|teachers\..+)\.(model|tokenizer|adapter):")  # another machine may have its own way
 
 
 class External(Beside):
@@ -175,6 +175,16 @@ def _workshop(config: Config, placement: Placement | None, rank: int, world: int
     # The selection is read anew for each part: `npd refresh --reselect` may have changed it.
     books = Books(config, store, generations, display, events, store.selection)
     pad_id = loaded.tokenizer.pad_token_id
-    kept = Models(config, store, loaded.vocabulary, pad_id, prompts.longest, display, placement)
+    kept = Models(
+        config,
+        store,
+        loaded.vocabulary,
+        pad_id,
+        prompts.longest,
+        display,
+        placement,
+        longest_of_teacher=prompts.longest_of_teacher,
+        decode=texts_of(loaded),
+    )
     pipeline = Pipeline(config, store, generations, kept, books, display, events, placement)
     return Workshop(config, store, generations, books, pipeline, placement, events, display, rank, world)

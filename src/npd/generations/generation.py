@@ -45,6 +45,12 @@ class Generations:
         """Are reference responses mixed in?"""
         return self.config.schedule.references > 0
 
+    @cached_property
+    def verifies(self) -> bool:
+        """Do responses get a reward, as there is something to verify them by?"""
+        answers = self.prompts.table["answer"]
+        return self.config.scoring.verify and answers.null_count < len(answers)
+
     def is_reference(self, generation: int) -> bool:
         """Are its responses references, which no snapshot of the student wrote?"""
         return generation == REFERENCE

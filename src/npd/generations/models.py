@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,27 +13,34 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from npd.config import Config, ModelConfig, Sampling
+from npd.config import Config, ModelConfig, Sampling, StudentConfig, TeacherConfig
 from npd.errors import UserError
-from npd.evaluation import Gap, Lent
+from npd.generations.itself import BelowAdapters, OfSnapshot, follows_snapshots, is_base
 from npd.models import (
+    ADAPTER,
+    Switchable,
     Vocabulary,
     load_model,
     load_model_config,
     load_tokenizer,
+    move,
     shared_vocabulary,
     snapshot_config,
     stop_ids_of,
     template_difference,
+    tensors_of,
 )
 from npd.observe.display import Display
 from npd.placement import Placement
 from npd.records import EngineCheck
 from npd.registry import ENGINES
 from npd.rollout import Engine, EngineSetting, Weights
-from npd.scoring import Identity, Prefill, Teacher, TeacherSetting, teacher_kind
+from npd.scoring import Held, Identity, Prefill, Teacher, TeacherSetting, teacher_kind
+from npd.scoring.contexts import written_behind
 from npd.scoring.routed import Routed
 from npd.store import Store
+
+FIRST = 0  # the snapshot that reads and writes what belongs to no generation, where a teacher is a snapshot
 
 
 class Tokens(NamedTuple):
@@ -63,17 +70,20 @@ def load_tokenizers(config: Config) -> Tokens:
         key: teacher_kind(teacher).identify(teacher, tokenizer, config.student.model)
         for key, teacher in config.all_teachers.items()
     }
-    for identity in teachers.values():
+    alike = [identity for identity in teachers.values() if not identity.aligned]
+    for identity in alike:
         stop_ids += identity.stop_ids
-    known = [identity.config for identity in teachers.values() if identity.config is not None]
+    known = [identity.config for identity in alike if identity.config is not None]
     options = config.data.template_options
     vocabulary = shared_vocabulary(tokenizer, student, *known, stop_ids=stop_ids, template_options=options)
-    if len(known) < len(teachers):  # how far another one's vocabulary is padded is not known
+    if len(known) < len(alike):  # how far another one's vocabulary is padded is not known
         vocabulary = replace(vocabulary, size=min(vocabulary.size, 1 + max(tokenizer.get_vocab().values())))
     if config.scoring.top_k > vocabulary.size:
         raise UserError(f"scoring.top_k is {config.scoring.top_k}, but the models share only {vocabulary.size} tokens.")
     notes = []
     for key, identity in teachers.items():
+        if identity.aligned:  # it reads what its own template writes
+            continue
         if identity.tokenizer is not None and (difference := template_difference(tokenizer, identity.tokenizer, options)):
             name = config.all_teachers[key].model
             notes.append(f"The chat template of {name} is another one than the student's: {difference}.")
@@ -93,11 +103,22 @@ class Snapshot:
         return self.models.student(self.version)
 
 
+def no_texts(responses: list[list[int]]) -> list[str]:
+    raise AssertionError("only models with a tokenizer are asked for texts")
+
+
+def texts_of(tokens: Tokens) -> Callable[[list[list[int]]], list[str]]:
+    """What gives the texts of responses, without special tokens."""
+    return partial(tokens.tokenizer.batch_decode, skip_special_tokens=True)
+
+
 class Models:
     """Loads each model when it is first asked for, and keeps it: of the student's snapshots, the one asked for last.
 
     Args:
         engine: the kind of engine that writes; None: the rollout's.
+        longest_of_teacher: tokens of the longest prompt as teachers read it, where that is another.
+        decode: the texts of responses without special tokens, for verifiers.
     """
 
     def __init__(
@@ -111,36 +132,78 @@ class Models:
         placement: Placement,
         *,
         engine: str | None = None,
+        longest_of_teacher: int = 0,
+        decode: Callable[[list[list[int]]], list[str]] | None = None,
     ) -> None:
         self.config, self.store, self.vocabulary, self.pad_id = config, store, vocabulary, pad_id
         self.longest_prompt, self.display, self.placement = longest_prompt, display, placement
+        self.longest_of_teacher = max(longest_prompt, longest_of_teacher)
         self.engine_kind: type[Engine] = ENGINES[engine or config.rollout.engine]
+        self.decode = decode or no_texts
         self._student: tuple[int, PreTrainedModel] | None = None  # version, model
         self._whole: int | None = None  # the version whose checksums were compared last
         self._engine: Engine | None = None
         self._teachers: dict[str | None, Teacher] = {}
+        self._read_with: dict[str | None, int] = {}  # of teachers that are snapshots, which
+        self._base: Switchable | None = None  # of the student's adapters, where a teacher is that base
+        self._on_base = any(is_base(config, key) for key in config.all_teachers)
 
     # -- teachers
 
-    def teacher(self, key: str | None) -> Teacher:
-        """A teacher by its key in `Config.all_teachers`, made ready when first asked for."""
+    def teacher(self, key: str | None, version: int | None = None) -> Teacher:
+        """A teacher by its key in `Config.all_teachers`, made ready when first asked for.
+
+        Args:
+            version: of one that is each generation's snapshot, which; None: that of the generation that is trained on.
+        """
+        if follows_snapshots(self.config, key):
+            version = self._trained_on() if version is None else version
+            if self._read_with.get(key, version) != version:
+                self._teachers.pop(key).close()
+            self._read_with[key] = version
         if key not in self._teachers:
-            config = self.config.all_teachers[key]
+            config, held = self._weights_of(key, version)
             setting = TeacherSetting(
                 self.vocabulary,
                 self.pad_id,
                 self.placement.teacher,
                 self.config.scoring.batch_tokens,
                 self.display.say,
-                self._start_engine,  # which rests by being closed
+                partial(self._start_engine, longest_prompt=self.longest_of_teacher),  # which rests by being closed
+                self.config.student,
+                held,
             )
             self._teachers[key] = teacher_kind(config)(config, setting)
         return self._teachers[key]
+
+    def _weights_of(self, key: str | None, version: int | None) -> tuple[TeacherConfig, Held | None]:
+        """How a teacher's weights are loaded, and where this process has them anyway."""
+        config, beside = self.config.all_teachers[key], self.placement.teacher == self.placement.rollout
+        if not self.config.given_teachers[key].is_student:
+            return config, BelowAdapters(self._base_of_student) if beside and is_base(self.config, key) else None
+        held: Held | None = BelowAdapters(self._base_of_student) if is_base(self.config, key) else None
+        if follows_snapshots(self.config, key):
+            assert version is not None, "it was asked for"
+            held = OfSnapshot(partial(self.student, version))
+        first = version or 0
+        if self.store.policy(first).is_dir():  # of `npd sft` there are no snapshots
+            config = config.model_copy(update={"model": str(self.snapshot(first)), "revision": None, "adapter": None})
+        return config, held if beside else None
+
+    def _trained_on(self) -> int:
+        """The snapshot that wrote the generation that is trained on."""
+        current = self.store.current
+        manifest = self.store.manifest(current)
+        return current if manifest is None else manifest.policy_version
 
     def move_teachers(self, device: str) -> None:
         """Move those that are loaded here."""
         for teacher in self._teachers.values():
             teacher.move(device)
+        if self._base is not None:
+            move(tensors_of(self._base.base), device)
+        if self._read_with and device == "cpu":
+            self._student = None
 
     # -- the student
 
@@ -148,9 +211,20 @@ class Models:
         """The student as a snapshot has it; the one used last stays loaded."""
         if self._student is None or self._student[0] != version:
             self._student = None  # before the next one takes its memory
-            config = snapshot_config(self.config.student, self.snapshot(version))
-            self._student = version, load_model(config, on=self.placement.rollout)
+            folder = self.snapshot(version)
+            if self._on_base:
+                base = self._base_of_student()
+                base.take(folder / ADAPTER)
+                self._student = version, base.base
+            else:
+                config = snapshot_config(self.config.student, folder)
+                self._student = version, load_model(config, on=self.placement.rollout)
         return self._student[1]
+
+    def _base_of_student(self) -> Switchable:
+        if self._base is None:
+            self._base = Switchable(load_model(self.config.student.base, on=self.placement.rollout))
+        return self._base
 
     def snapshot(self, version: int) -> Path:
         """A snapshot's directory, whole.
@@ -194,16 +268,25 @@ class Models:
         self._engine.take(weights)
         return self._engine
 
-    def _start_engine(self, model: ModelConfig, *, shares_device: bool = False) -> Engine:
-        base = self.store.policy(0)  # where adapters have changed nothing yet; only a distillation has snapshots
-        lora = getattr(model, "lora", None) is not None and base.is_dir()
+    def _start_engine(
+        self,
+        model: ModelConfig,
+        *,
+        shares_device: bool = False,
+        longest_prompt: int | None = None,
+        vocabulary: Vocabulary | None = None,
+        pad_id: int | None = None,
+    ) -> Engine:
+        base = self.store.policy(0)  # where fresh adapters have changed nothing yet; only a distillation has snapshots
+        fresh = isinstance(model, StudentConfig) and model.lora is not None and not model.continues
+        lora = fresh and base.is_dir()
         setting = EngineSetting(
             self.config,
             model,
-            self.vocabulary,
-            self.pad_id,
+            vocabulary or self.vocabulary,
+            self.pad_id if pad_id is None else pad_id,
             self.placement.rollout,
-            self.longest_prompt,
+            longest_prompt or self.longest_prompt,
             shares_device=shares_device,
             say=self.display.say,
             base=base if lora else None,
@@ -242,102 +325,8 @@ class Models:
         """Let go of everything."""
         for teacher in self._teachers.values():
             teacher.close()
-        self._student, self._teachers = None, {}
+        self._student, self._teachers, self._base = None, {}, None
         self.end_engine()
-
-
-class Evaluated:
-    """A student under evaluation: the rollout's engine writes with its weights, its model is compared with the teachers.
-
-    Args:
-        around: context in which the engine works, for instance with the trainer out of its way.
-        autocast: type of the matrix products where the model itself computes; None: that of its weights.
-        aside: context in which others compute on the device with files of the weights.
-    """
-
-    def __init__(
-        self,
-        models: Models,
-        weights: Weights,
-        around: Callable[[], Any],
-        autocast: torch.dtype | None = None,
-        aside: Callable[[], Any] = nullcontext,
-    ) -> None:
-        self.models, self.weights, self.around, self.autocast = models, weights, around, autocast
-        self.aside = aside
-
-    @contextmanager
-    def lend(self, title: str, total: int, unit: str, *, files: bool) -> Iterator[Lent]:
-        mine = self.autocast is not None and not files
-        with self.models.display.task(title, total, unit) as advance:
-            if files:
-                path = self.weights.path()
-                with self.aside():
-                    self.models.end_engine()
-                    yield Lent(path, advance)
-            else:
-                with torch.autocast("cuda", self.autocast) if mine else nullcontext():
-                    yield Lent(self.weights.model(), advance)
-
-    def write(self, table: pa.Table, sampling: Sampling, seed: int, title: str) -> pa.Table:
-        total = len(table) * sampling.samples_per_prompt
-        mine = self.autocast is not None and not self.models.engine_kind.holds_weights
-        with (
-            self.around(),
-            torch.autocast("cuda", self.autocast) if mine else nullcontext(),
-            self.models.display.task(title, total, "responses") as advance,
-        ):
-            answered = self.models.engine_with(self.weights).answer(table, sampling, seed, advance)
-            if self.models.placement.shared_gpu:
-                self.models.release()
-        return answered
-
-    def gap(self, answered: pa.Table) -> Gap:
-        config, model = self.models.config, self.weights.model()
-        contexts, responses = answered["prompt_ids"].to_pylist(), answered["response_ids"].to_pylist()
-        keys = [config.teacher_of(source) for source in answered["source"].to_pylist()]
-        student = self.models.prefill(model, self.autocast)
-        kl, agreed, tokens, exact = 0.0, 0, 0, True
-        training = model.training
-        model.eval()
-        for key in dict.fromkeys(keys):
-            mine = [i for i, k in enumerate(keys) if k == key]
-            teacher = self.models.teacher(key)
-            exact = exact and teacher.exact
-            pieces = teacher.distance(
-                student, [contexts[i] for i in mine], [responses[i] for i in mine], config.scoring.top_k
-            )
-            for piece in pieces:
-                kl, agreed, tokens = kl + piece.kl, agreed + piece.agreed, tokens + piece.tokens
-        model.train(training)
-        return Gap(kl, agreed, tokens, exact)
-
-
-class AskedTeacher:
-    """The teacher under evaluation: what it can do is what the student aims at."""
-
-    def __init__(self, models: Models) -> None:
-        self.models = models
-
-    def write(self, table: pa.Table, sampling: Sampling, seed: int, title: str) -> pa.Table:
-        with self.models.display.task(title, len(table) * sampling.samples_per_prompt, "responses") as advance:
-            return self.models.teacher(None).write(table, sampling, seed, advance)
-
-    def gap(self, answered: pa.Table) -> Gap:
-        return Gap(0.0, len(answered), len(answered), True)
-
-    @contextmanager
-    def lend(self, title: str, total: int, unit: str, *, files: bool) -> Iterator[Lent]:
-        teacher: Any = self.models.teacher(None)
-        if not hasattr(teacher, "path" if files else "model"):
-            raise UserError(
-                f"evaluation.teacher asks for the weights of {self.models.config.all_teachers[None].model}, which a teacher "
-                "of its kind does not give; set evaluation.teacher: false."
-            )
-        with self.models.display.task(f"the teacher: {title}", total, unit) as advance:
-            if files:
-                self.models.end_engine()
-            yield Lent(teacher.path() if files else teacher.model(), advance)
 
 
 def engine_difference(table: pa.Table, prefill: Prefill) -> EngineCheck:
@@ -349,9 +338,13 @@ def engine_difference(table: pa.Table, prefill: Prefill) -> EngineCheck:
 
 
 def routed_writer(models: Models, sampling: Sampling) -> Routed:
-    """Stage: each row is answered by the teacher of its source."""
+    """Stage: each row is answered by the teacher of its source, behind its prompt as that teacher reads it."""
 
     def writer(key: str | None) -> Callable[..., pa.Table]:
-        return lambda table, seed, advance: models.teacher(key).write(table, sampling, seed, advance)
+        def write(table: pa.Table, seed: int, advance: Callable[[int], None]) -> pa.Table:
+            teacher = models.teacher(key, FIRST)
+            return written_behind(table, lambda asked: teacher.write(asked, sampling, seed, advance))
+
+        return write
 
     return Routed(models.config.teacher_of, writer)

@@ -6,9 +6,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from npd.config import Config, Sampling
@@ -16,11 +18,13 @@ from npd.errors import RunError
 from npd.generations.books import Books
 from npd.generations.earlier import earlier_answers
 from npd.generations.generation import Generations
-from npd.generations.models import Models, engine_difference, routed_writer
+from npd.generations.guards import warn
+from npd.generations.models import FIRST, Models, engine_difference, routed_writer
 from npd.observe.console import warn_of_engine
 from npd.observe.display import Advance, Display, untold
 from npd.observe.events import Events, SpanName
 from npd.placement import Placement
+from npd.prompts import TEACHER_PROMPT
 from npd.rollout import Engine, Request
 from npd.schedule import derive_seed
 from npd.scoring import ScoreStudent, ScoreTeacher, Teacher, teacher_kind
@@ -29,6 +33,7 @@ from npd.selection import Select, wants_free
 from npd.store import REFERENCE, Store
 from npd.store.answers import wrong_part
 from npd.store.schema import NO_POLICY, count_tokens
+from npd.verifiers import Verify
 
 CHECKED_TOKENS = 64  # of each response by which an engine is compared with transformers
 
@@ -51,6 +56,7 @@ class Pipeline:
     ) -> None:
         self.config, self.store, self.generations, self.models = config, store, generations, models
         self.books, self.display, self.events, self.placement = books, display, events, placement
+        self.verify = Verify()
         self._checked: set[int] = set()  # generations whose engine was compared with transformers
 
     def make(self, generation: int, parts: Iterator[int], version: int | None = None) -> None:
@@ -74,6 +80,8 @@ class Pipeline:
                 finish(part, table)
 
     def _store(self, generation: int, part: int, table: pa.Table) -> None:
+        if TEACHER_PROMPT in table.column_names:  # it follows from the prompt, and its ids are no student's
+            table = table.drop_columns(TEACHER_PROMPT)
         with self.events.span(SpanName.STORE, generation=generation, part=part):
             if (wrong := wrong_part(table, self.store.vocabulary_size)) is not None:  # or it would be made again for ever
                 raise RunError(
@@ -115,7 +123,7 @@ class Pipeline:
                 advance(finished - shown)
                 shown = finished
 
-        stream = engine.stream(asked(), self.config.rollout.sampling, progress)
+        stream = engine.stream(asked(), self.config.sampling, progress)
         try:
             while True:
                 if not waiting and following is None:
@@ -150,15 +158,12 @@ class Pipeline:
         count = self.config.rollout.check_samples
         if not count:
             return
-        options = self.config.rollout
-        sampling = Sampling(
-            min(CHECKED_TOKENS, options.max_new_tokens), options.temperature, options.top_p, options.samples_per_prompt
-        )
+        sampling = replace(self.config.sampling, max_new_tokens=min(CHECKED_TOKENS, self.config.response_tokens))
         with self.events.span(SpanName.CHECK, generation=generation):
             answers = engine.answer(table.slice(0, count), sampling, self.config.seed)
             found = engine_difference(answers, self.models.prefill(self.models.student(version)))
         self.events.mark(SpanName.ENGINE, generation=generation, **found.to_json())
-        warn_of_engine(found, options.check_bound, self.display)
+        warn_of_engine(found, self.config.rollout.check_bound, self.display)
 
     # -- others read, and judge
 
@@ -171,11 +176,11 @@ class Pipeline:
             with self.events.span(SpanName.LOAD):
                 student = self.models.student(version)
                 for source in table["source"].unique().to_pylist():
-                    self._teacher(self.config.teacher_of(source), generation)
+                    self._teacher(self.config.teacher_of(source), generation, version)
             with self._step(SpanName.SCORE, generation, part, (1 + 2 * free) * tokens) as advance:
-                scored = self._score_teacher(generation, free=free)(table, advance)
+                scored = self._score_teacher(generation, version, free=free)(table, advance)
                 table = ScoreStudent(self.models.prefill(student), free=free)(scored, advance)
-            self._store(generation, part, Select(selection)(table))
+            self._store(generation, part, Select(selection)(self._verified(table, generation)))
 
     @contextmanager
     def _scoring(self, generation: int, version: int) -> Iterator[tuple[Callable[[int, pa.Table], None], Callable[[], None]]]:
@@ -212,19 +217,42 @@ class Pipeline:
     def _scores_beside(self) -> bool:
         """May scoring run while the engine generates? Where the teachers' work is done elsewhere."""
         teachers = self.config.all_teachers.values()
-        elsewhere = self.placement.teacher != self.placement.rollout or all(teacher_kind(t).elsewhere for t in teachers)
+        elsewhere = self.placement.teacher != self.placement.rollout or all(
+            teacher_kind(t).runs_elsewhere(t) for t in teachers
+        )
         return self.models.engine_kind.continuous and elsewhere
 
-    def _teacher(self, key: str | None, generation: int) -> Teacher:
+    def _teacher(self, key: str | None, generation: int, version: int) -> Teacher:
         """A teacher, which is to answer as it did in the parts that are there already."""
-        teacher = self.models.teacher(key)
-        if not teacher.health.begun and (earlier := earlier_answers(self.config, self.store, key, generation)) is not None:
-            teacher.health.recall(*earlier, self.config.scoring.top_k)
+        teacher = self.models.teacher(key, version)
+        if not teacher.health.begun:
+            earlier = earlier_answers(self.config, self.store, self.generations, key, generation)
+            if earlier is not None:
+                teacher.health.recall(*earlier, self.config.scoring.top_k)
         return teacher
 
-    def _score_teacher(self, generation: int, *, free: bool) -> Routed:
+    def _score_teacher(self, generation: int, version: int, *, free: bool) -> Routed:
         top_k = self.config.scoring.top_k
-        return Routed(self.config.teacher_of, lambda key: ScoreTeacher(self._teacher(key, generation), top_k, free=free))
+        return Routed(
+            self.config.teacher_of, lambda key: ScoreTeacher(self._teacher(key, generation, version), top_k, free=free)
+        )
+
+    def _verified(self, table: pa.Table, generation: int) -> pa.Table:
+        """With a column reward, where the run's prompts have something to verify by."""
+        if not self.generations.verifies:
+            return table
+        before = self.verify.failed
+        table = self.verify(table, self.models.decode)
+        if failed := self.verify.failed - before:
+            warn(
+                "verifier",
+                f"{failed} of {len(table)} responses could not be judged by their verifier, and have no reward "
+                f"({self.verify.why}).",
+                self.events,
+                self.display,
+                generation=generation,
+            )
+        return table
 
     # -- references
 
@@ -234,17 +262,15 @@ class Pipeline:
             with self._step(SpanName.GENERATE, generation, part, len(table)) as advance:
                 seed = derive_seed(self.config.seed, "teacher", generation, part)
                 options = self.config.rollout
-                sampling = Sampling(options.max_new_tokens, options.temperature, options.top_p)
+                sampling = Sampling(self.config.response_tokens, options.temperature, options.top_p)
                 table = routed_writer(self.models, sampling)(table, seed, advance)
         else:
-            table = table.append_column("response_ids", table["completion_ids"]).append_column(
-                "finish_reason", pa.array(["stop"] * len(table), pa.string())
-            )
+            table = given_references(table, self.config.response_tokens)
         if generation == REFERENCE:  # mixed in, and so trained with the same loss as the student's own responses
             free = self.config.scoring.free == "always"  # no rule judges references
             with self._step(SpanName.SCORE, generation, part, (1 + free) * count_tokens(table["response_ids"])) as advance:
-                table = self._score_teacher(generation, free=free)(table, advance)
-        table = identify(table, generation, part, NO_POLICY)
+                table = self._score_teacher(generation, FIRST, free=free)(table, advance)
+        table = self._verified(identify(table, generation, part, NO_POLICY), generation)
         return table.append_column("verdict", pa.array(["reference"] * len(table), pa.string()))
 
     @contextmanager
@@ -266,6 +292,17 @@ class Pipeline:
                 yield advance
         finally:
             torch.set_num_threads(before)
+
+
+def given_references(table: pa.Table, longest: int) -> pa.Table:
+    """Add response_ids and finish_reason: the completions that the data gives, or their first `longest` tokens."""
+    completions = table["completion_ids"]
+    lengths = pc.list_value_length(completions)
+    if pc.max(lengths).as_py() > longest:
+        cut = [ids[:longest] for ids in completions.to_pylist()]
+        completions = pa.chunked_array([pa.array(cut, completions.type)])
+    reasons = pc.if_else(pc.greater(lengths, longest), "length", "stop")
+    return table.append_column("response_ids", completions).append_column("finish_reason", reasons)
 
 
 def identify(table: pa.Table, generation: int, part: int, policy_version: int) -> pa.Table:

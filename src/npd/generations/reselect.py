@@ -63,6 +63,12 @@ def reselect(config: Config, store: Store, generation: int, display: Display) ->
                 "Choose a rule that does not read them, or make the generation anew with this rule, or with scoring.free: "
                 "always.",
             )
+        if config.selection.reward != "any" and "reward" not in table.column_names:
+            raise UserError(
+                f"selection.reward {config.selection.reward} judges by the column reward, which generation {generation} of "
+                f"{store.path} does not have: no row of its prompts has an answer, or scoring.verify was false.",
+                "Choose selection.reward any, or make the generation anew.",
+            )
         return select(table)
 
     for part in parts:

@@ -44,8 +44,9 @@ def in_place(
     K, kd_weight, scale = ids_CK.shape[1], terms.kd_weight, terms.scale
     slope_CV = terms.after_head.slope(z_CV) if terms.after_head is not None and dtype is not None else 1.0
     z_label_C, z_top_CK = z_CV.gather(1, labels_C), z_CV.gather(1, ids_CK)
+    absent_CK = _absent(teacher_CS)
     # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z.
-    u_rest_CV = z_CV.scatter(1, ids_CK, -torch.inf) if terms.rest_counts else None
+    u_rest_CV = z_CV.scatter(1, ids_CK, z_top_CK.where(absent_CK, -torch.inf)) if terms.rest_counts else None
     max_C = z_CV.amax(-1, keepdim=True)
     u_CV = z_CV.sub_(max_C).exp_()
     s_C = u_CV.sum(-1, keepdim=True)
@@ -60,7 +61,7 @@ def in_place(
         s_rest_C = u_rest_CV.sub_(max_rest_C).exp_().sum(-1, keepdim=True)
         logp_rest_C = max_rest_C + s_rest_C.log() - lse_C
     student_CS = torch.cat((z_top_CK - lse_C, logp_rest_C), -1)
-    value_CS, q_CS = compare(terms.divergence, teacher_CS, student_CS, dtype is not None)
+    value_CS, q_CS = _compared(terms, teacher_CS, absent_CK, student_CS, dtype)
     if q_CS is None:
         return label_logprob_C, value_CS, None
     # d loss / d z = mass * softmax(z) - q, where the rest's q is spread like softmax(z outside the top-k).
@@ -85,17 +86,19 @@ def in_two_sweeps(
     K, kd_weight, scale = ids_CK.shape[1], terms.kd_weight, terms.scale
     log_sum_exp, spread = _sweeps(compiled=terms.compiled)
     z_label_C, z_top_CK = z_CV.gather(1, labels_C), z_CV.gather(1, ids_CK)
+    absent_CK = _absent(teacher_CS)
     lse_rest_C: Tensor | None = None
     rest_C: Tensor | None = None
     if terms.rest_counts:
-        lse_rest_C = log_sum_exp(z_CV.scatter_(1, ids_CK, -torch.inf))
-        lse_C = torch.logaddexp(lse_rest_C, z_top_CK.logsumexp(-1, keepdim=True))
+        lse_rest_C = log_sum_exp(z_CV.scatter_(1, ids_CK, z_top_CK.where(absent_CK, -torch.inf)))
+        lse_C = torch.logaddexp(lse_rest_C, z_top_CK.masked_fill(absent_CK, -torch.inf).logsumexp(-1, keepdim=True))
         logp_rest_C = lse_rest_C - lse_C
     else:
         lse_C = log_sum_exp(z_CV)
         logp_rest_C = torch.full_like(lse_C, torch.finfo(lse_C.dtype).min)
     label_logprob_C, top_logprob_CK = z_label_C - lse_C, z_top_CK - lse_C
-    value_CS, q_CS = compare(terms.divergence, teacher_CS, torch.cat((top_logprob_CK, logp_rest_C), -1), dtype is not None)
+    student_CS = torch.cat((top_logprob_CK, logp_rest_C), -1)
+    value_CS, q_CS = _compared(terms, teacher_CS, absent_CK, student_CS, dtype)
     if q_CS is None:
         return label_logprob_C, value_CS, None
     q_CK, q_rest_C = q_CS[:, :K].contiguous(), q_CS[:, K:]
@@ -113,10 +116,25 @@ def in_two_sweeps(
     label_C = label_logprob_C.exp() * mass_C - (1 - kd_weight) * scale
     if lse_rest_C is not None and rest_C is not None:
         label_C = label_C - (z_label_C - lse_rest_C).exp() * rest_C
+        top_CK = top_CK - ((z_top_CK - lse_rest_C).exp() * rest_C).where(absent_CK, 0)
     if after is not None:
         top_CK, label_C = top_CK * after.slope(z_top_CK), label_C * after.slope(z_label_C)
     # A label among the top-k is assigned as one of them.
     return label_logprob_C, value_CS, g_CV.scatter_(1, labels_C, label_C.to(dtype)).scatter_(1, ids_CK, top_CK.to(dtype))
+
+
+def _absent(teacher_CS: Tensor) -> Tensor:
+    """[C, K]: is an entry of the top-k not there? Its token belongs to the rest."""
+    return teacher_CS[:, :-1] == -torch.inf
+
+
+def _compared(
+    terms: Terms, teacher_CS: Tensor, absent_CK: Tensor, student_CS: Tensor, dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """As `compare`; entries that are not there contribute nothing, nor does the rest where nothing else is there."""
+    value_CS, q_CS = compare(terms.divergence, teacher_CS, student_CS, dtype is not None)
+    nothing_CS = torch.cat((absent_CK, absent_CK.all(-1, keepdim=True)), -1)
+    return value_CS.masked_fill(nothing_CS, 0), None if q_CS is None else q_CS.masked_fill(nothing_CS, 0)
 
 
 def _mass(q_CK: Tensor, q_rest_C: Tensor, terms: Terms) -> Tensor:

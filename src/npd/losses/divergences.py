@@ -22,7 +22,8 @@ class Divergence(Protocol):
 
         Args:
             teacher: [C, K+1] log-probabilities of C tokens' top-k, as `top_k_mass` has them, and last of the rest: -inf for
-                raw and renormalize. -inf elsewhere too where the teacher gives a token of its top-k nothing.
+                raw and renormalize. -inf elsewhere too where a token has no entry: what it contributes is not looked at,
+                and its mass is with the rest.
             student: [C, K+1] log-probabilities of the same symbols, always finite. The rest is the type's lowest number
                 where there is none (the top-k are the whole vocabulary) or where it is not computed.
 

@@ -78,7 +78,8 @@ def sparse_soft_cross_entropy(
         weight: [V, D] language-model head.
         labels: [T] response tokens.
         topk_ids: [T, K] teacher's top-k token ids, all different within a row; K may be 0 if kd_weight is 0.
-        topk_logprobs: [T, K] teacher's log-probabilities, natural log.
+        topk_logprobs: [T, K] teacher's log-probabilities, natural log. -inf: no entry; its id, which is none of the others,
+            counts to the rest. A row without any has cross-entropy alone.
         kd_weight: λ in 0..1.
         top_k_mass: raw (the paper's formula), renormalize (top-k scaled to sum to one), or tail (the teacher's left-over
             mass against the student's, as one extra symbol).
@@ -222,8 +223,8 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
 
 def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bool) -> Tensor:
     """The teacher's log-probabilities [C, K+1] of its top-k and, last, of the rest."""
-    if top_k_mass == "renormalize":
-        logprobs_CK = logprobs_CK.log_softmax(-1)
+    if top_k_mass == "renormalize":  # what has no entry stays so
+        logprobs_CK = logprobs_CK.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     rest_C = logprobs_CK.new_full((len(logprobs_CK), 1), -torch.inf)
     if top_k_mass == "tail" and rest_exists:
         rest_C = (1 - logprobs_CK.exp().sum(-1, keepdim=True)).clamp(min=0).log()

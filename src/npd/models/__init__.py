@@ -1,5 +1,6 @@
 """Load and save models, check that teacher and student fit each other, cut a student out of a teacher."""
 
+from npd.models.continued import Switchable, adapter_bytes, check_adapter, with_adapters
 from npd.models.devices import device, fast_bfloat16, finish_copies, move, resolve_dtype, tensors_of, to_host, use_device
 from npd.models.head import AfterHead
 from npd.models.layout import MODES, Layout, Mode, expected_mode, expected_reading, layout_of, remember_layout
@@ -7,7 +8,6 @@ from npd.models.loading import (
     check_context,
     check_weights,
     context_length,
-    directory_of,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -30,9 +30,11 @@ from npd.models.reading import (
     head_weight,
     hidden_states,
 )
-from npd.models.saving import ADAPTER, State, copy_state, save_model, stop_at
+from npd.models.saving import ADAPTER, State, copy_state, save_adapter, save_model, stop_at
 from npd.models.slots import Continuing, Slots, continuing, expected_continuing, going_on
-from npd.models.students import adapter_bytes, add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
+from npd.models.sources import directory_of, name_of, whole_directory_of
+from npd.models.students import add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
+from npd.models.token_bytes import Span, TokenBytes
 from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
 from npd.models.writing import Writing, prompt_batches, ways_to_write
 
@@ -46,7 +48,10 @@ __all__ = [
     "Layout",
     "Mode",
     "Slots",
+    "Span",
     "State",
+    "Switchable",
+    "TokenBytes",
     "Vocabulary",
     "Writing",
     "activations",
@@ -58,6 +63,7 @@ __all__ = [
     "batches_for",
     "block_parameters",
     "blocks",
+    "check_adapter",
     "check_compatible",
     "check_compiler",
     "check_context",
@@ -86,12 +92,14 @@ __all__ = [
     "load_model_config",
     "load_tokenizer",
     "move",
+    "name_of",
     "parameter_count",
     "prompt_batches",
     "prove_layout",
     "quiet_transformers",
     "remember_layout",
     "resolve_dtype",
+    "save_adapter",
     "save_model",
     "saved_dtype",
     "shared_vocabulary",
@@ -103,4 +111,6 @@ __all__ = [
     "to_host",
     "use_device",
     "ways_to_write",
+    "whole_directory_of",
+    "with_adapters",
 ]

@@ -35,7 +35,7 @@ def resolve_dtype(config: ModelConfig, *, trained: bool, on: str | None = None) 
 
     What the optimiser updates is float32: steps of 1e-5 vanish in the rounding of bfloat16, and float16 overflows.
     """
-    frozen_base = isinstance(config, StudentConfig) and config.lora is not None
+    frozen_base = isinstance(config, StudentConfig) and config.adapts
     if trained and not frozen_base:
         return torch.float32
     if config.dtype != "auto":

@@ -217,8 +217,7 @@ def check_names(model: str, names: list[str]) -> None:
     if "adapter_config.json" in names and "config.json" not in names:
         raise UserError(
             f"{model} holds adapters, no model.",
-            "Give the model that they were trained on; to start from the two together, merge them first (peft's "
-            "merge_and_unload) and save the result.",
+            "Give the model that they were trained on, and beside it this directory as `adapter`.",
         )
     if any(name.endswith(".safetensors") and not name.startswith("adapter") for name in names):
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import re
 import threading
@@ -14,7 +13,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -26,6 +24,7 @@ from transformers import (
 
 from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError, foreign
+from npd.models.adapters import merge_adapter
 from npd.models.devices import device, resolve_dtype
 from npd.models.files import (
     check_claims,
@@ -40,39 +39,8 @@ from npd.models.files import (
     weight_files,
 )
 from npd.models.proof import prove_layout
+from npd.models.sources import directory_of, source_of
 from npd.models.tokens import named_stops
-
-
-def _source(config: ModelConfig) -> dict[str, Any]:
-    """Arguments of from_pretrained that name the weights."""
-    name = config.model
-    if name.startswith("package:"):
-        package, _, inner = name.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(package) if package.isidentifier() else None
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(
-                f"{foreign(name, 200)} names the Python package {foreign(package, 80)!r}, which is not installed; "
-                "pip install it."
-            )
-        name = str(Path(next(iter(spec.submodule_search_locations))) / inner)
-        if not Path(name).exists():
-            raise UserError(f"{foreign(config.model, 200)}: the package {package!r} holds no {foreign(inner, 100)!r}.")
-    path = Path(name)
-    common: dict[str, Any] = {"trust_remote_code": config.trust_remote_code, "revision": config.revision}
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise UserError(f"There is no GGUF file {path}.")
-        return common | {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-    # Two words with a slash may be a Hub id, unless the first is a directory here.
-    local = path.is_absolute() or name.startswith(".") or name.count("/") != 1 or path.parent.is_dir()
-    if local and not path.is_dir():
-        raise UserError(
-            f"There is no model directory {foreign(path, 200)}; give a directory, a .gguf file, or a Hub id (owner/name)."
-        )
-    if path.is_dir():
-        check_ordinary(path)
-    return common | {"pretrained_model_name_or_path": name}
-
 
 _quiet_lock = threading.Lock()
 _quiet_users: list[tuple[list[int], bool]] = []
@@ -131,7 +99,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         UserError: it cannot be loaded, or has no end-of-text token.
     """
-    source = _source(config)
+    source = source_of(config)
     with _explained(config, "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(**source)
         tokenizer("1 + 1?")  # some damage shows here
@@ -148,7 +116,7 @@ def load_model_config(config: ModelConfig) -> transformers.PreTrainedConfig:
     Raises:
         UserError: it cannot be loaded, or is that of no model which npd reads.
     """
-    source = _source(config)
+    source = source_of(config)
     path = Path(source["pretrained_model_name_or_path"])
     if path.is_dir() and "gguf_file" not in source and not (path / "config.json").is_file():
         check_names(config.model, [each.name for each in path.iterdir()])
@@ -178,7 +146,7 @@ def check_weights(config: ModelConfig, model_config: transformers.PreTrainedConf
     Raises:
         UserError: they are not.
     """
-    source = _source(config)
+    source = source_of(config)
     path = Path(source["pretrained_model_name_or_path"])
     gguf = path / source["gguf_file"] if "gguf_file" in source else None
     check_files(path if path.is_dir() else None, gguf, config.model, config.revision)
@@ -224,7 +192,7 @@ def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = N
     """
     # Of a GPU's attention kernels cuDNN's makes a plan for each new shape, and takes up to a second for one.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    source = _source(config)
+    source = source_of(config)
     model_config = load_model_config(config)
     kind = _auto_class(config.model, model_config, trust_remote_code=config.trust_remote_code)
     check_quantisation(config.model, model_config, trained=trained)
@@ -251,6 +219,8 @@ def load_model(config: ModelConfig, *, trained: bool = False, on: str | None = N
     mend_generation_config(model)
     if dequantised:
         model = model.to(loading["dtype"])
+    if config.adapter is not None and not (trained and isinstance(config, StudentConfig) and config.continues):
+        model = merge_adapter(model, config, quantised=quantisation_of(model_config) is not None and not dequantised)
     model = model.to(on or device()).eval()
     prove_layout(model, config.model, varlen=config.attention == "auto")
     return model
@@ -354,18 +324,6 @@ def check_context(name: str, config: transformers.PreTrainedConfig, prompt: int,
         )
 
 
-def directory_of(config: ModelConfig) -> Path | None:
-    """The directory that holds a model's files here: of a Hub id, what is in the cache; None where there is none, or GGUF."""
-    source = _source(config)
-    if "gguf_file" in source:
-        return None
-    name = source["pretrained_model_name_or_path"]
-    if Path(name).is_dir():
-        return Path(name)
-    cached = try_to_load_from_cache(name, "config.json", revision=config.revision)
-    return Path(cached).parent if isinstance(cached, str) else None
-
-
 def parameter_count(config: transformers.PreTrainedConfig, *, trust_remote_code: bool = False) -> int:
     """Parameters of a model, from its configuration alone."""
     return sum(parameter.numel() for parameter in shape_of(config, trust_remote_code=trust_remote_code).parameters())
@@ -401,7 +359,7 @@ def stop_ids_of(config: ModelConfig) -> list[int]:
     Raises:
         UserError: generation_config.json is there and malformed.
     """
-    source = _source(config)
+    source = source_of(config)
     if "gguf_file" in source:
         return []
     check_generation_config(Path(source["pretrained_model_name_or_path"]) / "generation_config.json")
@@ -415,4 +373,4 @@ def stop_ids_of(config: ModelConfig) -> list[int]:
 
 def snapshot_config(config: StudentConfig, path: Path) -> StudentConfig:
     """The same loading options for the weights in `path`, which are whole: adapters are merged."""
-    return config.model_copy(update={"model": str(path), "revision": None, "lora": None})
+    return config.model_copy(update={"model": str(path), "revision": None, "lora": None, "adapter": None})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,6 +74,14 @@ def save_model(
         save_file(state.adapter, path / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
+def save_adapter(model: nn.Module, path: Path, base: str, revision: str | None = None) -> None:
+    """Write a student's adapters alone, as peft has them, for the weights that `base` names."""
+    options: Any = copy(model.peft_config["default"])  # type: ignore[index]
+    options.base_model_name_or_path, options.revision, options.inference_mode = base, revision, True
+    options.save_pretrained(path)
+    save_file(_adapter_state(model), path / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
 def stop_at(model: nn.Module, stop_ids: Sequence[int]) -> None:
     """Make a model's own generation end at these tokens as well; its generation_config.json then says so."""
     base: Any = base_model(model)
@@ -130,7 +139,7 @@ def copy_state(model: nn.Module, dtype: torch.dtype | None = None) -> State:
     """
     copies: dict[tuple[int, torch.Size], Tensor] = {}
 
-    def copy(tensor: Tensor, stays: bool) -> Tensor:
+    def copied(tensor: Tensor, stays: bool) -> Tensor:
         key = place_of(tensor)
         if key not in copies:
             copies[key] = to_host(tensor if stays or dtype is None else tensor.to(dtype))
@@ -138,8 +147,8 @@ def copy_state(model: nn.Module, dtype: torch.dtype | None = None) -> State:
 
     base = base_model(model)
     weights = model.state_dict() if base is model else _merged_state(model)
-    adapter = None if base is model else {name: copy(tensor, True) for name, tensor in _adapter_state(model).items()}
-    state = State({name: copy(tensor, _stays(base, name, tensor)) for name, tensor in weights.items()}, adapter)
+    adapter = None if base is model else {name: copied(tensor, True) for name, tensor in _adapter_state(model).items()}
+    state = State({name: copied(tensor, _stays(base, name, tensor)) for name, tensor in weights.items()}, adapter)
     finish_copies()
     return state
 
@@ -158,6 +167,18 @@ def adapted(model: nn.Module) -> Iterator[tuple[Any, nn.Parameter]]:
             yield layer, layer.get_param() if hasattr(layer, "get_param") else layer.get_base_layer().weight
 
 
+def merged_weight(layer: Any, parameter: Tensor) -> Tensor:
+    """A weight with its adapter added, float32; DoRA then scales each output to the length that it learned."""
+    weight, delta = parameter.detach().float(), layer.get_delta_weight("default").detach().float()
+    learned = getattr(layer, "lora_magnitude_vector", {})
+    if "default" not in learned:
+        return weight + delta
+    turned = getattr(layer, "fan_in_fan_out", False)
+    norm = learned["default"].get_weight_norm(weight.T if turned else weight, delta.T if turned else delta, scaling=1)
+    factor = (learned["default"].weight.detach().float() / norm.detach()).view(-1, 1)
+    return (factor.T if turned else factor) * (weight + delta)
+
+
 def _merged_state(model: nn.Module) -> dict[str, Tensor]:
     """A peft model's weights with its adapters added, under the base model's names.
 
@@ -171,7 +192,7 @@ def _merged_state(model: nn.Module) -> dict[str, Tensor]:
             continue
         layer = layers.get(id(value))
         if layer is not None and id(value) not in merged:
-            merged[id(value)] = (value.detach().float() + layer.get_delta_weight("default").detach().float()).to(value.dtype)
+            merged[id(value)] = merged_weight(layer, value).to(value.dtype)
         name = key.removeprefix("base_model.model.").replace(".base_layer", "")
         state[name] = merged.get(id(value), value.detach())
     return state

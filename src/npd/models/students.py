@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from npd.config import ModelConfig, StudentConfig
 from npd.errors import UserError, foreign
-from npd.models.devices import resolve_dtype
 from npd.models.files import stored_dtype, weight_files
 from npd.models.layout import layout_of, probe_ids
-from npd.models.loading import load_model, shape_of
+from npd.models.loading import load_model
 from npd.models.proof import prove_layout
 from npd.models.reading import backbone, base_model, hidden_states
-from npd.models.saving import adapted
+from npd.models.saving import adapted, merged_weight
 
 
 def evenly_spaced(layers: int, total: int) -> list[int]:
@@ -150,12 +149,12 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
         UserError: the model has no such modules, they include the language-model head or what is tied to it, or what the
             adapters do would not be in the merged weights.
     """
-    wrapped = _with_adapters(model, config, [*unread_modules(model), *_routers(model)])
-    _prove_merge(wrapped, config.model)
+    wrapped = fresh_adapters(model, config, [*unread_modules(model), *_routers(model)])
+    prove_merge(wrapped, config.model)
     return wrapped
 
 
-def _check_pattern(pattern: str | list[str], names: Sequence[str]) -> None:
+def check_pattern(pattern: Any, names: Sequence[str], what: str) -> None:
     """See that a pattern is soon done with a model's modules: some try every way to divide a name, which takes for ever.
 
     Python cannot be interrupted while it matches, so another one tries.
@@ -170,17 +169,23 @@ def _check_pattern(pattern: str | list[str], names: Sequence[str]) -> None:
         subprocess.run(command, input=json.dumps([pattern, list(names)]).encode(), timeout=MATCH_SECONDS, capture_output=True)
     except subprocess.TimeoutExpired:
         raise UserError(
-            f"student.lora.target_modules {foreign(pattern, 100)!r} takes more than {MATCH_SECONDS} seconds to be compared "
-            f"with the {len(names):,} names of the model's modules.",
+            f"{what} takes more than {MATCH_SECONDS} seconds to be compared with the {len(names):,} names of the model's "
+            "modules.",
             "Write it without repetitions inside of repetitions, or give a list of names.",
         ) from None
 
 
-def _with_adapters(model: PreTrainedModel, config: StudentConfig, unread: Sequence[str]) -> nn.Module:
+def fresh_adapters(model: PreTrainedModel, config: StudentConfig, unread: Sequence[str]) -> nn.Module:
+    """A model in new adapters as `student.lora` says, none of them on modules that are `unread`.
+
+    Raises:
+        UserError: as `add_lora`, but that merging is not proved.
+    """
     import peft
 
     assert config.lora is not None
-    _check_pattern(config.lora.target_modules, [name for name, _ in model.named_modules()])
+    given = f"student.lora.target_modules {foreign(repr(config.lora.target_modules), 100)}"
+    check_pattern(config.lora.target_modules, [name for name, _ in model.named_modules()], given)
     options = peft.LoraConfig(
         r=config.lora.r,
         lora_alpha=config.lora.alpha,  # type: ignore[arg-type]  # peft takes floats
@@ -195,29 +200,25 @@ def _with_adapters(model: PreTrainedModel, config: StudentConfig, unread: Sequen
             warnings.simplefilter("ignore", UserWarning)
             wrapped = peft.get_peft_model(model, options)
     except ValueError as error:  # peft's own error for modules that do not exist is one
-        given = foreign(repr(config.lora.target_modules), 100)
-        raise UserError(f"student.lora.target_modules {given} does not fit: {foreign(error)}") from error
-    if model.get_output_embeddings() is not head:
-        raise UserError(
-            "student.lora.target_modules names the language-model head, which npd reads as one plain matrix; leave it out."
-        )
-    if any(parameter is head.weight for _, parameter in adapted(wrapped)):
-        raise UserError(
-            "student.lora.target_modules names the embedding, which this model ties to its language-model head: adapters "
-            "would change the one and not the other, and no merged model could hold both. Leave it out."
-        )
+        raise UserError(f"{given} does not fit: {foreign(error)}") from error
+    check_wrapped(wrapped, model, head, "student.lora.target_modules", "Leave it out.")
     return wrapped
 
 
-def adapter_bytes(known: PreTrainedConfig, config: StudentConfig) -> int:
-    """Bytes of a student's adapters at most, from the model's configuration alone.
+def check_wrapped(wrapped: nn.Module, model: PreTrainedModel, head: nn.Module, what: str, remedy: str) -> None:
+    """See that adapters leave the language-model head, which was `head` before them, alone.
 
     Raises:
-        UserError: as `add_lora`.
+        UserError: they don't.
     """
-    dtype = resolve_dtype(config, trained=True)
-    wrapped = _with_adapters(shape_of(known, trust_remote_code=config.trust_remote_code, dtype=dtype), config, ())
-    return sum(p.numel() * p.element_size() for p in wrapped.parameters() if p.requires_grad)
+    if model.get_output_embeddings() is not head:
+        raise UserError(f"{what} names the language-model head, which npd reads as one plain matrix.", remedy)
+    if any(parameter is head.weight for _, parameter in adapted(wrapped)):
+        raise UserError(
+            f"{what} names the embedding, which this model ties to its language-model head: adapters would change the one "
+            "and not the other, and no merged model could hold both.",
+            remedy,
+        )
 
 
 def _routers(model: PreTrainedModel) -> list[str]:
@@ -231,7 +232,7 @@ def _routers(model: PreTrainedModel) -> list[str]:
 
 
 @torch.no_grad()
-def _prove_merge(model: nn.Module, name: str) -> None:
+def prove_merge(model: nn.Module, name: str) -> None:
     """See that merged weights compute what weights and adapters do, with adapters that do something.
 
     Raises:
@@ -245,14 +246,15 @@ def _prove_merge(model: nn.Module, name: str) -> None:
     model.eval()
     changed: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        plain = hidden_states(model, ids, positions).float()
+        with model.disable_adapter():  # type: ignore[operator]
+            plain = hidden_states(model, ids, positions).float()
         for parameter in learned:
             if not parameter.any():  # peft starts one of the two matrices of an adapter at zero
                 parameter.copy_(0.1 * torch.sin(torch.arange(parameter.numel(), device=parameter.device)).view_as(parameter))
         theirs = hidden_states(model, ids, positions).float()
         for layer, parameter in adapted(model):
             changed.append((parameter, parameter.to("cpu", copy=True)))
-            parameter.copy_(parameter.float() + layer.get_delta_weight("default").float())
+            parameter.copy_(merged_weight(layer, parameter))
         with model.disable_adapter():  # type: ignore[operator]
             mine = hidden_states(model, ids, positions).float()
     finally:
@@ -264,7 +266,7 @@ def _prove_merge(model: nn.Module, name: str) -> None:
     missing, effect = float((mine - theirs).norm()), float((theirs - plain).norm())
     if not missing <= 0.1 * effect:
         raise UserError(
-            f"Adapters as student.lora describes them would not reach what is saved of {name}: with them merged into the "
+            f"Adapters like those of the student would not reach what is saved of {name}: with them merged into the "
             f"weights, hidden states miss {missing / max(effect, 1e-30):.0%} of what the adapters do. Choose other "
             "target_modules."
         )

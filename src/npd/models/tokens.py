@@ -45,8 +45,9 @@ def check_compatible(
         UserError: with the first few differences.
     """
     remedy = (
-        "NPD compares the two models token by token, so they must share a tokenizer: choose models of one family, or save "
-        "the teacher's tokenizer into the student's directory if only special tokens differ."
+        "NPD compares the two models token by token, so they must share a tokenizer: choose models of one family, save the "
+        "teacher's tokenizer into the student's directory if only special tokens differ, or set teacher.align: true, and "
+        "positions of two tokenizers meet by bytes."
     )
     ours, theirs = student.get_vocab(), teacher.get_vocab()
     if ours != theirs:

@@ -58,18 +58,33 @@ def show_generation(manifest: Manifest, display: Display) -> None:
         return
     summary = manifest.selection
     names = sorted({verdict for one in summary.sources.values() for verdict in one.verdicts})
-    bounded = summary.bounds is not None
+    bounded, judged = summary.bounds is not None, bool(summary.verified)
     rows = []
     for label, one in [("all", summary), *(summary.sources.items() if len(summary.sources) > 1 else ())]:
         shown = [one.delta_ifd_quantiles[q] for q in ("0.05", "0.5", "0.95") if one.delta_ifd_quantiles]
         quantiles = " ".join(f"{q:.2f}" for q in shown) or "-"
         counts = [str(one.verdicts.get(name, 0)) for name in names]
         bounds = [" ".join(f"{b:.2f}" for b in one.bounds or ()) or "-"] if bounded else []
-        rows.append([label or "(none)", str(one.rows), *counts, quantiles, *bounds])
+        right = [f"{(one.correct or 0) / one.verified:.1%}" if one.verified else "-"] if judged else []
+        rows.append([label or "(none)", str(one.rows), *counts, *right, quantiles, *bounds])
     name = "References" if manifest.generation == REFERENCE else f"Generation {manifest.generation}"
     title = f"{name}: {manifest.response_tokens or 0:,} response tokens, {manifest.length_stops or 0} stopped by length"
-    columns = ["source", "responses", *names, "delta 5/50/95%", *(["kept from, to"] if bounded else [])]
+    columns = [
+        "source",
+        "responses",
+        *names,
+        *(["right"] if judged else []),
+        "delta 5/50/95%",
+        *(["kept from, to"] if bounded else []),
+    ]
     display.table(title, columns, rows)
+    if (aligned := manifest.aligned) is not None and aligned.total:
+        display.say(
+            f"Read with the teacher's own tokenizer: {aligned.exact:,} tokens met one of its own "
+            f"({aligned.exact / aligned.total:.1%}), {aligned.merged:,} several or the beginning of one "
+            f"({aligned.merged / aligned.total:.1%}), {aligned.left_out:,} are left to cross-entropy "
+            f"({aligned.left_out / aligned.total:.1%})."
+        )
 
 
 def warn_of_engine(check: EngineCheck, bound: float, display: Display) -> None:

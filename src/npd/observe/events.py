@@ -42,6 +42,8 @@ class SpanName(StrEnum):
     SAVE = "save"
     RESTART = "restart"
     """Of a background worker that died."""
+    WARNING = "warning"
+    """A moment: what a person should know of a run, as `text`, and in a word what it is `about`."""
     STARTED = "started"
     ENDED = "ended"
     FAILED = "failed"

@@ -7,10 +7,22 @@ Conventions are those TRL's users know: `prompt` (a string or messages) with opt
 
 from npd.prompts.load import load_prompts, read_data
 from npd.prompts.readers import SUFFIXES
-from npd.prompts.table import SCHEMA, Prompts, accepted_answers, count_sources
+from npd.prompts.table import (
+    ENTRY,
+    SCHEMA,
+    SEPARATOR,
+    TEACHER_PROMPT,
+    Prompts,
+    accepted_answers,
+    count_sources,
+    reasoning_gym_entry,
+)
+from npd.prompts.teachers import OwnChat
 from npd.prompts.templates import Chat, TurnEnd, turn_end
 
 __all__ = [
-    "SCHEMA", "SUFFIXES", "Chat", "Prompts", "TurnEnd", "accepted_answers", "count_sources", "load_prompts", "read_data",
+    "ENTRY", "SCHEMA", "SEPARATOR", "SUFFIXES", "TEACHER_PROMPT",
+    "Chat", "OwnChat", "Prompts", "TurnEnd", "accepted_answers", "count_sources", "load_prompts", "read_data",
+    "reasoning_gym_entry",
     "turn_end",
 ]  # fmt: skip

@@ -150,5 +150,5 @@ def _not_shown(where: str, what: str, value: Any) -> UserError:
     return UserError(
         f"{where}: the chat template does not show {foreign(what, 120)}: "
         f"{foreign(json.dumps(value, ensure_ascii=False, default=str), 80)}",
-        "Take it out of the row, or give the student's tokenizer a template that writes it.",
+        "Take it out of the row, or give that tokenizer a template that writes it.",
     )

@@ -10,9 +10,9 @@ from typing import Any
 from npd.errors import UserError, foreign
 from npd.inputs import Unreadable, is_deeper, is_missing, is_text, parse_json, reason
 from npd.prompts.fields import Message
-from npd.prompts.table import SEPARATOR
+from npd.prompts.table import ENTRY, SEPARATOR
 
-COLUMNS = ("prompt", "completion", "messages", "answer", "source", "tools")
+COLUMNS = ("prompt", "completion", "messages", "answer", "source", "tools", "teacher_prompt", "reasoning_gym")
 
 # Names in data without `prompt` and `messages`, as public datasets have them.
 CONVERSATIONS = ("conversations", "conversation")
@@ -47,6 +47,7 @@ class Row:
     source: str = ""
     tools: list[Any] | None = None
     options: dict[str, Any] | None = None
+    teacher_prompt: str | list[Message] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -72,7 +73,7 @@ def read_row(where: str, record: Mapping[str, Any], columns: Mapping[str, str], 
         record = {**record, **{ours: record.get(theirs) for ours, theirs in columns.items()}}
     if record.get("prompt") is None and record.get("messages") is None:
         record = _layout(where, record, chat, remark)
-    prompt, completion, messages = _unpacked(where, record), record.get("completion"), record.get("messages")
+    prompt, completion, messages = _unpacked(where, "prompt", record), record.get("completion"), record.get("messages")
     if prompt is not None and messages is not None:
         if completion is None and isinstance(prompt, str) and _first_words(messages) == prompt.strip():
             remark("`messages` is read, and `prompt`, which repeats its first turn, is not")
@@ -102,10 +103,31 @@ def read_row(where: str, record: Mapping[str, Any], columns: Mapping[str, str], 
     if options is not None and not isinstance(options, dict):
         raise UserError(f"{where}: `chat_template_kwargs` must be an object, but it is {_shown(options)}.")
     source = record.get("source")
-    answer = _answer(where, record.get("answer"))
-    row = Row(where, prompt, reply, answer, "" if source is None else _plain(where, "source", source), tools or None, options)
+    entry = record.get("reasoning_gym")
+    answer = _answer(where, record.get("answer")) if entry is None else _entry(where, entry)
+    told = _teacher_prompt(where, record, tools, chat, remark)
+    source = "" if source is None else _plain(where, "source", source)
+    row = Row(where, prompt, reply, answer, source, tools or None, options, told)
     _check_text(row)
     return row
+
+
+def _teacher_prompt(
+    where: str, record: Mapping[str, Any], tools: list[Any] | None, chat: bool, remark: Remark
+) -> str | list[Message] | None:
+    """What the teacher reads in place of the prompt; None where the row does not say."""
+    told = _unpacked(where, "teacher_prompt", record)
+    if told is None or (isinstance(told, str) and not told.strip()):
+        return None
+    if not isinstance(told, str):
+        return read_messages(where, "teacher_prompt", told)
+    if tools:
+        raise UserError(
+            f"{where}: a teacher_prompt that is a string cannot show `tools`.", "Give messages, or take the tools out."
+        )
+    if chat:
+        remark("teacher_prompts that are strings are read as they are, not through the chat template")
+    return told
 
 
 def _check_text(row: Row) -> None:
@@ -115,6 +137,7 @@ def _check_text(row: Row) -> None:
         UserError: it can't.
     """
     parts = {"prompt": row.prompt, "completion": row.completion, "answer": row.answer, "source": row.source}
+    parts["teacher_prompt"] = row.teacher_prompt
     for name, value in (parts | {"tools": row.tools, "chat_template_kwargs": row.options}).items():
         if is_deeper(value, DEEPEST):
             raise UserError(f"{row.where}: `{name}` is nested more than {DEEPEST} deep.")
@@ -160,10 +183,10 @@ def _reply(where: str, completion: Any, prompt: str | list[Message]) -> Message:
     return turns[0]
 
 
-def _unpacked(where: str, record: Mapping[str, Any]) -> Any:
-    """The prompt, as a list where a string holds messages as JSON."""
-    prompt = record.get("prompt")
-    return _listed(where, "prompt", prompt) if isinstance(prompt, str) and _is_list(prompt) else prompt
+def _unpacked(where: str, key: str, record: Mapping[str, Any]) -> Any:
+    """A prompt, as a list where a string holds messages as JSON."""
+    prompt = record.get(key)
+    return _listed(where, key, prompt) if isinstance(prompt, str) and _is_list(prompt) else prompt
 
 
 def _is_list(text: str) -> bool:
@@ -296,6 +319,20 @@ def _answer(where: str, answer: Any) -> str | None:
             f"{_shown(answer)}."
         )
     return SEPARATOR.join(_plain(where, "answer", entry) for entry in entries)
+
+
+def _entry(where: str, value: Any) -> str:
+    """A reasoning-gym entry, by whose verifier a response is judged, as a cell of column `answer`."""
+    entry = _listed(where, "reasoning_gym", value)
+    metadata = entry.get("metadata") if isinstance(entry, dict) else None
+    name = metadata.get("source_dataset") if isinstance(metadata, dict) else None
+    if not isinstance(name, str) or not isinstance(entry.get("answer"), str | None) or is_deeper(entry, DEEPEST):
+        raise UserError(
+            f"{where}: `reasoning_gym` must be an entry of reasoning-gym, an object with `answer` and `metadata`, whose "
+            f"`source_dataset` names the task, but it is {_shown(value)}."
+        )
+    kept = {key: entry.get(key) for key in ("question", "answer", "metadata")}
+    return ENTRY + json.dumps(kept, ensure_ascii=False, default=str)
 
 
 def _layout(where: str, record: Mapping[str, Any], chat: bool, remark: Remark) -> Mapping[str, Any]:

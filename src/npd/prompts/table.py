@@ -27,8 +27,14 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Where a teacher reads another prompt than the student, or the same with another tokenizer, a last column has its ids, in its
+# own tokens: null where they are the student's own.
+TEACHER_PROMPT = "teacher_prompt_ids"
+WITH_TEACHERS = SCHEMA.append(pa.field(TEACHER_PROMPT, pa.list_(pa.int32())))
+
 # Several right answers share a cell, apart by a character that no text holds: files of older versions stay readable.
 SEPARATOR = "\x1f"
+ENTRY = "\x1e"  # begins a cell that holds a reasoning-gym entry as JSON
 NO_DIGEST = "0" * 64  # in the place of a file's digest while the digest is taken
 
 
@@ -37,7 +43,9 @@ class Prompts:
     """Prompts as token ids, and what was left out.
 
     Columns of `table`, which is mapped from a file: prompt_id, source, prompt_ids, completion_ids (the stop token included;
-    null without a reference) and answer (null without one; several right ones as `accepted_answers` reads them).
+    null without a reference) and answer (null without one; several right ones as `accepted_answers` reads them, a
+    reasoning-gym entry as `reasoning_gym_entry` does). Where a teacher reads some of them otherwise, also teacher_prompt_ids
+    (null: as the student).
     """
 
     table: pa.Table
@@ -108,13 +116,34 @@ class Prompts:
         """Tokens of the longest prompt."""
         return int(pc.max(pc.list_value_length(self.table["prompt_ids"])).as_py() or 0)
 
+    @property
+    def told_otherwise(self) -> np.ndarray:
+        """[N] bool, does a teacher read another prompt than the student?"""
+        if TEACHER_PROMPT not in self.table.column_names:
+            return np.zeros(len(self.table), bool)
+        return pc.is_valid(self.table[TEACHER_PROMPT]).to_numpy()
+
+    @property
+    def privileged(self) -> int:
+        """Prompts that a teacher reads otherwise than the student."""
+        return int(self.told_otherwise.sum())
+
+    @property
+    def longest_of_teacher(self) -> int:
+        """Tokens of the longest prompt as teachers read it."""
+        if not self.privileged:
+            return self.longest
+        lengths = pc.list_value_length(self.table[TEACHER_PROMPT])
+        return int(pc.max(pc.coalesce(lengths, pc.list_value_length(self.table["prompt_ids"]))).as_py() or 0)
+
     def save(self, path: Path) -> None:
         """Write an Arrow file that `open` maps back; its last, empty batch carries the digest of the whole file."""
         facts = {name: value for name, value in vars(self).items() if name != "table"}
-        with pa.ipc.new_file(str(path), SCHEMA.with_metadata({"npd": json.dumps(facts)})) as writer:
+        schema = self.table.schema.remove_metadata()
+        with pa.ipc.new_file(str(path), schema.with_metadata({"npd": json.dumps(facts)})) as writer:
             for batch in self.table.to_batches(max_chunksize=CHUNK):
                 writer.write_batch(batch)
-            last = pa.RecordBatch.from_pylist([], schema=SCHEMA)
+            last = pa.RecordBatch.from_pylist([], schema=schema)
             writer.write_batch(last, custom_metadata={"sha256": NO_DIGEST})
         with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
             at = content.rfind(NO_DIGEST.encode())
@@ -167,6 +196,14 @@ def mapped(path: Path) -> pa.Table:
 def accepted_answers(answer: str) -> list[str]:
     """The answers of which any one is right, from a cell of column `answer`."""
     return answer.split(SEPARATOR)
+
+
+def reasoning_gym_entry(answer: str) -> dict[str, Any] | None:
+    """The reasoning-gym entry (question, answer, metadata) that a cell of column `answer` holds; None: it holds answers."""
+    if not answer.startswith(ENTRY):
+        return None
+    entry: dict[str, Any] = json.loads(answer[len(ENTRY) :])
+    return entry
 
 
 def count_sources(table: pa.Table) -> Counter[str]:

@@ -60,6 +60,7 @@ class Chat:
     Args:
         options: variables for the template (`data.template_options`).
         now: what the template is told where it asks for the date.
+        whose: for messages.
         stop_ids: tokens that end a response besides those of tokenizer and template.
 
     Raises:
@@ -73,13 +74,14 @@ class Chat:
         *,
         now: datetime | None = None,
         stop_ids: Sequence[int] = (),
+        whose: str = "the student's",
     ) -> None:
+        self.whose = whose
         self.tokenizer, self.options, self.now = tokenizer, dict(options or {}), now or datetime.now()
         self.template = str(tokenizer.chat_template or "")
-        unknown = [name for name in self.options if not re.search(rf"\b{re.escape(name)}\b", self.template)]
-        if unknown:
+        if unknown := self.unknown(self.options):
             raise UserError(
-                f"data.template_options has {foreign(', '.join(unknown), 200)}, but the student's tokenizer has "
+                f"data.template_options has {foreign(', '.join(unknown), 200)}, but {whose} tokenizer has "
                 + ("a chat template that knows nothing of it." if self.template else "no chat template.")
             )
         self.dated = "strftime_now" in self.template
@@ -90,6 +92,10 @@ class Chat:
         ends = (self._eos, self.end.token, *stop_ids)
         self.stop_ids = frozenset(token for token in ends if token is not None)
         self._shows: dict[str, bool] = {}
+
+    def unknown(self, options: Mapping[str, Any]) -> list[str]:
+        """Options that the template knows nothing of."""
+        return [name for name in options if not re.search(rf"\b{re.escape(name)}\b", self.template)]
 
     # -- what is asked
 
@@ -111,7 +117,7 @@ class Chat:
             return Asked(prompt, prompt, self.ids_of(prompt)), []
         if not self.template:
             raise UserError(
-                f"{where} gives its prompt as messages, but the student's tokenizer has no chat template. Give the prompt "
+                f"{where} gives its prompt as messages, but {self.whose} tokenizer has no chat template. Give the prompt "
                 "as a string, or add a chat_template to the tokenizer."
             )
         text = self._render(where, prompt, tools, options, "open" if prompt[-1]["role"] == "assistant" else "ask")

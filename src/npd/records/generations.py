@@ -9,6 +9,9 @@ from npd.records.record import Record
 
 PROXIMAL, DEGENERATE, DISCONNECT, UNDEFINED = "proximal", "degenerate", "disconnect", "undefined"
 """Verdicts of selection; a rule may have others for what it drops."""
+INCORRECT, UNANIMOUS, UNVERIFIED = "incorrect", "unanimous", "unverified"
+"""Verdicts of selection.reward on what the rule keeps: wrong; of a prompt whose samples are all right or all wrong; not
+judged by any verifier."""
 KEPT = (PROXIMAL, "reference")
 """Verdicts of responses that are trained on."""
 
@@ -34,6 +37,10 @@ class SelectionSummary(Record):
     """Quantile ("0.05", "0.5", ...) -> Δ-IFD; empty where nothing was scored."""
     bounds: tuple[float, float] | None = None
     """The lowest and the highest Δ that any part was kept between; None where nothing says so."""
+    verified: int | None = None
+    """Responses that a verifier judged; None where the generation has no column `reward`."""
+    correct: int | None = None
+    """Of these, the right ones."""
     sources: dict[str, SelectionSummary] = field(default_factory=dict)
     """The same for each source."""
 
@@ -51,6 +58,22 @@ class EngineCheck(Record):
     tokens: int
     mean_difference: float
     mean_abs_difference: float
+
+
+@dataclass(frozen=True)
+class AlignedPositions(Record):
+    """Response tokens that a teacher with another tokenizer read, by what could be said of them."""
+
+    exact: int
+    """One token of the student's is one of the teacher's: its top-k."""
+    merged: int
+    """One is several, or begins one: what can be carried exactly."""
+    left_out: int
+    """Cross-entropy alone."""
+
+    @property
+    def total(self) -> int:
+        return self.exact + self.merged + self.left_out
 
 
 @dataclass(frozen=True)
@@ -72,6 +95,8 @@ class Manifest(Record):
     """Responses by the teacher that scored them, where there are several."""
     engine: EngineCheck | None = None
     """The worst check of the engines that wrote it."""
+    aligned: AlignedPositions | None = None
+    """Of the teachers with another tokenizer, if there are any."""
     removed: bool = False
     """Are its parts deleted (checkpoint.keep)?"""
     more: dict[str, Any] = field(default_factory=dict)

@@ -113,6 +113,8 @@ class SelectionLine(FiguresLine):
         }
         figures |= {verdict: counts.get(verdict, 0) / rows for verdict in (DEGENERATE, DISCONNECT, UNDEFINED)}
         figures |= {f"delta_{name}": quantiles[q] for name, q in QUANTILES_LOGGED.items() if q in quantiles}
+        if summary.verified:
+            figures["accuracy"] = (summary.correct or 0) / summary.verified
         figures |= dict(zip(("lower", "upper"), summary.bounds or (), strict=False))
         return cls(step, {f"{cls.mark}/{name}": value for name, value in figures.items()})
 

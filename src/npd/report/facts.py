@@ -31,10 +31,10 @@ from npd.records import (
     as_span,
     number_of,
 )
-from npd.report.rewards import REWARD, rewards_of
-from npd.store import REFERENCE, SCHEMA, Store, json_lines
+from npd.store import REFERENCE, Store, json_lines
 from npd.store.files import read_facts
 from npd.store.names import GENERATION, LOG, REFERENCES
+from npd.store.schema import COLUMNS
 
 LIGHT = [
     "sample_id",
@@ -46,6 +46,7 @@ LIGHT = [
     "ifd_teacher",
     "delta_ifd",
     "verdict",
+    "reward",
 ]
 MOST_TOKENS = 80_000_000  # response tokens whose parts are read; of a larger run, evenly spaced parts
 LOG_LINES = 40
@@ -87,7 +88,7 @@ class RunFacts:
     parts: dict[int, dict[int, int]] = field(default_factory=dict)
     """generation -> part -> response tokens, from the footers of the files that are there."""
     responses: pa.Table = field(default_factory=lambda: pa.table({}))
-    """One row a response: LIGHT columns, REWARD, `generation`, `part`, `row` and `tokens`."""
+    """One row a response: LIGHT columns, `generation`, `part`, `row` and `tokens`."""
     parts_read: int = 0
     logs: dict[str, list[str]] = field(default_factory=dict)
     """Last lines of each log."""
@@ -309,15 +310,13 @@ def _read_responses(store: Store, facts: RunFacts) -> None:
             continue
         n = len(table)
         lengths = pc.fill_null(pc.list_value_length(table["response_ids"]), 0)
-        columns = {name: table[name] for name in LIGHT} | {REWARD: rewards_of(store.part(generation, part), n)}
+        columns = {name: table[name] for name in LIGHT}
         columns |= {"generation": pa.array(np.full(n, generation, np.int32)), "part": pa.array(np.full(n, part, np.int32))}
         columns |= {"row": pa.array(np.arange(n, dtype=np.int32)), "tokens": lengths}
         pieces.append(pa.table(columns))
         facts.parts_read += 1
     empty = pa.schema(
-        [SCHEMA.field(name) for name in LIGHT]
-        + [(REWARD, pa.float32())]
-        + [(n, pa.int32()) for n in ("generation", "part", "row", "tokens")]
+        [COLUMNS.field(name) for name in LIGHT] + [(n, pa.int32()) for n in ("generation", "part", "row", "tokens")]
     )
     facts.responses = pa.concat_tables(pieces).combine_chunks() if pieces else empty.empty_table()
 

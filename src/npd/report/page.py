@@ -28,6 +28,8 @@ from npd.observe.events import SpanName
 from npd.report import figures as fig
 from npd.report import pictures as pic
 from npd.report import tables as tab
+from npd.report import verified as ver
+from npd.report.alignment import aligned_table
 from npd.report.arms import arm_table, arms_of
 from npd.report.cost import arm_points, cost_figures
 from npd.report.facts import INTERRUPTED, SIGNALLED, RunFacts, clock, gather
@@ -127,7 +129,7 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
     runs = [facts]
     generations = tab.generation_table(facts, browser)
     sources = tab.source_table(facts)
-    evaluation = tab.evaluation_table(runs)
+    evaluation, rewards = tab.evaluation_table(runs), ver.reward_table(facts)
     chapters = [
         what_went_wrong(facts),
         Chapter(
@@ -154,11 +156,19 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
             tables=[t for t in [right_table(facts), sources] if t],
         ),
         Chapter(
+            "rewards",
+            "Right and wrong responses",
+            "Rewards",
+            intro=[ver.ROLLOUTS] if rewards else [],
+            figures=_some(ver.reward_histogram(facts)),
+            tables=[rewards] if rewards else [],
+        ),
+        Chapter(
             "data",
             "Responses",
             "Responses",
             figures=_some(pic.lengths(facts)),
-            tables=[t for t in [generations, tab.engine_table(facts)] if t],
+            tables=[t for t in [generations, aligned_table(facts), tab.engine_table(facts)] if t],
         ),
         Chapter("time", "Time", "Time", intro=[TIME] if facts.events else [], figures=_some(pic.timeline(facts))),
         Chapter("samples", "Samples", "Samples", browser=bool(browser.samples)),
@@ -173,7 +183,11 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
         facts.status.kind,
         tab.tiles(facts),
         [chapter for chapter in chapters if chapter],
-        [*([facts.status.sentence] if facts.status.kind in ("running", "between") else []), *facts.missing],
+        [
+            *([facts.status.sentence] if facts.status.kind in ("running", "between") else []),
+            *ver.warnings(facts),
+            *facts.missing,
+        ],
         browser,
     )
 

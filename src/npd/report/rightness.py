@@ -16,7 +16,6 @@ from npd.records import KEPT
 from npd.report.facts import RunFacts
 from npd.report.figures import Figure, Trace, axis, label, number
 from npd.report.reduce import few_digits
-from npd.report.rewards import REWARD
 from npd.report.shares import percent
 from npd.report.tables import MOST_ROWS, Table
 from npd.store import REFERENCE
@@ -45,7 +44,7 @@ class Judged(NamedTuple):
 
 def judged(run: RunFacts) -> Judged | None:
     """None where no response has a reward, or rewards are no shares of being right."""
-    reward = run.column(REWARD).astype(np.float64)
+    reward = run.column("reward").astype(np.float64)
     mine = np.isfinite(reward) & (run.column("generation") != REFERENCE) if len(reward) else np.zeros(0, bool)
     if not mine.any() or reward[mine].min() < 0 or reward[mine].max() > 1:
         return None

@@ -112,12 +112,13 @@ def token_gaps(response: list[int], behavior: list[float] | None, ids: list[int]
     if not T or not ids or len(ids) % T:
         return None
     topk, logp = np.asarray(ids).reshape(T, -1), np.asarray(logprobs, np.float64).reshape(T, -1)
-    hit = topk == np.asarray(response)[:, None]
+    given = logp > -np.inf  # else there is no entry: a teacher with another tokenizer has not k of the student's tokens
+    hit = (topk == np.asarray(response)[:, None]) & given
     found = hit.any(axis=1)
     mass = np.exp(logp).sum(axis=1)
     with np.errstate(divide="ignore"):
-        most = np.minimum(logp[:, -1], np.log(np.clip(1.0 - mass, 1e-12, 1.0)))
-    teacher = np.where(found, np.where(hit, logp, 0.0).sum(axis=1), most)
+        most = np.minimum(np.where(given[:, -1], logp[:, -1], 0.0), np.log(np.clip(1.0 - mass, 1e-12, 1.0)))
+    teacher = np.where(found, np.where(hit, logp, 0.0).sum(axis=1), np.where(given.any(axis=1), most, np.nan))
     student = np.asarray(behavior, np.float64) if behavior is not None and len(behavior) == T else np.full(T, np.nan)
     return Gaps(student, teacher, ~found, topk[:, 0], logp[:, 0], mass)
 
@@ -217,8 +218,12 @@ def top_k_figures(table: pa.Table) -> tuple[float, float, int] | None:
     if not len(labels) or not len(ids) or len(ids) % len(labels) or len(ids) != len(logprobs):
         return None
     shape = (len(labels), -1)
-    mass = np.exp(logprobs.astype(np.float64)).reshape(shape).sum(axis=1).mean()
-    return float(mass), float((ids.reshape(shape)[:, 0] == labels).mean()), len(labels)
+    probabilities, first = np.exp(logprobs.astype(np.float64)).reshape(shape), ids.reshape(shape)[:, 0]
+    given = probabilities[:, 0] > 0  # best first
+    if not given.any():
+        return None
+    mass = probabilities[given].sum(axis=1).mean()
+    return float(mass), float((first == labels)[given].mean()), int(given.sum())
 
 
 def _sample(row: dict[str, Any], generation: int, decoder: Decoder, numbers: dict[int, int]) -> dict[str, Any]:

@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary
 from npd.registry import TEACHERS
+from npd.scoring.alignment import EXACT, MERGED
+from npd.scoring.contexts import teacher_contexts
 from npd.scoring.distance import Distance, at_least
 from npd.scoring.health import Health, wrong_readings
-from npd.scoring.prefill import Prefill, Reading
+from npd.scoring.prefill import AlignedReading, Prefill, Reading
+from npd.store.schema import ALIGNED
 
 __all__ = [
+    "Held",
     "Identity",
     "Prefill",
     "Question",
@@ -62,6 +67,8 @@ class Identity(NamedTuple):
     """Tokens that end its responses, besides the student's."""
     tokenizer: PreTrainedTokenizerBase | None = None
     """Its own, with the chat template that it was made for; None where that is not at hand."""
+    aligned: bool = False
+    """Does it read with that, and not with the student's? Then it shares no token ids with the student."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +80,13 @@ class Question:
     vocabulary: Vocabulary
     top_k: int
     prompt: int
-    """Tokens of the longest prompt."""
+    """Tokens of the longest prompt, as teachers read it."""
     response: int
     """Tokens of the longest response."""
     option: str
     """The option that bounds `response`."""
+    own: bool = False
+    """Is `tokenizer` the teacher's own, so that a server is to have the same one?"""
 
 
 @dataclass(frozen=True)
@@ -91,8 +100,23 @@ class TeacherSetting:
     """Tokens in one packed prefill batch."""
     say: Callable[[str], None] = lambda text: None
     """Is told what a person should know meanwhile."""
-    start_engine: Callable[[ModelConfig], Any] | None = None
-    """Starts an engine (`npd.rollout.Engine`) that writes with the weights of a model here."""
+    start_engine: Callable[..., Any] | None = None
+    """Starts an engine (`npd.rollout.Engine`) that writes with the weights of a model here: of a `ModelConfig`, and where its
+    tokens are not the student's, of its own `vocabulary` and `pad_id`."""
+    student: ModelConfig | None = None
+    """Whose tokenizer responses are in; None where only ids are known."""
+    held: Held | None = None
+    """Its weights, where this process has them anyway; None: they are its own to load."""
+
+
+class Held(Protocol):
+    """Weights of a teacher that another part of this process has loaded, and reads with as well."""
+
+    def model(self) -> PreTrainedModel:
+        """The model, on its device; only within `reading` it is the teacher."""
+
+    def reading(self) -> AbstractContextManager[object]:
+        """Around everything that is computed as the teacher."""
 
 
 class Teacher(ABC):
@@ -112,6 +136,11 @@ class Teacher(ABC):
     def suits(cls, config: TeacherConfig) -> bool:
         """Is a teacher of this kind meant, where `kind` does not say?"""
         return False
+
+    @classmethod
+    def runs_elsewhere(cls, config: TeacherConfig) -> bool:
+        """Is the work of this teacher done by another machine or process?"""
+        return cls.elsewhere
 
     @classmethod
     def identify(cls, config: TeacherConfig, tokenizer: PreTrainedTokenizerBase, student: str) -> Identity:
@@ -174,10 +203,22 @@ class Teacher(ABC):
         raise UserError(f"The teacher {self.config.model} only reads; it can't write references or answer tasks.")
 
     def distance(
-        self, student: Prefill, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], top_k: int
+        self,
+        student: Prefill,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        top_k: int,
+        told: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Distance]:
-        """KL(teacher || student) on responses, piece by piece; here a lower bound, from the teacher's top-k."""
-        return at_least(student, self.read(contexts, responses, top_k), contexts, responses)
+        """KL(teacher || student) on responses, piece by piece; here a lower bound, from the teacher's top-k.
+
+        `told`: what the teacher reads in place of the contexts; given only where it is something else.
+        """
+        return at_least(student, self.read(told or contexts, responses, top_k), contexts, responses)
+
+    def context(self) -> int | None:
+        """Tokens that it reads at once, at most; None: not known."""
+        return None
 
     def move(self, device: str) -> None:
         """Move what is loaded here to a device."""
@@ -198,7 +239,7 @@ def teacher_kind(config: TeacherConfig) -> type[Teacher]:
     Raises:
         UserError: there is no such kind.
     """
-    if config.kind is not None:
+    if config.kind is not None and not config.align:
         return TEACHERS[config.kind]
     return TEACHERS.suiting(config)
 
@@ -217,8 +258,7 @@ class _Scorer:
         self.reader, self.top_k, self.free = reader, top_k, free
 
     def conditional(self, table: pa.Table, progress: Advance | None) -> list[Reading]:
-        contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
-        return self.reader(contexts, responses, self.top_k, progress)
+        return self.reader(teacher_contexts(table), table["response_ids"].to_pylist(), self.top_k, progress)
 
     def free_nll(self, table: pa.Table, progress: Advance | None) -> pa.Array:
         """Mean nats per response token without the prompt, behind one start token; nulls where that is not wanted."""
@@ -229,7 +269,9 @@ class _Scorer:
 
 
 class ScoreTeacher(_Scorer):
-    """Stage: adds teacher_nll, teacher_nll_free, topk_ids and topk_logprobs.
+    """Stage: adds teacher_nll, teacher_nll_free, topk_ids, topk_logprobs, and of a teacher with another tokenizer `ALIGNED`.
+
+    Responses are read behind the teacher's own prompts where a table has such (see `contexts`), without a prompt as ever.
 
     Raises:
         RunError: the teacher answers what no model can, or no longer as it did first.
@@ -240,8 +282,13 @@ class ScoreTeacher(_Scorer):
         self._see(table, readings)
         nll_free = self.free_nll(table, progress)
         if isinstance(self.reader, Teacher):  # last: what was read before a server was exchanged is not kept either
-            contexts, responses = (table[name].to_pylist() for name in ("prompt_ids", "response_ids"))
+            contexts, responses = teacher_contexts(table), table["response_ids"].to_pylist()
             self.reader.health.check(self.reader, self.reader.config.model, contexts, responses, readings)
+        aligned = [reading for reading in readings if isinstance(reading, AlignedReading)]
+        if aligned:
+            for name, kind in zip(ALIGNED.names, (EXACT, MERGED), strict=True):
+                counts = [int((reading.kinds == kind).sum()) for reading in aligned]
+                table = table.append_column(name, pa.array(counts, pa.int32()))
         return (
             table.append_column("teacher_nll", _mean_nll(readings))
             .append_column("teacher_nll_free", nll_free)

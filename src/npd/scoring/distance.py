@@ -26,16 +26,28 @@ class Distance(NamedTuple):
 
 
 @torch.no_grad()
-def exact(student: Prefill, teacher: Prefill, contexts: Lists, responses: Lists) -> Iterator[Distance]:
-    """The KL itself, chunk by chunk."""
+def exact(
+    student: Prefill, teacher: Prefill, contexts: Lists, responses: Lists, told: Lists | None = None
+) -> Iterator[Distance]:
+    """The KL itself, chunk by chunk; `told`: what the teacher reads in place of the contexts."""
     # Chunks follow from the vocabulary, which the two may pad differently; here they must agree.
     size, chunk = student.vocabulary.size, min(student.chunk_tokens, teacher.chunk_tokens)
     for packed in student.batches(contexts, responses, beside=[teacher.model]):
-        ours, theirs = (prefill.logits(prefill.hidden(packed), chunk) for prefill in (student, teacher))
+        read = teacher.hidden(packed) if told is None else _hidden(teacher, told, responses, packed.samples)
+        ours, theirs = student.logits(student.hidden(packed), chunk), teacher.logits(read, chunk)
         for (_, a_CV), (_, b_CV) in zip(ours, theirs, strict=True):
             log_s, log_t = a_CV[:, :size].log_softmax(-1), b_CV[:, :size].log_softmax(-1)
             same = int((log_s.argmax(-1) == log_t.argmax(-1)).sum())
             yield Distance(float((log_t.exp() * (log_t - log_s)).sum()), same, len(log_s))
+
+
+def _hidden(teacher: Prefill, contexts: Lists, responses: Lists, samples: Sequence[int]) -> torch.Tensor:
+    """[T, D] hidden states that predict the responses of samples, in the order of these."""
+    found: dict[int, torch.Tensor] = {}
+    for packed in teacher.batches([contexts[i] for i in samples], [responses[i] for i in samples]):
+        lengths = [len(responses[samples[i]]) for i in packed.samples]
+        found |= zip(packed.samples, teacher.hidden(packed).split(lengths), strict=True)
+    return torch.cat([found[i] for i in range(len(samples))])
 
 
 @torch.no_grad()

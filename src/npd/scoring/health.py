@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from npd.errors import RunError
-from npd.scoring.prefill import Reading
+from npd.scoring.prefill import AlignedReading, Reading
 from npd.store.answers import wrong_ids, wrong_logprobs, wrong_top
 
 QUESTIONS, TOKENS, BEST = 8, 16, 32
@@ -19,13 +19,17 @@ BOUND = 0.25
 """Nats by which answers may differ: kernels, batches and eight-bit weights make less than 0.1, another model makes more."""
 EXACT = 5e-4  # nats: what rounding to four decimals makes
 SAME, CERTAIN = 1e-6, 0.95  # nats, and a probability
+LOWEST = -1e30  # below every log-probability, and a number
 STORED = 5e-3  # nats: what storing as float16 makes, and kernels of another machine
 
 Lists = Sequence[Sequence[int]]
 
 
 def wrong_readings(readings: Sequence[Reading], lengths: Sequence[int], top_k: int, size: int) -> str | None:
-    """What is wrong with readings of responses of these lengths, if anything; -inf is right where it is not the best."""
+    """What is wrong with readings of responses of these lengths, if anything.
+
+    -inf is right where it is not the best, and where a teacher with another tokenizer has nothing to say.
+    """
     if len(readings) != len(lengths):
         return f"{len(readings)} readings of {len(lengths)} responses"
     for i, (reading, length) in enumerate(zip(readings, lengths, strict=True)):
@@ -33,7 +37,8 @@ def wrong_readings(readings: Sequence[Reading], lengths: Sequence[int], top_k: i
         if shapes != ((length,), (length, top_k), (length, top_k)):
             return f"log-probabilities of shapes {shapes} for {length} tokens and their top {top_k}"
         wrong = wrong_logprobs(reading.logprobs, finite=False) or wrong_ids(reading.topk_ids, size)
-        wrong = wrong or wrong_top(reading.topk_ids, reading.topk_logprobs, finite=False)
+        said = _said(reading.topk_logprobs) if isinstance(reading, AlignedReading) else slice(None)
+        wrong = wrong or wrong_top(reading.topk_ids[said], reading.topk_logprobs[said], finite=False)
         if wrong is not None:
             return f"{wrong} in response {i}"
     return None
@@ -57,9 +62,13 @@ class Health:
     One that was restarted with other weights, or whose weights were damaged, may answer uniformly, or the same to everything,
     and nothing else would show it. The bound comes from the teacher itself, as some good ones are nearly uniform: how far its
     answers at one token are from those at another, and from each other when it is asked the same twice.
+
+    Args:
+        tokens: so many of each response are asked about again; None: all, where what follows changes how a token is read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, tokens: int | None = TOKENS) -> None:
+        self._tokens = tokens
         self._kept: tuple[list[list[int]], list[list[int]], Reading] | None = None
         self._between = self._repeated = 0.0
         self._part = ""
@@ -124,10 +133,12 @@ class Health:
     @staticmethod
     def _check_varies(name: str, readings: Sequence[Reading]) -> None:
         """See that not all tokens of a part are the same to it; of one that is certain that may be right: of repetitions."""
-        logprobs_TK = np.concatenate([reading.topk_logprobs for reading in readings])
+        logprobs_TK = _joined(readings).topk_logprobs
+        logprobs_TK = logprobs_TK[_said(logprobs_TK)]
+        if not len(logprobs_TK):
+            return
         best = float(np.exp(logprobs_TK.max(axis=1)).mean())
-        with np.errstate(invalid="ignore"):  # two times -inf
-            spread = float(np.ptp(logprobs_TK, axis=0).max())
+        spread = float(np.ptp(np.maximum(logprobs_TK, LOWEST), axis=0).max())
         if len(logprobs_TK) >= FEWEST and best < CERTAIN and spread <= SAME:
             raise RunError(
                 f"The teacher {name} says the same of everything that it reads: at all of {len(logprobs_TK)} tokens behind "
@@ -141,21 +152,25 @@ class Health:
     ) -> tuple[list[list[int]], list[list[int]], Reading]:
         count = min(QUESTIONS, max(1, len(responses) // ONE_IN))
         rows = np.linspace(0, len(responses) - 1, count).astype(int).tolist()  # from all over the part
-        kept = _joined([Reading(*(values[:TOKENS] for values in readings[i])) for i in rows])
-        n = len(kept.topk_ids)
-        others = [Reading(*(np.roll(values, by, axis=0) for values in kept)) for by in (1, n // 2)]
-        nats = [difference(kept, other).nats for other in others]
+        kept = _joined([Reading(*(values[: self._tokens] for values in readings[i])) for i in rows])
+        said = Reading(*(values[_said(kept.topk_logprobs)] for values in kept))
+        n = len(said.topk_ids)
+        others = [Reading(*(np.roll(values, by, axis=0) for values in said)) for by in (1, n // 2)]
+        nats = [difference(said, other).nats for other in others] if n else [0.0]
         self._between = float(np.mean(nats)) if n >= FEWEST else 2 * BOUND
-        return [list(contexts[i]) for i in rows], [list(responses[i][:TOKENS]) for i in rows], kept
+        return [list(contexts[i]) for i in rows], [list(responses[i][: self._tokens]) for i in rows], kept
 
 
 def difference(was: Reading, now: Reading) -> Difference:
-    """How far answers are from those that were given before to the same questions."""
+    """How far answers are from those that were given before to the same questions, where those said anything."""
+    if not len(said := np.flatnonzero(_said(was.topk_logprobs))):
+        return Difference(0.0, 1.0, 0.0, 0.0)
+    was, now = (Reading(*(values[said] for values in reading)) for reading in (was, now))
     ids, before = was.topk_ids[:, :BEST], was.topk_logprobs[:, :BEST].astype(np.float64)
     after = now.topk_logprobs.astype(np.float64)
     found_TBK = ids[:, :, None] == now.topk_ids[:, None, :]
     # What is not among the best now is at most as likely as the last of them.
-    missing = np.minimum(before, after[:, -1:])
+    missing = np.minimum(before, after.min(axis=1, initial=0.0, where=after > -np.inf, keepdims=True))
     theirs = np.where(found_TBK.any(axis=2), np.take_along_axis(after, found_TBK.argmax(axis=2), axis=1), missing)
     weights = np.exp(before)
     with np.errstate(invalid="ignore"):  # two times -inf
@@ -164,6 +179,11 @@ def difference(was: Reading, now: Reading) -> Difference:
     same = float((was.topk_ids[:, 0] == now.topk_ids[:, 0]).mean())
     mass, mass_now = (float(np.exp(r.topk_logprobs.astype(np.float64)).sum(axis=1).mean()) for r in (was, now))
     return Difference(nats, same, mass, mass_now)
+
+
+def _said(topk_logprobs: np.ndarray) -> np.ndarray:
+    """[T]: is there anything in the top-k?"""
+    return np.asarray((topk_logprobs > -np.inf).any(axis=1))
 
 
 def _joined(readings: Sequence[Reading]) -> Reading:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,17 @@ from npd.scoring.prefill import Prefill, Reading
 
 
 class LocalTeacher(Teacher):
-    """Reads in packed rows; writes through an engine, as the student does. Its weights are loaded at once."""
+    """Reads in packed rows; writes through an engine, as the student does.
+
+    Its weights are loaded at once, unless this process has them already (`TeacherSetting.held`).
+    """
 
     exact = True
 
     def __init__(self, config: TeacherConfig, setting: TeacherSetting) -> None:
         super().__init__(config, setting)
-        self._model: PreTrainedModel | None = models.load_model(config, on=setting.device)
+        self._held = setting.held
+        self._model = None if setting.held is not None else models.load_model(config, on=setting.device)
         self._engine: Any = None
 
     @classmethod
@@ -46,7 +51,7 @@ class LocalTeacher(Teacher):
     def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
         assert identity.config is not None, "a teacher that is loaded here has a configuration"
         models.check_context(config.model, identity.config, question.prompt, question.response, question.option)
-        return models.check_weights(config, identity.config)
+        return models.check_weights(config, identity.config) + models.check_adapter(config, identity.config)
 
     @classmethod
     def plan(cls, config: TeacherConfig, identity: Identity) -> str:
@@ -57,7 +62,11 @@ class LocalTeacher(Teacher):
 
     @property
     def prefill(self) -> Prefill:
-        return Prefill(self.model(), self.vocabulary, self.setting.pad_id, self.setting.batch_tokens)
+        return Prefill(self.model(), self.vocabulary, self.setting.pad_id, self.setting.batch_tokens, around=self.reading)
+
+    def reading(self) -> AbstractContextManager[object]:
+        """Around everything that is computed with `model()`."""
+        return nullcontext() if self._held is None else self._held.reading()
 
     def read(
         self,
@@ -72,17 +81,28 @@ class LocalTeacher(Teacher):
         if self._engine is None:
             assert self.setting.start_engine is not None, "only a run's teachers write"
             self._engine = self.setting.start_engine(self.config)
-        self._engine.take(self)
-        # No snapshot of the student is behind what a teacher writes.
-        return self._engine.answer(table, sampling, seed, progress).drop_columns("behavior_logprobs")
+        with self.reading():
+            self._engine.take(self)
+            # No snapshot of the student is behind what a teacher writes.
+            return self._engine.answer(table, sampling, seed, progress).drop_columns("behavior_logprobs")
 
     def distance(
-        self, student: Prefill, contexts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], top_k: int
+        self,
+        student: Prefill,
+        contexts: Sequence[Sequence[int]],
+        responses: Sequence[Sequence[int]],
+        top_k: int,
+        told: Sequence[Sequence[int]] | None = None,
     ) -> Iterator[Distance]:
-        return exact(student, self.prefill, contexts, responses)
+        return exact(student, self.prefill, contexts, responses, told)
+
+    def context(self) -> int | None:
+        return models.context_length(self.model().config)
 
     def model(self) -> PreTrainedModel:
         """Its weights as a model, for an engine."""
+        if self._held is not None:
+            return self._held.model()
         assert self._model is not None, "a teacher is not asked once it is closed"
         return self._model
 
@@ -90,9 +110,9 @@ class LocalTeacher(Teacher):
         """Its weights as files, for an engine.
 
         Raises:
-            UserError: they are a GGUF file, which not every engine reads.
+            UserError: they are a GGUF file, which not every engine reads, or weights and an adapter.
         """
-        path = models.directory_of(self.config)
+        path = models.whole_directory_of(self.config)
         if path is None:
             raise UserError(
                 f"The teacher {self.config.model} is to write, but rollout.engine needs a directory of weights for that. "
@@ -101,7 +121,8 @@ class LocalTeacher(Teacher):
         return path
 
     def move(self, device: str) -> None:
-        models.move(models.tensors_of(self.model()), device)
+        if self._held is None:  # else whoever holds it moves it
+            models.move(models.tensors_of(self.model()), device)
 
     def rest(self) -> None:
         if self._engine is not None:
@@ -110,4 +131,4 @@ class LocalTeacher(Teacher):
 
     def close(self) -> None:
         self.rest()
-        self._model = None
+        self._model = self._held = None

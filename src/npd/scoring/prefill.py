@@ -7,7 +7,7 @@ predicted by positions P - 1 .. P + R - 2. Nothing predicts the first token of a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import numpy as np
@@ -28,7 +28,20 @@ class Reading(NamedTuple):
     topk_ids: np.ndarray
     """[T, K] int32, best first; K is 0 if no top-k was asked for."""
     topk_logprobs: np.ndarray
-    """[T, K] float32"""
+    """[T, K] float32; of a teacher with another tokenizer -inf where there is nothing, and the id then matters to nobody."""
+
+
+class AlignedReading(Reading):
+    """What a teacher with another tokenizer says about a response of T of the student's tokens."""
+
+    kinds: np.ndarray
+    """[T] what became of each position (see `npd.scoring.alignment`)."""
+
+    @classmethod
+    def of(cls, reading: Reading, kinds: np.ndarray) -> AlignedReading:
+        aligned = cls(*reading)
+        aligned.kinds = kinds
+        return aligned
 
 
 class Prefill:
@@ -36,6 +49,7 @@ class Prefill:
 
     Args:
         autocast: type of the matrix products; None: that of the weights.
+        around: context in which the decoder computes, for instance with its adapters off.
     """
 
     def __init__(
@@ -45,8 +59,9 @@ class Prefill:
         pad_id: int,
         batch_tokens: int,
         autocast: torch.dtype | None = None,
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.model, self.autocast = model, autocast
+        self.model, self.autocast, self.around = model, autocast, around
         self.vocabulary = vocabulary
         self.pad_id = pad_id
         self.batch_tokens = batch_tokens
@@ -71,7 +86,7 @@ class Prefill:
     def hidden(self, packed: Packed) -> Tensor:
         """[T, D] hidden states that predict the packed responses."""
         device = self.model.device
-        with torch.autocast(device.type, self.autocast) if self.autocast is not None else nullcontext():
+        with self.around(), torch.autocast(device.type, self.autocast) if self.autocast is not None else nullcontext():
             hidden_RLD = hidden_states(
                 self.model,
                 packed.input_ids.to(device),

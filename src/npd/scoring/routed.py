@@ -13,6 +13,7 @@ Stage = Callable[..., pa.Table]
 
 class Routed:
     """Stage: every row goes through the stage of its source; rows keep their order, and stages may not change their number.
+    Columns that only some stages add are null elsewhere.
 
     Args:
         key_of: source -> which stage.
@@ -30,4 +31,6 @@ class Routed:
             return self.stage_of(different[0])(table, *args)
         rows = [np.flatnonzero([key == k for key in keys]) for k in different]
         pieces = [self.stage_of(k)(table.take(pa.array(mine)), *args) for k, mine in zip(different, rows, strict=True)]
-        return pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(rows), kind="stable")))
+        return pa.concat_tables(pieces, promote_options="default").take(
+            pa.array(np.argsort(np.concatenate(rows), kind="stable"))
+        )

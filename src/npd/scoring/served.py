@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
-from transformers import PreTrainedTokenizerBase
 
 from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.errors import RunError, UserError
@@ -29,6 +28,7 @@ class ServedTeacher(Teacher):
     def __init__(self, config: TeacherConfig, setting: TeacherSetting) -> None:
         super().__init__(config, setting)
         self.server = Server(config, setting.say)
+        self._context: int | None = None  # 0: not known
 
     @classmethod
     def suits(cls, config: TeacherConfig) -> bool:
@@ -94,6 +94,12 @@ class ServedTeacher(Teacher):
             )
         return add_answers(table, responses, self.vocabulary.stop_ids)
 
+    def context(self) -> int | None:
+        if self._context is None:
+            said = self.server.models().get(self.config.model, {}).get("max_model_len")
+            self._context = said - 1 if type(said) is int and said > 0 else 0  # one token is always written
+        return self._context or None
+
     def stop(self) -> None:
         self.server.stop()
 
@@ -144,29 +150,41 @@ def _check(config: TeacherConfig, question: Question) -> list[str]:
             f"{context - 1}. Start it with a higher --max-model-len, or lower data.max_prompt_tokens or "
             "rollout.max_new_tokens."
         )
-    notes = _check_tokenizer(config, server, question.tokenizer)
+    notes = _check_tokenizer(config, server, question)
     # The real question, once: it shows a cap on top-k, a wrong key, and whether it is a server of a kind that is known.
     _read(server, vocabulary, [vocabulary.start_id, vocabulary.stop_ids[0]], 1, question.top_k)
     return notes
 
 
-def _check_tokenizer(config: TeacherConfig, server: Server, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    if config.tokenizer is not None:
+def _check_tokenizer(config: TeacherConfig, server: Server, question: Question) -> list[str]:
+    tokenizer = question.tokenizer
+    if config.tokenizer is not None and not question.own:
         theirs = load_tokenizer(ModelConfig(model=config.tokenizer))
         check_compatible(tokenizer, theirs, ("the student", config.tokenizer))
         return []
     for text in (*PROBES, "".join(tokenizer.all_special_tokens)):
         ids = server.tokenize(text)
         if ids is None:
+            if question.own:
+                return [
+                    f"The server {server.url} does not tokenize, so teacher.tokenizer could not be compared with its own."
+                ]
             return [
                 f"The server {server.url} does not tokenize, so its tokenizer could not be compared with the student's; "
                 "teacher.tokenizer would say where the teacher's own lies."
             ]
         mine = tokenizer(text)["input_ids"]
+        if ids != mine and question.own:
+            raise UserError(
+                f"teacher.tokenizer {config.tokenizer} and {config.model} on {server.url} turn the same text {text!r} into "
+                f"different ids ({mine[:8]} / {ids[:8]} ...).",
+                "Name the tokenizer that the server has.",
+            )
         if ids != mine:
             raise UserError(
                 f"The student and {config.model} on {server.url} turn the same text {text!r} into different ids "
-                f"({mine[:8]} / {ids[:8]} ...). NPD compares the two token by token, so they must share a tokenizer."
+                f"({mine[:8]} / {ids[:8]} ...). NPD compares the two token by token, so they must share a tokenizer; or set "
+                "teacher.align: true and teacher.tokenizer, and positions of two tokenizers meet by bytes."
             )
     return []
 

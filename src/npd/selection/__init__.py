@@ -17,8 +17,19 @@ import pyarrow.compute as pc
 
 from npd.config import SelectionConfig
 from npd.errors import RunError
-from npd.records import DEGENERATE, DISCONNECT, KEPT, PROXIMAL, UNDEFINED, SelectionSummary
+from npd.records import (
+    DEGENERATE,
+    DISCONNECT,
+    INCORRECT,
+    KEPT,
+    PROXIMAL,
+    UNANIMOUS,
+    UNDEFINED,
+    UNVERIFIED,
+    SelectionSummary,
+)
 from npd.registry import RULES
+from npd.selection.reward import RIGHT, rewarded
 from npd.selection.rules import Bounds, Judgement, Rule, bands, judge
 
 __all__ = [
@@ -99,8 +110,8 @@ class Select:
         return self._judged(table)
 
     def _judged(self, table: pa.Table) -> pa.Table:
-        verdicts = judge(self.rule, table, self.config).verdicts
-        return table.append_column("verdict", pa.array(np.asarray(verdicts).tolist(), pa.string()))
+        verdicts = rewarded(np.asarray(judge(self.rule, table, self.config).verdicts), table, self.config.reward)
+        return table.append_column("verdict", pa.array(verdicts.tolist(), pa.string()))
 
 
 class Summary:
@@ -112,9 +123,13 @@ class Summary:
         self.verdicts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.deltas: defaultdict[str, list[npt.NDArray[np.float32]]] = defaultdict(list)
         self.bounds: defaultdict[str, list[Bounds]] = defaultdict(list)
+        self.rewards: defaultdict[str, list[npt.NDArray[np.float64]]] = defaultdict(list)
 
     def add(self, table: pa.Table) -> None:
-        """Count a finished part; needs columns source, verdict, delta_ifd, and those that the rule reads."""
+        """Count a finished part; needs columns source, verdict, delta_ifd, and those that the rule reads.
+
+        Its column reward is counted where it has one.
+        """
         judged = table["delta_ifd"].null_count < len(table)  # references are not
         for source, bounds in ((judge(self.rule, table, self.config).bounds if judged else None) or {}).items():
             self.bounds[source].append(bounds)
@@ -122,6 +137,8 @@ class Summary:
             mine = table.filter(pc.equal(table["source"], source))
             self.verdicts[source].update(mine["verdict"].to_pylist())
             self.deltas[source].append(mine["delta_ifd"].to_numpy().astype(np.float32))
+            if "reward" in mine.column_names and mine["reward"].null_count < len(mine):
+                self.rewards[source].append(pc.drop_null(mine["reward"]).to_numpy().astype(np.float64))
 
     def result(self) -> SelectionSummary:
         """Of all that was added; `bounds` are the lowest and the highest that any part had."""
@@ -134,11 +151,14 @@ class Summary:
         finite = deltas[np.isfinite(deltas)]
         quantiles = [float(q) for q in np.quantile(finite, QUANTILES)] if finite.size else []
         bounds = [b for source in sources for b in self.bounds[source]]
+        rewards = np.concatenate([piece for source in sources for piece in self.rewards[source]] or [np.empty(0)])
         return SelectionSummary(
             counts.total(),
             dict(sorted(counts.items())),
             dict(zip(map(str, QUANTILES), quantiles, strict=False)),
             (float(min(b.lower for b in bounds)), float(max(b.upper for b in bounds))) if bounds else None,
+            verified=len(rewards) or None,
+            correct=int((rewards >= RIGHT).sum()) if rewards.size else None,
         )
 
 
@@ -152,10 +172,15 @@ def check_some_kept(summary: SelectionSummary, config: SelectionConfig) -> None:
         DEGENERATE: f"below {lower} (degenerate)",
         DISCONNECT: f"above {upper} (disconnect)",
         UNDEFINED: "with an undefined delta (a model gives the response alone a likelihood of 1)",
+        INCORRECT: "wrong by their verifiers (incorrect)",
+        UNANIMOUS: "to prompts whose responses are all right or all wrong (unanimous)",
+        UNVERIFIED: "that no verifier judged (unverified)",
     }
     what = ", ".join(f"{count} {reasons.get(verdict, verdict)}" for verdict, count in summary.verdicts.items())
     quantiles = ", ".join(f"{float(q):.0%}: {value:.3f}" for q, value in summary.delta_ifd_quantiles.items())
+    verified = "" if config.reward == "any" else ", choose selection.reward any"
     raise RunError(
         f"Selection dropped all {summary.rows} responses of this generation: {what}. Quantiles of delta: "
-        f"{quantiles or 'none'}. Widen the bound, choose selection.rule none, or warm the student up with `npd sft`."
+        f"{quantiles or 'none'}. Widen the bound, choose selection.rule none{verified}, or warm the student up with "
+        "`npd sft`."
     )

@@ -10,10 +10,10 @@ from pathlib import Path
 from npd.errors import UserError
 from npd.store.names import CHECKPOINT, GENERATION, LOG, PART, PROGRESS, REFERENCES, SNAPSHOT
 
-DIRECTORIES = ("student", "policy", "generations", "checkpoints", "cache", "logs", "trackers")
+DIRECTORIES = ("student", "adapter", "policy", "generations", "checkpoints", "cache", "logs", "trackers")
 FILES = (
     *(".lock", "config.yaml", "events.jsonl", "metrics.jsonl", "prompts.arrow", "report.html"),
-    *("policy/LATEST", "checkpoints/LATEST", "generations/CURRENT", "student/npd.json"),
+    *("policy/LATEST", "checkpoints/LATEST", "generations/CURRENT", "student/npd.json", "adapter/npd.json"),
 )
 
 

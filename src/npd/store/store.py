@@ -34,7 +34,7 @@ from npd.store.places import check_places
 from npd.store.pointers import point_latest, read_current
 from npd.store.provenance import VARLEN, versions
 from npd.store.recorded import CONFIG, record, recorded
-from npd.store.schema import REFERENCE, SCHEMA, write_columns
+from npd.store.schema import REFERENCE, read_columns, write_columns
 from npd.store.sealed import check_sealed, seal, sealed_facts
 
 RESTORE = "Restore it from a copy, or delete the run directory and start over."
@@ -46,7 +46,7 @@ class Store:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir)
-        self.student = self.path / "student"
+        self.student, self.adapter = self.path / "student", self.path / "adapter"
         self.metrics = self.path / "metrics.jsonl"
         self.vocabulary_size: int | None = None  # token ids of parts lie below it, where it is known
         self.joined = False  # has this process begun to work on the run? Then its directory must stay
@@ -264,8 +264,7 @@ class Store:
         """
         path = self.part(generation, part)
         try:
-            table = pq.read_table(path, columns=columns, page_checksum_verification=True)
-            table = table.select(columns or SCHEMA.names)  # names have no checksum
+            table = read_columns(path, columns)  # names have no checksum
             if check and (wrong := wrong_part(table, self.vocabulary_size)):
                 raise ValueError(wrong)
             return table

@@ -63,17 +63,17 @@ def step_memory(config: Config, known: PreTrainedConfig, *, bfloat16: bool) -> S
     student = config.student
     count = models.parameter_count(known, trust_remote_code=student.trust_remote_code)
     held = count * models.resolve_dtype(student, trained=True).itemsize
-    adapters = models.adapter_bytes(known, student) if student.lora else 0
+    adapters = models.adapter_bytes(known, student)
     text = known.get_text_config()
     V, D = text.vocab_size, text.hidden_size
     tokens = config.training.micro_batch_rows * config.packing.length
     # Logits, their exponentials, and the gradient in the type of the hidden states; these and their gradient.
     product = 2 if bfloat16 else 4
     chunk = min(tokens, chunk_for(V, on_cpu=False)) * V * (4 + 4 + product) + 2 * tokens * D * product
-    head = V * D * ((0 if student.lora else 4) + (product if bfloat16 else 0))
+    head = V * D * ((0 if student.adapts else 4) + (product if bfloat16 else 0))
     block, outside = models.block_parameters(known, trust_remote_code=student.trust_remote_code)
     # A layer that computes and the next one that is gathered meanwhile; gradients of one, and as they are reduced in float32.
-    gathered = product * (outside + 2 * block) + (0 if student.lora else product * (outside + block) + 4 * block)
+    gathered = product * (outside + 2 * block) + (0 if student.adapts else product * (outside + block) + 4 * block)
     return StepMemory(
         # What learns has a gradient and AdamW's two moments beside it; adapters come on top of weights that only read.
         states=held + adapters + 3 * (adapters or held),

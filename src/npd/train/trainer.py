@@ -30,7 +30,15 @@ from npd import models
 from npd.config import Config, LossConfig
 from npd.errors import RunError, UserError
 from npd.losses import LossOutput, divergence_of, near_policy_kl, sparse_soft_cross_entropy
-from npd.models import State, add_lora, base_model, copy_state, head_weight, hidden_states, save_model
+from npd.models import (
+    State,
+    base_model,
+    copy_state,
+    head_weight,
+    hidden_states,
+    save_model,
+    with_adapters,
+)
 from npd.observe.events import Events, SpanName
 from npd.schedule import derive_seed, learning_rate
 from npd.store import DELETE_CHECKPOINT, Store
@@ -127,17 +135,18 @@ class Trainer:
         events: Events,
     ) -> None:
         self.config, self.store, self.tokenizer, self.events = config, store, tokenizer, events
-        self.noisy = config.training.dropout or (config.student.lora is not None and config.student.lora.dropout > 0)
         models.freeze_unread(model)
         torch.manual_seed(derive_seed(config.seed, "adapters"))
-        self.student: nn.Module = add_lora(model, config.student) if config.student.lora else model
+        self.student: nn.Module = with_adapters(model, config.student)
+        adapters: Any = getattr(self.student, "peft_config", {})
+        self.noisy = config.training.dropout or any(each.lora_dropout > 0 for each in adapters.values())
         asked = config.training.gradient_checkpointing
         half = resolve_precision(config) == "bf16"
         self.lying = lay_out(config, model.config, accelerator, bfloat16=half)
         able = asked is True or model.supports_gradient_checkpointing
         if able and checkpoints(config, model.config, accelerator.device, bfloat16=half, shares=self.lying.shares):
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            if config.student.lora:
+            if config.student.adapts:
                 model.enable_input_require_grads()
         self.accelerator = accelerator
         self.lying.prepare(LossModel(self.student, config.loss, compiled=config.training.compile), self._adamw)
@@ -177,8 +186,8 @@ class Trainer:
         student.dtype names."""
         save_model(student, self.tokenizer, path, dtype=models.saved_dtype(self.config.student))
 
-    def save_policy(self, path: Path, state: State, dtype: torch.dtype | None = None) -> None:
-        """Write the weights that `copy_policy` gave; `dtype` None: in the type that they have."""
+    def save_policy(self, path: Path, state: State | None = None, dtype: torch.dtype | None = None) -> None:
+        """Write the student, or the weights that `copy_policy` gave; `dtype` None: in the type that they have."""
         save_model(self.student, self.tokenizer, path, state, dtype=dtype)
 
     def copy_policy(self, dtype: torch.dtype | None = None) -> State | None:

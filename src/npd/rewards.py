@@ -1,0 +1,92 @@
+"""Rewards for reinforcement learning, by the same verifiers that judge rollouts and evaluation.
+
+They have the signature of TRL's GRPOTrainer: `f(prompts, completions, **columns) -> list[float | None]`, with a completion as
+a string or as messages, and a row's further columns by name, one value a completion. TRL itself is not needed here
+(`pip install 'npd[rl]'` brings it); examples/grpo.py puts the two together.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from npd.errors import UserError
+from npd.prompts import ENTRY, SEPARATOR
+from npd.store import Store
+from npd.verifiers import Verifier, is_marked
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["dataset", "marked", "verified"]
+
+_verifier = Verifier()
+
+
+def verified(prompts: Any, completions: list[Any], **columns: Any) -> list[float | None]:
+    """1.0 for a right completion, 0.0 for a wrong one; None where nothing verifies it, or its verifier could not judge it.
+
+    A row says what is right in a column `answer` (a text or a number, or a list of them, of which any is right; or a cell as
+    `dataset` gives them) or in a column `reasoning_gym` (an entry, or its JSON), as rows of data.train do.
+    """
+    count = len(completions)
+    answers = columns.get("answer") or [None] * count
+    entries = columns.get("reasoning_gym") or [None] * count
+    return [
+        _verifier(text_of(completion), _cell(answer, entry))
+        for completion, answer, entry in zip(completions, answers, entries, strict=True)
+    ]
+
+
+def marked(prompts: Any, completions: list[Any], **columns: Any) -> list[float | None]:
+    """1.0 for a completion that marks its final answer (in <answer> tags, in \\boxed{}, behind # or "answer:"), else 0.0: a
+    reward for the format."""
+    return [float(is_marked(text_of(completion))) for completion in completions]
+
+
+def text_of(completion: Any) -> str:
+    """What a completion says: a string, or the contents of its messages."""
+    if isinstance(completion, str):
+        return completion
+    return "\n".join(str(message.get("content") or "") for message in completion)
+
+
+def _cell(answer: Any, entry: Any) -> str | None:
+    if entry is not None:
+        return ENTRY + (entry if isinstance(entry, str) else json.dumps(entry, default=str))
+    if answer is None or answer == []:
+        return None
+    return SEPARATOR.join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer)
+
+
+def dataset(run_dir: str | Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The prompts of a run that have something to verify by, as a dataset with the columns `prompt` (text) and `answer`.
+
+    A prompt's text is such that `tokenizer(text)` gives the ids that the run read; those of which no text does are left out.
+
+    Raises:
+        UserError: this is no run's directory, or no prompt is left.
+    """
+    from datasets import Dataset
+
+    rows, without = [], 0
+    for row in Store(run_dir).prompts().table.select(["prompt_ids", "answer"]).to_pylist():
+        if row["answer"] is None:
+            without += 1
+        elif (text := _text(row["prompt_ids"], tokenizer)) is not None:
+            rows.append({"prompt": text, "answer": row["answer"]})
+    if not rows:
+        why = "have no answer" if without else "cannot be written as text that the tokenizer reads as they were"
+        raise UserError(f"The prompts of {run_dir} {why}: there is nothing to reward.", "Give other data, with answers.")
+    return Dataset.from_list(rows)
+
+
+def _text(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """A text that the tokenizer turns into these ids; it may put a start token in front by itself."""
+    for start in (0, 1):
+        text = str(tokenizer.decode(ids[start:], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        if tokenizer(text)["input_ids"] == ids:
+            return text
+    return None

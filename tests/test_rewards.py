@@ -1,0 +1,97 @@
+"""Rewards for TRL's GRPOTrainer, and, where TRL is installed, two real steps of it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import npd
+from npd import rewards
+from npd.errors import UserError
+
+
+def test_verified_takes_strings_messages_and_rows_of_every_kind():
+    completions = ["so #7", [{"role": "assistant", "content": "The answer is 8."}], "#7", "#7", "#9", "b"]
+    answers = ["7", 8, "8", None, ["7", "9"], "a"]
+    assert rewards.verified(None, completions, answer=answers, trainer_state=object()) == [1.0, 1.0, 0.0, None, 1.0, 0.0]
+    assert rewards.verified(None, completions) == [None] * 6
+
+
+def test_verified_asks_the_verifiers_of_reasoning_gym():
+    import reasoning_gym
+
+    entries = list(reasoning_gym.create_dataset("countdown", size=2, seed=3))
+    expression = entries[0]["metadata"]["expression"]
+    said = [f"<answer>{expression}</answer>", "<answer>1+</answer>"]
+    assert rewards.verified(None, said, reasoning_gym=entries) == [1.0, 0.0]
+
+
+def test_marked():
+    texts = ["#7", r"\boxed{3}", "<answer>x</answer>", "answer: 4", "<answer>x", "seven"]
+    assert rewards.marked(None, texts) == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]
+
+
+def test_rewards_need_no_trl():
+    code = "import sys, npd.rewards; sys.exit(any(name in sys.modules for name in ('trl', 'torch')))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory, student_dir, teacher_dir, data_file) -> Path:
+    path = tmp_path_factory.mktemp("grpo") / "run"
+    npd.sft(
+        {
+            "run_dir": str(path),
+            "student": {"model": str(student_dir)},
+            "data": {"train": str(data_file), "max_prompt_tokens": 32},
+            "schedule": {"passes": 1},
+            "rollout": {"max_new_tokens": 100},
+            "packing": {"length": 160},
+            "tracking": {"trackers": [], "report": False},
+        }
+    )
+    return path
+
+
+def test_the_data_of_a_run_is_read_as_the_run_read_it(run_dir):
+    tokenizer = AutoTokenizer.from_pretrained(run_dir / "student")
+    data = rewards.dataset(run_dir, tokenizer)
+    table = npd.store.Store(run_dir).prompts().table
+    assert tokenizer(data["prompt"])["input_ids"] == table["prompt_ids"].to_pylist()
+    assert data["answer"] == table["answer"].to_pylist()
+
+
+def test_a_run_without_answers_has_nothing_to_reward(make_tree, run_dir, tmp_path):
+    import pyarrow as pa
+
+    from npd.store import Store
+
+    prompts = Store(run_dir).prompts()
+    at = prompts.table.column_names.index("answer")
+    prompts.table = prompts.table.set_column(at, "answer", pa.nulls(len(prompts), pa.string()))
+    prompts.save(tmp_path / "prompts.arrow")
+    with pytest.raises(UserError, match="have no answer"):
+        rewards.dataset(tmp_path, AutoTokenizer.from_pretrained(run_dir / "student"))
+
+
+def test_grpo_goes_on_from_a_finished_run(run_dir, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    file = Path(__file__).parent.parent / "examples/grpo.py"
+    spec = importlib.util.spec_from_file_location("grpo", file)
+    assert spec is not None
+    assert spec.loader is not None
+    grpo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(grpo)
+    monkeypatch.setattr(sys, "argv", ["grpo.py", str(run_dir), "--out", str(tmp_path / "out"), "--steps", "2"])
+    options: argparse.Namespace = grpo.parse()
+    options.prompts, options.samples, options.max_new_tokens = 2, 2, 6
+    log = [line for line in grpo.train(options) if "reward" in line]
+    assert len(log) == 2
+    assert all(0 <= line["rewards/verified/mean"] <= 1 for line in log)
+    assert (tmp_path / "out/model.safetensors").exists()
