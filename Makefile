@@ -89,7 +89,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) --editable '.[dev,gguf,eval]'
+	$(INSTALL) --editable '.[dev,gguf,eval,rl]'
 	touch $@
 
 $(VENV)/installed-smollm2: $(VENV)/installed
