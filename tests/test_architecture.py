@@ -117,6 +117,8 @@ OTHER_MEANINGS = {
     ),  # lm-eval's
     ("reasoning_gym", "npd.config.sections"),  # a column of data
     ("reasoning_gym", "npd.prompts.layouts"),
+    ("reasoning_gym", "npd.rewards"),
+    ("answer", "npd.evaluation.ahead"),  # a column of prompts
     ("none", "npd.selection"),  # no quantiles
     ("none", "npd.dataview"),  # no teacher
     ("none", "npd.evaluation.harness"),  # no filter
