@@ -78,7 +78,7 @@ class Scripted:
     def student(self, version: int) -> int:
         return version
 
-    def teacher(self, key: str | None) -> Scripted:
+    def teacher(self, key: str | None, version: int | None = None) -> Scripted:
         return self
 
     def prefill(self, model: int) -> Scripted:

@@ -198,7 +198,7 @@ def test_what_the_hub_has_is_read_from_its_cache(tmp_path, monkeypatch):
 
 def test_a_file_that_the_engine_cannot_read_is_named(eval_tree, monkeypatch):
     tree = eval_tree()
-    monkeypatch.setattr(npd.models, "directory_of", lambda config: None)  # as of a GGUF file
+    monkeypatch.setattr(npd.models, "whole_directory_of", lambda config: None)  # as of a GGUF file
     with pytest.raises(npd.UserError, match=r"student is to write, but rollout.engine needs a directory of weights"):
         npd.evaluate(tree)
     tree = eval_tree(data={"references": "teacher"}, evaluation={"tasks": [], "kl_prompts": 0})
