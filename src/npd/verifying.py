@@ -53,9 +53,8 @@ class Judge:
         except OSError:
             line = b""
         if not line:
-            how = "it takes too long" if process.poll() is None else "it ended its process"
             self.close()
-            raise Unjudged(how)
+            raise Unjudged("it takes too long" if line is None else "it ended its process")
         answer = json.loads(line)
         if isinstance(answer, str):
             raise Unjudged(foreign(answer, 120))
@@ -81,11 +80,11 @@ class Judge:
                     pipe.close()  # type: ignore[union-attr]
 
 
-def _said(process: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """The next line that it says; nothing if it takes longer, or ended."""
+def _said(process: subprocess.Popen[bytes], seconds: float) -> bytes | None:
+    """The next line that it says; empty if it has ended, None if it takes longer."""
     assert process.stdout is not None
     there, _, _ = select.select([process.stdout], [], [], seconds)
-    return process.stdout.readline() if there else b""
+    return process.stdout.readline() if there else None
 
 
 class _TooLong(BaseException):

@@ -148,6 +148,9 @@ def _wrong_scalars(table: pa.Table) -> str | None:
         # Infinite where a teacher gives a token nothing; absent where nobody has read.
         lambda column: pc.fill_null(pc.or_(pc.is_nan(column), pc.less(column, -ROUNDING)), False),
     )
+    tests["reward"] = lambda column: pc.fill_null(
+        pc.invert(pc.and_(pc.greater_equal(column, 0), pc.less_equal(column, 1))), False
+    )
     for name in table.column_names:
         if name in tests and (bad := tests[name](table[name])).to_numpy().any():
             row = int(bad.to_numpy().argmax())
