@@ -152,10 +152,6 @@ def learn(tree: dict[str, Any], steps: int = STEPS, snapshot: str | None = None,
     return found
 
 
-def flat(tensors: dict[str, Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten().float() for tensor in tensors.values()])
-
-
 def apart(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     assert mine.keys() == theirs.keys()
     norms = [(float((mine[n].double() - theirs[n].double()).norm()), float(theirs[n].double().norm())) for n in mine]
@@ -163,9 +159,8 @@ def apart(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def assert_alike(mine: Learned, theirs: Learned, relative: float = RELATIVE) -> None:
-    for a, b in zip(mine.gradients, theirs.gradients, strict=True):
-        assert apart({"all": flat(a)}, {"all": flat(b)}) <= relative
-        assert apart(a, b) <= 5 * relative  # adapters have small ones, of large terms
+    for step, (a, b) in enumerate(zip(mine.gradients, theirs.gradients, strict=True)):
+        assert apart(a, b) <= (relative if step == 0 else 5 * relative)  # later ones are of other weights
     for ours, other in zip(mine.figures, theirs.figures, strict=True):
         for name in ("loss", "ce", "kd", "kl", "grad_norm", "lr", "fill", "kl_tokens"):
             assert getattr(ours, name) == pytest.approx(getattr(other, name), rel=relative, abs=1e-7), name

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -80,7 +81,9 @@ class Whole:
         """Read what `save` wrote, of this kind or the other, by any number of processes; every process takes part."""
         if (path / SHARDS).is_dir():
             state = _state(self.module, self.optimizer.optimizer)
-            dcp.load(state, checkpoint_id=path / SHARDS, no_dist=self.accelerator.num_processes == 1)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that one process loads what several have written
+                dcp.load(state, checkpoint_id=path / SHARDS, no_dist=self.accelerator.num_processes == 1)
             options = StateDictOptions(strict=False)  # of tied weights one name is enough
             set_model_state_dict(self.module, state["model"], options=options)
             set_optimizer_state_dict(self.module, self.optimizer.optimizer, state["optimizer"])
@@ -140,6 +143,8 @@ class Sharded(Whole):
         empty = dict(self._like.named_parameters(remove_duplicate=False))
         self._like.load_state_dict({name: found[p] for name, p in parameters.items()}, strict=False, assign=True)
         del found
+        for theirs, mine in zip(self._like.buffers(), student.buffers(), strict=True):
+            theirs.copy_(mine)
         try:
             yield self._like
         finally:
