@@ -340,7 +340,7 @@ def begun(run: dict, asked: dict) -> tuple[Config, list[str]]:
 def test_a_run_goes_on_as_it_was_begun_where_a_default_has_changed_since():
     new = config_tree(load_config(BASE))
     changed = {key: extra_of(field)["before"] for key, field in leaves(Config) if "before" in extra_of(field)}
-    assert changed == {"rollout.batching": "static", "scoring.free": "always"}
+    assert changed == {"rollout.batching": "static", "scoring.free": "always", "scoring.verify": False}
     for key, before in changed.items():
         section, name = key.split(".")
         default = new[section][name]

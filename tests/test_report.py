@@ -347,8 +347,7 @@ def test_a_run_that_was_asked_to_stop_has_it_on_record(make_tree, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", script, "distill", str(config)], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    while b"here" not in process.stdout.readline():
-        pass
+    assert any(b"here" in line for line in process.stdout)
     process.terminate()
     process.communicate()
     assert process.returncode == 143

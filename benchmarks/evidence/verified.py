@@ -9,7 +9,6 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
-from npd.evaluation.verify import pass_at_k
 
 from benchmarks.evidence.problems import verified
 from npd.config import Sampling, SelectionConfig, TaskConfig
@@ -19,6 +18,7 @@ from npd.registry import BENCHMARKS, RULES
 from npd.schedule import derive_seed
 from npd.selection import Judgement, Rule
 from npd.store import Store
+from npd.verifiers import pass_at_k
 
 SAMPLES, SAMPLED = 8, 100
 """Responses to each of so many problems, for pass@k and the KL to the teacher."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from npd.evaluation.verify import is_correct
 from npd.intervals import wilson_interval
 from npd.prompts import Prompts, accepted_answers
+from npd.verifiers import is_correct
 
 ASKED = 1000
 """References that are judged, at most."""
