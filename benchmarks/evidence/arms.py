@@ -31,7 +31,7 @@ class Arm:
     solved: bool = False
     """Does it read only prompts that have a reference?"""
     every: int = 2
-    """Passes between two evaluations, of two generations of five passes are about the steps of all arms."""
+    """Passes between two evaluations; a step is a pass of strict on-policy."""
 
 
 def _near(
@@ -62,14 +62,11 @@ def _teachers_text(task: Task) -> Sections:
 
 def _strict(task: Task) -> Sections:
     return {
-        "schedule": {"generations": ENDLESS, "passes": 1, "prompts": max(1, task.prompts // PER_PASS)},
+        "schedule": {"generations": ENDLESS, "passes": 1, "prompts": max(1, task.prompts // task.per_pass)},
         "selection": {"rule": "none"},
         "training": {"batch_tokens": 1 << 20},
     }
 
-
-PER_PASS = 12
-"""Steps of a pass over all prompts, about."""
 
 ARMS: dict[str, Arm] = {
     "sft": Arm("more SFT", "sft", _references, longer=True, solved=True),
@@ -79,7 +76,7 @@ ARMS: dict[str, Arm] = {
     "npd-adaptive": Arm("NPD, adaptive", "distill", _near("adaptive")),
     "npd-none": Arm("NPD, no filter", "distill", _near()),
     "npd-mixed": Arm("NPD, no filter, 30% references", "distill", _near(schedule={"references": 0.3}), every=1),
-    "strict": Arm("strict on-policy", "distill", _strict, every=24),
+    "strict": Arm("strict on-policy", "distill", _strict, every=20),
 }
 
 ABLATIONS: dict[str, Arm] = {

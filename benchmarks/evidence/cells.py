@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from benchmarks.common import machine
-from benchmarks.evidence.arms import EVERY_ARM, LONGER, PER_PASS, Arm
+from benchmarks.evidence.arms import EVERY_ARM, LONGER, Arm
 from benchmarks.evidence.problems import verified
 from benchmarks.evidence.tasks import QUIET, Shelf, Task, asked, config_of
 from benchmarks.evidence.verified import ByVerifier
@@ -127,7 +127,7 @@ def configured(arm: Arm, task: Task, home: Path, folder: Path, seed: int, teache
         "student": {"model": str(home / "run/student")},
         "teacher": {"model": str(teacher)},
     }
-    whole_from = task.steps - (arm.every * PER_PASS // 2 if arm.longer else 0)  # the evaluation that is nearest
+    whole_from = task.steps - (arm.every * task.per_pass // 2 if arm.longer else 0)  # the evaluation that is nearest
     for section, options in asked(task, home, whole_from, every_passes=arm.every).items():
         sections[section] = options | sections.get(section, {})
     sections["data"]["train"] = str(home / ("solved.jsonl" if arm.solved else "prompts.jsonl"))
