@@ -24,7 +24,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks import peers
-from benchmarks.common import record
+from benchmarks.common import RESULTS, record
 from npd import models, run
 from npd.config import ModelConfig
 from npd.demo import demo
@@ -103,6 +103,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=1000)
     parser.add_argument("--steps", type=int, help="optimiser steps of every run; default: two generations of five passes")
     parser.add_argument("--students", nargs="*", default=["characters", "pairs"])
+    parser.add_argument("--add", action="store_true", help="keep the runs that the file of results has")
     options = parser.parse_args()
     tokenizer, pairs = pairs_tokenizer(options.vocabulary), options.out / "teacher"
     if not (pairs / "config.json").exists():
@@ -116,7 +117,7 @@ def main() -> None:
         "characters": peers.DEMO,
         "pairs": replace(peers.DEMO, teacher=str(pairs), untrained=untrained),
     }
-    runs: list[dict[str, Any]] = []
+    runs: list[dict[str, Any]] = json.loads((RESULTS / "aligned.json").read_text())["runs"] if options.add else []
     for seed in options.seeds:
         for student in options.students:
             task, home = tasks[student], options.out / f"seed-{seed}" / student

@@ -174,6 +174,46 @@ def test_columns_are_what_the_teacher_says_of_the_bytes(tokenizer, other_dir, st
                 assert found == pytest.approx(expected, abs=1e-4)
 
 
+def test_a_token_that_covers_several_has_their_product(make_tree, teacher_dir, other_dir, tokenizer):
+    """The student has the longer tokens here, in a whole run: with the free pass, and against a pass in float64."""
+    tree = make_tree(
+        student={"model": str(other_dir)}, teacher={"model": str(teacher_dir), "align": True}, training={"max_steps": 2},
+        evaluation={"kl_prompts": 0},
+    )  # fmt: skip
+    npd.distill(tree)
+    mine = pairs_tokenizer()
+    model: Any = AutoModelForCausalLM.from_pretrained(teacher_dir).double()
+    store, several = Store(tree["run_dir"]), 0
+    for row in pa.concat_tables([store.read_part(0, p) for p in sorted(store.parts(0))]).to_pylist():
+        words = [mine.convert_ids_to_tokens(id_) if id_ > 2 else "" for id_ in row["response_ids"]]
+        # </s> is theirs too; <pad> and <s> have namesakes.
+        read = [
+            tokenizer(word)["input_ids"] if word else [{0: 2, 1: 0, 2: 1}[id_]]
+            for word, id_ in zip(words, row["response_ids"], strict=True)
+        ]
+        context = tokenizer("".join(mine.convert_ids_to_tokens(row["prompt_ids"])))["input_ids"]
+        for column, before in (("teacher_nll", context), ("teacher_nll_free", [1])):
+            ids = [*before, *(token for those in read for token in those)]
+            logp = model(torch.tensor([ids])).logits[0].log_softmax(-1).detach()
+            said = [float(logp[i - 1, ids[i]]) for i in range(len(before), len(ids))]
+            assert row[column] == pytest.approx(-sum(said) / len(read), rel=1e-4)
+            if column == "teacher_nll_free":
+                continue
+            ids_, values = (np.array(row[name]).reshape(-1, 4) for name in ("topk_ids", "topk_logprobs"))
+            at = 0
+            for i, those in enumerate(read):
+                if len(those) > 1:
+                    several += 1
+                    assert (ids_[i, 0], values[i, 0]) == (
+                        row["response_ids"][i],
+                        pytest.approx(sum(said[at : at + len(those)]), rel=2e-3),
+                    )
+                    assert (values[i, 1:] == -np.inf).all()
+                at += len(those)
+        assert row["aligned_exact"] + row["aligned_merged"] == len(read)
+    assert several > 20
+
+
 @pytest.mark.parametrize("kind", ["vllm", "sglang"])
 def test_behind_a_server_it_says_the_same(tokenizer, other_dir, student_dir, kind):
     table = rows(tokenizer, pairs_tokenizer())

@@ -100,6 +100,8 @@ def carry(
     """
     S, K = len(labels), topk_ids.shape[1]
     ids, values = np.full((S, K), NONE, np.int64), np.full((S, K), -np.inf, np.float32)
+    if not K:
+        return ids.astype(np.int32), values
     whole = (alignment.kinds != LEFT_OUT) & (alignment.first == alignment.last)
     rows = alignment.first[whole]
     theirs = topk_ids[rows]
@@ -118,8 +120,6 @@ def carry(
 def _sorted(ids: np.ndarray, values: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Join what has the same id; best first; places without an entry get ids that the row does not have."""
     K = ids.shape[1]
-    if not K:
-        return ids.astype(np.int32), values
     values = np.where(ids < 0, np.float32(-np.inf), values)
     rank = np.broadcast_to(np.arange(K), ids.shape)
     order = np.argsort(ids, axis=1, kind="stable")
