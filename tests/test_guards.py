@@ -157,7 +157,7 @@ def test_a_warning_stands_in_the_report(make_tree):
         make_tree(
             scoring={"top_k": 1},
             schedule={"generations": 2, "passes": 1},
-            rollout={"max_new_tokens": 40, "part_size": 100},
+            rollout={"max_new_tokens": 40, "part_size": 100, "samples_per_prompt": 4},
             packing={"length": 128},
         )
     )
