@@ -32,7 +32,7 @@ from npd.records import (
     number_of,
 )
 from npd.store import REFERENCE, Store, json_lines
-from npd.store.files import read_facts
+from npd.store.files import opened, read_facts
 from npd.store.names import GENERATION, LOG, REFERENCES
 from npd.store.schema import COLUMNS
 
@@ -322,7 +322,7 @@ def _read_responses(store: Store, facts: RunFacts) -> None:
 
 
 def last_lines(log: Path, count: int = LOG_LINES) -> list[str]:
-    with log.open("rb") as file:
+    with opened(log, "rb") as file:
         file.seek(max(0, log.stat().st_size - (1 << 16)))
         return file.read().decode("utf-8", "replace").strip().splitlines()[-count:]
 
@@ -386,7 +386,7 @@ def in_use(store: Store) -> bool | None:
     try:
         import fcntl
 
-        with path.open() as file:
+        with opened(path, "r") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -402,7 +402,7 @@ def clock(seconds: float) -> str:
 
 def tail(path: Path, size: int = 1 << 14) -> Iterator[str]:
     """Whole lines at the end of a file, newest first."""
-    with suppress(OSError), path.open("rb") as file:
+    with suppress(OSError, UserError), opened(path, "rb") as file:
         start = max(0, path.stat().st_size - size)
         file.seek(start)
         lines = file.read().decode("utf-8", "replace").split("\n")
