@@ -240,7 +240,7 @@ def test_the_base_is_there_once_for_student_and_teacher(make_tree, base_dir, ada
         model = kept.student(0)
         assert teacher.model() is model
         close(logits(model), by_peft(base_dir, adapter_dir))
-        with teacher._reading():
+        with teacher.reading():
             close(logits(model), logits(base_dir))
         close(logits(model), by_peft(base_dir, adapter_dir))
 
