@@ -63,8 +63,8 @@ def test_the_data_of_a_run_is_read_as_the_run_read_it(run_dir):
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "student")
     data = rewards.dataset(run_dir, tokenizer)
     table = npd.store.Store(run_dir).prompts().table
-    assert tokenizer(data["prompt"])["input_ids"] == table["prompt_ids"].to_pylist()
-    assert data["answer"] == table["answer"].to_pylist()
+    assert tokenizer(list(data["prompt"]))["input_ids"] == table["prompt_ids"].to_pylist()
+    assert list(data["answer"]) == table["answer"].to_pylist()
 
 
 def test_a_run_without_answers_has_nothing_to_reward(make_tree, run_dir, tmp_path):

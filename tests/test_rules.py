@@ -127,7 +127,7 @@ def test_no_bounds_without_a_band():
     assert not any(one.bounds for one in result.sources.values())
 
 
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", ["delta_ifd", "adaptive", "none"])  # not those of other tests
 def test_references_are_counted_unjudged(rule):
     """What teachers or people wrote has no Δ."""
     part = Select(SelectionConfig())(scored([0.1, 0.2], ["a", "b"])).drop_columns(["delta_ifd", "verdict"])
@@ -138,7 +138,7 @@ def test_references_are_counted_unjudged(rule):
     assert result.delta_ifd_quantiles == {}
 
 
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", ["delta_ifd", "adaptive", "none"])  # not those of other tests
 def test_every_rule_takes_an_empty_part(rule):
     config = SelectionConfig(rule=rule)
     part = Select(config)(scored([0.1], ["a"]).slice(0, 0))

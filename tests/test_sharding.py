@@ -18,6 +18,7 @@ from together import together
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config
 
@@ -237,6 +238,10 @@ def test_checkpoints_are_read_by_any_number_of_processes(tree_of):
     written(tree_of("one", shard="none"))
     checkpoint = Store(tree_of("shards")["run_dir"]).checkpoint(2)
     assert {path.name for path in checkpoint.iterdir()} == {SHARDS, "npd.json"}
+    kept_as = FileSystemReader(checkpoint / SHARDS).read_metadata().state_dict_metadata
+    assert [name for name in kept_as if name.startswith("model.") and ("embed" in name or "head" in name)] == [
+        "model.model.model.embed_tokens.weight"
+    ]
     undisturbed = together(2, learn, tree_of("undisturbed"))[0]
     same = together(2, learn, after("shards"))[0]
     assert len(same.figures) == 1

@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"[-+]?\d[\d,]*\.?\d*(?:[eE][-+]?\d+)?|[-+]?\.\d+")
 _MARKED = (
     re.compile(r"\\boxed\{([^{}]*)\}"),
     re.compile(r"(?:#{4}\s{0,99}|#(?=[^\s#]))([^\n#]+)"),  # GSM8K's mark and the demo's, but no Markdown heading
-    re.compile(r"answer(?:\s{1,9}is)?\s{0,9}[:=]?\s{0,9}\*{0,9}([^\n*]+)", re.IGNORECASE),
+    re.compile(r"(?<![</])answer(?:\s{1,9}is)?\s{0,9}[:=]?\s{0,9}\*{0,9}([^\n*]+)", re.IGNORECASE),
 )
 
 

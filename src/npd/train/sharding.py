@@ -180,7 +180,11 @@ def _without_weights(student: nn.Module) -> nn.Module:
 
 
 def _state(module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    return {"model": get_model_state_dict(module), "optimizer": get_optimizer_state_dict(module, optimizer)}
+    """What a checkpoint keeps of this process's share; tied weights under one of their names."""
+    names, once = dict(module.named_parameters(remove_duplicate=False)), dict(module.named_parameters())
+    other = {name.removeprefix("module.") for name in names.keys() - once.keys()}  # DDP's word is in no state dict
+    weights = {name: tensor for name, tensor in get_model_state_dict(module).items() if name not in other}
+    return {"model": weights, "optimizer": get_optimizer_state_dict(module, optimizer)}
 
 
 def _of_one(path: Path) -> bool:
