@@ -81,7 +81,9 @@ def sheet(teacher: Tensor, student: Tensor, k: int, mass: str) -> tuple[Tensor, 
 
 def distance(options: argparse.Namespace) -> list[dict[str, Any]]:
     store = Store(options.run)
-    paths = [load_config(options.run / "config.yaml").teacher.model, str(store.policy(options.generation))]
+    config = load_config(options.run / "config.yaml")
+    assert config.teacher is not None
+    paths = [config.teacher.model, str(store.policy(options.generation))]
     pair = [models.load_model(ModelConfig(model=str(path))) for path in paths]
     sums: dict[tuple[str, str, int], list[tuple[float, float, float, float]]] = {}
     tokens, held = 0, dict.fromkeys(options.top_k_of, 0.0)

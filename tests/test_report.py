@@ -17,6 +17,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from npd.report.facts import gather, ranges, tail
 from npd.report.figures import label
 from npd.report.page import comparison_page, render, run_page, write_comparison, write_report
 from npd.report.pictures import delta_overlay, lengths
-from npd.report.samples import Browser
+from npd.report.samples import Browser, IdsOnly, find_decoder
 from npd.report.tables import duration, generation_table, tiles
 from npd.store import Store
 
@@ -347,8 +348,7 @@ def test_a_run_that_was_asked_to_stop_has_it_on_record(make_tree, tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", script, "distill", str(config)], stdout=subprocess.PIPE)
     assert process.stdout is not None
-    while b"here" not in process.stdout.readline():
-        pass
+    assert any(b"here" in line for line in process.stdout)
     process.terminate()
     process.communicate()
     assert process.returncode == 143
@@ -720,3 +720,10 @@ def test_whatever_is_in_the_lines_there_is_a_page(tmp_path, seed):
     Store(path).rewind_metrics(10)
     assert all(isinstance(step.step, int) for step in facts.steps)
     assert any("left out" in line for line in facts.missing)
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path):
+    (tmp_path / "student").mkdir()
+    os.mkfifo(tmp_path / "student" / "tokenizer.json")
+    facts: Any = SimpleNamespace(path=tmp_path, missing=[])
+    assert isinstance(find_decoder(facts), IdsOnly)

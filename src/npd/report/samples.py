@@ -16,6 +16,7 @@ from npd.errors import UserError
 from npd.report.facts import RunFacts
 from npd.report.reduce import spread
 from npd.store import Store
+from npd.store.files import opened
 
 MOST_SAMPLES = 400
 MOST_TOKENS = 120_000  # response tokens shown with their figures, over all samples
@@ -43,7 +44,8 @@ class Tokens:
     def __init__(self, path: Path) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer = Tokenizer.from_file(str(path))
+        with opened(path, "rb") as file:  # a pipe in its place would be waited for
+            self.tokenizer = Tokenizer.from_str(file.read().decode())
 
     def decode(self, ids: list[int]) -> str:
         known = [i for i in ids if i >= 0]
