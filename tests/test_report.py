@@ -17,6 +17,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,7 @@ from npd.report.facts import gather, ranges, tail
 from npd.report.figures import label
 from npd.report.page import comparison_page, render, run_page, write_comparison, write_report
 from npd.report.pictures import delta_overlay, lengths
-from npd.report.samples import Browser
+from npd.report.samples import Browser, IdsOnly, find_decoder
 from npd.report.tables import duration, generation_table, tiles
 from npd.store import Store
 
@@ -719,3 +720,10 @@ def test_whatever_is_in_the_lines_there_is_a_page(tmp_path, seed):
     Store(path).rewind_metrics(10)
     assert all(isinstance(step.step, int) for step in facts.steps)
     assert any("left out" in line for line in facts.missing)
+
+
+def test_a_pipe_in_a_files_place_is_not_waited_for(tmp_path):
+    (tmp_path / "student").mkdir()
+    os.mkfifo(tmp_path / "student" / "tokenizer.json")
+    facts: Any = SimpleNamespace(path=tmp_path, missing=[])
+    assert isinstance(find_decoder(facts), IdsOnly)
