@@ -161,7 +161,8 @@ def apart(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 def assert_alike(mine: Learned, theirs: Learned, relative: float = RELATIVE) -> None:
     for step, (a, b) in enumerate(zip(mine.gradients, theirs.gradients, strict=True)):
-        assert apart(a, b) <= (relative if step == 0 else 5 * relative)  # later ones are of other weights
+        # Of the worst tensor: sums in another order differ by 1e-6 on some processors. Later ones are of other weights.
+        assert apart(a, b) <= (2 * relative if step == 0 else 5 * relative)
     for ours, other in zip(mine.figures, theirs.figures, strict=True):
         for name in ("loss", "ce", "kd", "kl", "grad_norm", "lr", "fill", "kl_tokens"):
             assert getattr(ours, name) == pytest.approx(getattr(other, name), rel=relative, abs=1e-7), name
