@@ -186,7 +186,6 @@ NAMES = {
     "trl-distillation": "TRL DistillationTrainer",
     "trl-gkd": "TRL GKDTrainer",
     "plain": "a plain loop with `generate()`",
-    "released": "npd before, paper's schedule",
 }
 
 
@@ -298,7 +297,7 @@ def tails_stages(results: dict[str, Any]) -> str:
 def tails_count(results: dict[str, Any]) -> str:
     """Operations that each way of working needs, what they would take at this machine's rate, and what was measured."""
     counts = {r["shape"]: r["count"] for r in results["runs"] if "count" in r}
-    ways = {"npd": "npd", "strict": "strict", "released": "npd"}
+    ways = {"npd": "npd", "strict": "strict"}
     rows = []
     for (shape, name), runs in grouped(_measured(results), "shape", "contender").items():
         if shape not in counts or runs[0]["matmul_rate"] is None:

@@ -5,9 +5,9 @@
     python -m benchmarks.tails --device cuda --quick    # weights of 0.5 B
 
 Student and teacher have random weights in which the stop token has the same probability everywhere: lengths are geometric,
-whoever draws them. Learning rates are too small to change that. Contenders are those of `benchmarks.distillation`, *plain*,
-a loop written by hand, and *released*, npd as it was at the commit RELEASED, in a process of its own. Seconds are from
-loading the models to the finished student; a token counts once in each pass in which it was trained on.
+whoever draws them. Learning rates are too small to change that. Contenders are those of `benchmarks.distillation` and
+*plain*, a loop written by hand. Seconds are from loading the models to the finished student; a token counts once in each pass
+in which it was trained on.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import importlib.util
 import itertools
 import json
 import os
-import subprocess
-import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,7 +33,6 @@ from benchmarks.chains import tokenizer_of
 from benchmarks.common import interleaved, matmul_rate, record
 from npd.store import Store
 
-RELEASED = "eec381e702"
 RESPONSES = 32
 """Responses in an optimiser step."""
 KEEP_ALL = {"lower": -1e9, "upper": 1e9}
@@ -142,21 +139,6 @@ def batch_tokens(task: peers.Task, mean: float) -> int:
     return max(1, round(RESPONSES * (mean + 12) / task.row)) * task.row
 
 
-def released(home: Path, revision: str, arguments: list[str]) -> dict[str, Any]:
-    """npd's run by the code of a commit of this repository."""
-    folder = home.parent / f"npd-{revision}"
-    if not (folder / "src").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        packed = subprocess.run(["git", "archive", revision, "src"], stdout=subprocess.PIPE)
-        if packed.returncode:
-            return {"failed": "the commit is not here"}
-        subprocess.run(["tar", "-x", "-C", str(folder)], input=packed.stdout, check=True)
-    paths = [str(folder / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [sys.executable, "-m", "benchmarks.tails", "--one", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": ":".join(paths)})
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {"failed": done.returncode}
-
-
 def lengths_of(run_dir: Path) -> list[tuple[int, int]]:
     """(prompt, response) tokens of the first generation."""
     store, pairs = Store(run_dir), []
@@ -217,7 +199,6 @@ def main() -> None:
     parser.add_argument("--mean", type=float, default=75.0, help="length of a response")
     parser.add_argument("--cap", type=int, default=512, help="longest response")
     parser.add_argument("--name", help="of the file in benchmarks/results; default: tails, on a GPU tails-cuda")
-    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     quick, cuda = options.quick, options.device == "cuda"
     options.name = options.name or ("tails-cuda" if cuda else "tails")
@@ -241,23 +222,14 @@ def main() -> None:
         def on_policy(which: Callable[..., dict[str, Any]], task: peers.Task = task, home: Path = home) -> dict[str, Any]:
             return which(task, home, 0, 0, options.steps, RESPONSES, options.steps)
 
-        if options.one:
-            result = npd()
-            print(json.dumps({k: v for k, v in result.items() if k not in ("curve", "publications")}))
-            return
-        same = ["--device", options.device, "--shapes", name, "--out", str(options.out), "--prompts", str(options.prompts)]
-        same += ["--mean", str(options.mean), "--cap", str(options.cap)]
         contenders: dict[str, Callable[[], dict[str, Any]]] = {
             "npd": npd,
             "strict": lambda act=on_policy: act(peers.strict),  # type: ignore[misc]
             "plain": lambda act=on_policy: act(peers.plain),  # type: ignore[misc]
-            "released": lambda home=home, same=same: released(home, RELEASED, same),  # type: ignore[misc]
         }
         if importlib.util.find_spec("trl"):
             contenders["trl-distillation"] = lambda act=on_policy: act(peers.CONTENDERS["trl-distillation"])  # type: ignore[misc]
             contenders["trl-gkd"] = lambda act=on_policy: act(peers.CONTENDERS["trl-gkd"])  # type: ignore[misc]
-        if cuda or quick:
-            del contenders["released"]
         wanted = [c for c in contenders if not options.only or c in options.only]
         count: dict[str, dict[str, float]] | None = None
         for turn, contender in interleaved(wanted, options.repeat):
