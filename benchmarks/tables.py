@@ -347,6 +347,45 @@ def _speed(run: dict[str, Any]) -> float:
     return speed
 
 
+def attention(results: dict[str, Any]) -> str:
+    """Training and reading of mixed lengths, end to end beside padded rows and beside a bare decoder."""
+    rows = []
+    for (shape, mean, longest), runs in grouped(results["runs"], "shape", "mean", "longest").items():
+        speed = {
+            way: statistics.median(one["tokens"] / one["seconds"] for one in of)
+            for way, of in grouped(runs, "contender").items()
+        }
+        train, read = speed["train, varlen"], speed["read, varlen"]
+        times = train / speed["train, rows"], read / speed["read, rows"], read / speed["bare"], read / speed["headed"]
+        named = [shape, f"{mean:,}", f"{longest:,}", f"{train:,.0f}", f"{times[0]:.2f}×", f"{read:,.0f}", f"{times[1]:.2f}×"]
+        rows.append([*named, f"{100 * times[2]:.0f}%", f"{100 * times[3]:.0f}%"])
+    heads = [
+        "models",
+        "mean response",
+        "longest",
+        "training, tokens/s",
+        "of padded rows'",
+        "reading, tokens/s",
+        "of padded rows'",
+    ]
+    return table([*heads, "of a bare decoder's", "of a decoder's with its head"], rows)
+
+
+def batching(results: dict[str, Any]) -> str:
+    """Writing, continuously and by generate()."""
+    names = {"continuous": "npd's continuous batching", "static": "`generate()`"}
+    rows = []
+    for shape, runs in grouped(results["runs"], "shape").items():
+        by = grouped(runs, "way")
+        ours = statistics.median(r["tokens"] / r["seconds"] for r in by["continuous"])
+        for way, of in by.items():
+            speeds = [r["tokens"] / r["seconds"] for r in of]
+            rows.append(
+                [shape, names.get(way, way), str(len(of)), ranged(speeds, 0), f"{ours / statistics.median(speeds):.1f}×"]
+            )
+    return table(["models", "way", "turns", "tokens/s", "npd is faster by"], rows)
+
+
 def ideas(results: dict[str, Any]) -> str:
     """Each way's seconds, and those of the first way over them, turn by turn; compiling apart."""
     rows = []
@@ -382,6 +421,11 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tails, stages": ("tails", tails_stages),
     "tails, count": ("tails", tails_count),
     "tails, machine": ("tails", machine),
+    "batching": ("batching", batching),
+    "attention": ("attention", attention),
+    "attention, machine": ("attention", machine),
+    "attention on a GPU": ("attention-cuda", attention),
+    "batching on a GPU": ("batching-cuda", batching),
     "tails on a GPU": ("tails-cuda", tails),
     "tails on a GPU, lengths": ("tails-cuda", tails_lengths),
     "tails on a GPU, stages": ("tails-cuda", tails_stages),
