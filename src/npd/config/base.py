@@ -16,6 +16,7 @@ LONGEST_TEXT = 1 << 24  # tokens: more than any model reads
 LONGEST_NAME = 255  # bytes of a file's name, as file systems have it
 _USERINFO = re.compile(r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
 _SECRET = re.compile(r"(api[_-]?key|password|passwd|secret|(access|auth|hf)[_-]?token)$", re.IGNORECASE)
+_SECRET_OPTION = re.compile(r"secret|token|passw|credential|signature|^sig$|key", re.IGNORECASE)  # of a URI
 
 
 def _secrets(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -86,8 +87,24 @@ def _warm(temperature: float) -> float:
     return temperature
 
 
+def _mirror(uri: str) -> str:
+    """A URI with a scheme, or an absolute path; keys stay in the environment."""
+    scheme, there, rest = uri.partition("://")
+    if not (there and rest and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme)) and not uri.startswith("/"):
+        raise ValueError("must be a URI of a directory, such as s3://BUCKET/runs/first, or an absolute path")
+    for option in uri.partition("?")[2].split("&"):
+        name = option.partition("=")[0]
+        if _SECRET_OPTION.search(name):
+            raise ValueError(
+                f"has an option {name[:40]}, and keys do not belong into a configuration: give them through the environment"
+            )
+    return uri
+
+
 Place = Annotated[str, AfterValidator(_named)]
 """A path, or whatever else may be looked for as one."""
+MirrorURI = Annotated[str, AfterValidator(_mirror)]
+"""Where a mirror lies, for pyarrow."""
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm)]
 
 
