@@ -123,8 +123,9 @@ def bring_down(place: Place, run_dir: Path, config: Config | None = None, comman
         UserError: the run is another one's, or damaged in the mirror.
         RunError: the mirror, or the disk here, fails.
     """
-    began, names = time.time(), place.files()
+    place.check_apart(run_dir)
     check_places(run_dir)
+    began, names = time.time(), place.files()
     check_same(place, config, command)
     there = claim_there(place)
     if there is None:

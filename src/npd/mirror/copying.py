@@ -1,7 +1,8 @@
-"""A run copied to its mirror while it goes on, by a thread that the trainer never waits for but at the end."""
+"""A run directory copied to its mirror: what is new there, in order, and what is no longer needed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from npd.config import Config
-from npd.errors import NpdError, RunError, UserError, foreign
+from npd.errors import NpdError, UserError
 from npd.mirror.arriving import AT_ONCE, reached
 from npd.mirror.claim import claim_there, said, take
 from npd.mirror.contents import (
@@ -34,18 +35,12 @@ from npd.mirror.contents import (
     old_snapshots,
     parts_of,
 )
-from npd.mirror.place import SMALL, Gone, Place, Refused
-from npd.observe.display import Display
+from npd.mirror.place import SMALL, Gone, Place
 from npd.observe.events import Events, SpanName
 from npd.store import Store
 from npd.store.names import CHECKPOINT, GENERATION, SNAPSHOT
 from npd.store.sealed import SEAL
 
-LOOK = 1.0  # seconds between looks for a new checkpoint, which is copied at once
-EVERY = 30.0  # seconds between copies of whatever else is new
-LONGEST = 600.0  # seconds after a copy that failed before the next one
-PATIENCE = 300.0  # seconds that the last copy may fail for
-GRACE = 5.0  # seconds that a run which failed, or is stopped, waits for the file that is being copied
 CHANGES = 10  # of a run directory under a copy, before that one is left to the next
 
 
@@ -77,152 +72,65 @@ class Tally:
         self.seconds, self.lag = self.seconds + other.seconds, max(self.lag, other.lag)
 
 
-class Mirror:
-    """Copies a run directory, which this process has locked, to checkpoint.mirror, from `begin` to `close`.
-
-    Args:
-        place: the store; None: as the configuration names it.
+class Copies:
+    """Copies of a run directory, which this process has locked, in checkpoint.mirror; `claim` comes first.
 
     Raises:
-        UserError: it can't be reached.
+        UserError: the mirror can't be reached.
     """
 
-    def __init__(self, config: Config, display: Display, events: Events, place: Place | None = None) -> None:
-        assert place is not None or config.checkpoint.mirror is not None, "only a mirror that is named is kept"
-        self.place = place or Place(str(config.checkpoint.mirror))
-        self.store, self.keep = Store(config.run_dir), config.checkpoint.keep
-        self.display, self.events = display, events
+    def __init__(self, config: Config, events: Events) -> None:
+        assert config.checkpoint.mirror is not None, "only a mirror that is named is kept"
+        self.place = Place(config.checkpoint.mirror)
+        self.store, self.keep, self.events = Store(config.run_dir), config.checkpoint.keep, events
+        self.over = threading.Event()
+        """Once it is set, what is under way ends after the files that are being copied."""
         self.total = Tally()
         self._now = Tally()  # of the copy that is being made
+        self._counting = threading.Lock()
         self._began = time.time()
         self._done: dict[str, tuple[int, int]] = {}  # what was copied, by key, as it was then
         self._there: dict[str, int] = {}  # names and bytes in the mirror
         self._generations: dict[int, int] = {}  # where checkpoints in the mirror stand, by step
-        self._over = threading.Event()
-        self._failed: NpdError | None = None
-        self._thread: threading.Thread | None = None
         self.place.wait = self._wait
 
-    def begin(self) -> None:
-        """Claim the mirror, and copy what there is and what comes, beside this thread.
+    def claim(self) -> None:
+        """Take the mirror for this process, and see what is there already.
 
         Raises:
             UserError: it is another run's, or can't be read or written.
         """
-        self.claim()
-        self._thread = threading.Thread(target=self._go_on, name="mirror", daemon=True)
-        self._thread.start()
-
-    def claim(self) -> None:
-        """See `begin`."""
+        self.place.check_apart(self.store.path)
         with reached(self.place):
+            self.place.sweep()
             self._claim, self._there = take(self.place, self.store.path)
             self._recall()
 
-    def close(self, error: BaseException | None) -> None:
-        """End: after a run that ended well once all of it is there, else soon.
-
-        Raises:
-            RunError: the last copy failed for minutes; the message says what is not mirrored.
-        """
-        self._over.set()
-        if self._thread is not None:
-            self._thread.join(None if error is None else GRACE)
-        if error is not None:
-            if (left := self._left()) and not isinstance(self._failed, Lost):
-                self.display.say(
-                    f"Not in the mirror {self.place.shown} yet: {left}. The same command, run again here, copies it."
-                )
-            return
-        self._over.clear()
-        self.finish()
-        total = self.total
-        self.display.say(
-            f"The mirror {self.place.shown} has all of it: {total.files:,} files ({total.bytes / 1e6:,.1f} MB) copied in "
-            f"{total.seconds:.1f} s, at most {total.lag:.0f} s after they were written."
-        )
-
-    def finish(self) -> None:
-        """Copy what is not there yet, and wait for it.
-
-        Raises:
-            RunError: it failed for minutes.
-        """
-        began, pause = time.monotonic(), 1.0
-        while True:
-            try:
-                return self.copy()
-            except (RunError, Lost) as failed:
-                if isinstance(failed, Refused | Lost) or time.monotonic() - began > PATIENCE:
-                    raise RunError(
-                        f"The run in {self.store.path} is whole, but its mirror is not: {self._left() or 'nothing'} is "
-                        f"missing there. {failed.what.rstrip('.')}.",
-                        failed.remedy or "Mend that, and run the same command again: it copies what is missing.",
-                    ) from failed
-                time.sleep(pause)
-                pause = min(2 * pause, 30.0)
-
-    # -- the thread
-
-    def _go_on(self) -> None:
-        seen: list[int] | None = None
-        pause, copied = EVERY, 0.0
-        while not self._over.is_set():
-            now = self.store.checkpoints()
-            due = time.monotonic() - copied >= pause
-            if (due or now != seen) and (self._failed is None or due):
-                seen = now
-                pause = EVERY if self._try() else min(2 * pause, LONGEST)
-                copied = time.monotonic()
-                if isinstance(self._failed, Lost):
-                    return
-            self._over.wait(LOOK)
-
-    def _try(self) -> bool:
-        try:
-            self.copy()
-        except Stopped:
-            return True
-        except Exception as error:  # whatever it is, training goes on
-            failed = error if isinstance(error, NpdError) else RunError(f"{type(error).__name__}: {foreign(error)}")
-            if self._failed is None:
-                again = (
-                    "Nothing more is copied there."
-                    if isinstance(failed, Lost)
-                    else "It is tried again while the run goes on."
-                )
-                text = f"The mirror falls behind. {failed.what.rstrip('.')}. {again}"
-                self.events.mark(SpanName.WARNING, about="mirror", text=text)
-                self.display.say(f"Warning: {text}")
-            self._failed = failed
-            return False
-        if self._failed is not None:
-            self._failed = None
-            self.display.say(f"The mirror {self.place.shown} has caught up.")
-        return True
-
     def _wait(self, seconds: float) -> None:
-        if self._over.wait(seconds):
+        if self.over.wait(seconds):
             raise Stopped
 
-    # -- one copy
-
-    def copy(self) -> None:
+    def copy(self, *, everything: bool) -> bool:
         """Copy what is new, and delete what is no longer needed there, in the order that `contents` explains.
+
+        Args:
+            everything: also what grows with every step, which else waits for the next checkpoint.
+
+        Returns:
+            False: the run directory changed under it, and not all that was there was copied.
 
         Raises:
             Lost: the mirror is no longer this process's.
             RunError: the store fails.
-            Stopped: the run ends meanwhile.
+            Stopped: `over` was set meanwhile.
         """
         self._now, began, start = Tally(), time.perf_counter(), time.time()
         try:
             for _ in range(CHANGES):
-                try:
-                    if self._copy_once():
-                        break
-                except Gone:
-                    continue
+                with suppress(Gone):
+                    if self._copy_once(everything):
+                        return True
+            return False
         finally:
             self._now.seconds = time.perf_counter() - began
             self.total.add(self._now)
@@ -236,31 +144,29 @@ class Mirror:
         except (OSError, NpdError):  # a full disk, of which there will be a better message
             return
 
-    def _copy_once(self) -> bool:
+    def _copy_once(self, everything: bool) -> bool:
         """False: the run directory changed under it."""
         steps = self.store.checkpoints()
         wanted = items(self.store.path)
         if self.store.checkpoints() != steps:  # something that one of them needs may have been tidied away since
             return False
         new = self._new(wanted)
-        if not self._last and not any(item.rank in (CHECKPOINTS, STUDENT) for item in new):
+        if not everything and not any(item.rank in (CHECKPOINTS, STUDENT) for item in new):
             new = [item for item in new if item.rank not in (LINES, SHOWN)]  # they grow with every step
         if new:
             self._check_mine()
         removed = {item for item in new if item.rank == MANIFESTS and self._says_removed(item.name)}
-        for item in sorted(new, key=self._rank):
-            if item not in removed:
-                self._copy_item(item)
+        for _, group in itertools.groupby(sorted({*new} - removed, key=self._rank), lambda item: self._rank(item)[:2]):
+            together = list(group)
+            self._put([item.name for item in together if not item.sealed])
+            for item in together:
+                self._copy_directory(item)
+                self._copied(item)
         self._delete_old(wanted, removed)
         return True
 
     def _new(self, wanted: list[Item]) -> list[Item]:
         return [item for item in wanted if self._done.get(item.key) != item.mark]
-
-    @property
-    def _last(self) -> bool:
-        """Is this a copy that somebody waits for?"""
-        return threading.current_thread() is not self._thread
 
     def _rank(self, item: Item) -> tuple[int, bool, str]:
         first = item.name == CONFIG and CONFIG not in self._there  # so that what follows belongs to a run
@@ -275,31 +181,38 @@ class Mirror:
                 "Stop one of the two, or give this run a mirror of its own.",
             )
 
-    def _copy_item(self, item: Item) -> None:
-        folder = self.store.path / item.name
+    def _copy_directory(self, item: Item) -> None:
         if not item.sealed:
-            self._put(item.name)
-        else:
-            inside = sorted(file.relative_to(self.store.path).as_posix() for file in folder.rglob("*") if file.is_file())
-            if item.key in self._there:  # another one of that name: it is none until all of this one is there
-                self._delete(item.key)
-            for name in inside:
-                if name != item.key:
-                    self._put(name)
-            self._put(item.key)
-            self._generations.pop(CHECKPOINT.number(folder.name) or -1, None)
+            return
+        folder = self.store.path / item.name
+        inside = sorted(file.relative_to(self.store.path).as_posix() for file in folder.rglob("*") if file.is_file())
+        if item.key in self._there:  # another one of that name: it is none until all of this one is there
+            self._delete(item.key)
+        self._put([name for name in inside if name != item.key])
+        self._put([item.key])
+        self._generations.pop(CHECKPOINT.number(folder.name) or -1, None)
+
+    def _copied(self, item: Item) -> None:
         self._done[item.key] = item.mark
         if item.mark[1] / 1e9 >= self._began and item.rank < SHOWN:
             self._now.lag = max(self._now.lag, time.time() - item.mark[1] / 1e9)
 
-    def _put(self, name: str) -> None:
-        if self._over.is_set():
-            raise Stopped
-        self._there[name] = size = self.place.put(name, self.store.path / name)
-        self._now.files, self._now.bytes = self._now.files + 1, self._now.bytes + size
+    def _put(self, names: list[str]) -> None:
+        """Copy files, some at a time and in no order."""
+
+        def put(name: str) -> None:
+            if self.over.is_set():
+                raise Stopped
+            size = self.place.put(name, self.store.path / name)
+            with self._counting:
+                self._there[name] = size
+                self._now.files, self._now.bytes = self._now.files + 1, self._now.bytes + size
+
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            list(pool.map(put, names))
 
     def _delete(self, name: str) -> None:
-        if self._over.is_set():
+        if self.over.is_set():
             raise Stopped
         self.place.delete(name)
         self._there.pop(name, None)
@@ -316,7 +229,8 @@ class Mirror:
         for version in old_snapshots(self._there, generation, self.keep):
             self._delete_directory(f"policy/{SNAPSHOT.name(version)}")
         for item in sorted(removed, key=lambda item: item.key):
-            self._copy_item(item)
+            self._put([item.name])
+            self._copied(item)
         here = {item.name for item in wanted if item.rank == PARTS}
         for name, g in [*parts_of(self._there)]:
             manifest = f"{name.rpartition('/')[0]}/{MANIFEST}"
@@ -328,7 +242,7 @@ class Mirror:
         inside = [file for file in self._there if file.startswith(f"{name}/")]
         if (key := f"{name}/{SEAL}") in inside:
             self._delete(key)
-        if self._over.is_set():
+        if self.over.is_set():
             raise Stopped
         self.place.delete_folder(name)
         for file in inside:
@@ -395,7 +309,7 @@ class Mirror:
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(equal, names))
 
-    def _left(self) -> str:
+    def left(self) -> str:
         """What is not in the mirror, in words; nothing where all of it is."""
         new = self._new(items(self.store.path))
         size = sum(item.mark[0] if not item.sealed else _bytes_of(self.store.path / item.name) for item in new)

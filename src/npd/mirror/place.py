@@ -17,6 +17,7 @@ from npd.store.files import HOST
 
 PIECE = 16 << 20  # bytes that are read or written at once
 SMALL = 64 << 20  # bytes that are read before any of them is written: a file that can't be read is not half written then
+ASIDE = ".mirror.tmp"  # what ends the name of a file that is being written where files do not appear whole by themselves
 TRIES = 5  # of one file or question, before the store counts as failing
 WHOLE = ("s3", "gcs", "abfs")  # where a file appears when the last of its bytes is there
 FIRST_PAUSE = 0.5  # seconds before something is tried again; twice as many each time
@@ -74,12 +75,15 @@ class Place:
     def files(self) -> dict[str, int]:
         """Names and bytes of all files; those half written are left out."""
 
+        return {name: size for name, size in self._all().items() if not name.endswith(ASIDE)}
+
+    def _all(self) -> dict[str, int]:
         def look() -> dict[str, int]:
             selector = fs.FileSelector(self.base, recursive=True, allow_not_found=True)
             found = {i.path: i.size or 0 for i in self.filesystem.get_file_info(selector) if i.type == fs.FileType.File}
             return {path.removeprefix(self.base).lstrip("/"): size for path, size in found.items()}
 
-        return {name: size for name, size in self._steadily("be listed", look).items() if not name.endswith(".tmp")}
+        return self._steadily("be listed", look)
 
     def read(self, name: str) -> bytes | None:
         """What a small file holds; None: it is not there."""
@@ -122,7 +126,7 @@ class Place:
             return self.put_bytes(name, data)
 
         def put() -> int:
-            return self._write(name, size, lambda target: _stream(file, target))
+            return self._write(name, size, lambda target: _stream(file, size, target))
 
         return self._steadily(f"take {name} ({size:,} bytes)", put)
 
@@ -138,7 +142,7 @@ class Place:
         path = self._path(name)
         whole = self.filesystem.type_name in WHOLE
         folder, _, last = path.rpartition("/")
-        aside = path if whole else f"{folder}/.{last}.{HOST}.mirror.tmp"
+        aside = path if whole else f"{folder}/.{last}.{HOST}{ASIDE}"
         if not whole:
             self.filesystem.create_dir(folder, recursive=True)
         try:
@@ -158,7 +162,9 @@ class Place:
     def _rename(self, aside: str, path: str) -> None:
         try:
             self.filesystem.move(aside, path)
-        except OSError:  # HDFS renames over nothing
+        except OSError:
+            if self.filesystem.type_name != "hdfs":  # which renames over nothing
+                raise
             self.filesystem.delete_file(path)
             self.filesystem.move(aside, path)
 
@@ -171,6 +177,25 @@ class Place:
                     self.filesystem.delete_file(self._path(name))
 
         self._steadily(f"delete {name}", delete)
+
+    def sweep(self) -> None:
+        """Delete what processes that are gone were writing."""
+        for name in self._all():
+            if name.endswith(ASIDE):
+                self.delete(name)
+
+    def check_apart(self, run_dir: Path) -> None:
+        """See that this is not where a run itself lies.
+
+        Raises:
+            UserError: it is.
+        """
+        if self.filesystem.type_name == "local":
+            there, here = Path(self.base).resolve(), run_dir.resolve()
+            if there.is_relative_to(here) or here.is_relative_to(there):
+                raise UserError(
+                    f"checkpoint.mirror {self.shown} and run_dir {run_dir} lie in each other.", "Name a place of its own."
+                )
 
     def delete_folder(self, name: str) -> None:
         """Delete all that lies below a name, in no order."""
@@ -213,7 +238,13 @@ class Place:
         raise AssertionError("a try gives or raises")
 
 
-def _stream(file: Path, target: Any) -> None:
-    with file.open("rb") as source:
-        while piece := source.read(PIECE):
+def _stream(file: Path, size: int, target: Any) -> None:
+    """The first `size` bytes: lines may be added meanwhile."""
+    try:
+        source = file.open("rb")
+    except FileNotFoundError:
+        raise Gone(str(file)) from None
+    with source:
+        while size and (piece := source.read(min(PIECE, size))):
             target.write(piece)
+            size -= len(piece)

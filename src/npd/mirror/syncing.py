@@ -8,7 +8,7 @@ from npd.config import load_config
 from npd.errors import UserError, foreign
 from npd.mirror.arriving import bring_down, is_fresh, reached, say_brought
 from npd.mirror.contents import CONFIG
-from npd.mirror.copying import Mirror
+from npd.mirror.keeping import Mirror
 from npd.mirror.place import Place
 from npd.observe.display import Display
 from npd.observe.events import Events
@@ -40,7 +40,7 @@ def _up(run_dir: Path, uri: str, display: Display) -> None:
     config = load_config(run_dir / "config.yaml", {"run_dir": str(run_dir), "checkpoint.mirror": uri})
     with Store(run_dir).locked():
         mirror = Mirror(config, display, Events(run_dir / "events.jsonl", "sync"))
-        mirror.claim()
+        mirror.copies.claim()
         mirror.close(None)
 
 
