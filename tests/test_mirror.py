@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -369,7 +370,10 @@ def test_training_waits_for_no_store(make_tree, tmp_path, monkeypatch):
     ended = npd.run.Run._save_adapter
 
     def save(self: npd.run.Run, *arguments: Any) -> None:
-        assert len(waits) == 1, "training is over, and the first file is still on its way"
+        assert {Path(name).parent for name in waits} == {Path("policy/v000000")}, (
+            "training is over, and these are on their way"
+        )
+        assert "policy/v000000/npd.json" not in waits
         training.set()
         ended(self, *arguments)
 
@@ -412,6 +416,19 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, cut):
     assert place.files() == {"a/b": 6}
     assert place.read("a/b") == b"before"
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_full_disk_here_is_not_the_stores_fault(recorded, tmp_path, monkeypatch):
+    tree, run_dir = state(recorded, len(recorded.done) // 2, tmp_path)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(npd.mirror.place, "_write_all", full)
+        with pytest.raises(RunError, match="The disk is full"):
+            npd.distill(tree)
+    assert not (run_dir / "config.yaml").exists()
 
 
 # -- whose it is

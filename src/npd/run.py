@@ -75,13 +75,13 @@ class Run:
                     self.frozen = self.store.finished
                     if not self.frozen:
                         raise
+            self.accelerator.wait_for_everyone()
+            assert self.setup.prompts is not None, "what trains has prompts"
+            kept = self.store.keep_prompts(self.setup.prompts) if self.main and not self.frozen else None
             if self.main and not self.frozen and self.config.checkpoint.mirror is not None:
                 mirror = Mirror(self.config, self.display, self.events)
                 mirror.begin()
                 stack.push(lambda _, error, __: mirror.close(error))
-            self.accelerator.wait_for_everyone()
-            assert self.setup.prompts is not None, "what trains has prompts"
-            kept = self.store.keep_prompts(self.setup.prompts) if self.main and not self.frozen else None
             self.accelerator.wait_for_everyone()
             self.setup.prompts = kept or (self.setup.prompts if self.frozen else self.store.prompts())
             for note in [*self.setup.notes, *self.store.mended]:

@@ -17,7 +17,8 @@ LONGEST_NAME = 255  # bytes of a file's name, as file systems have it
 _USERINFO = re.compile(r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
 _SECRET = re.compile(r"(api[_-]?key|password|passwd|secret|(access|auth|hf)[_-]?token)$", re.IGNORECASE)
 _SECRET_OPTION = re.compile(  # of a URL
-    r"://[^?#\s]*\?([^#\s]*&)?(sig|[^=&#]*(secret|passw|credential|signature|(access|account|api|storage)[_-]?key|token))=",
+    r"://[^?#\s]*\?([^#\s]*&)?"
+    r"(sig|[^=&#]*(secret|passw|credential|signature)[^=&#]*|[^=&#]*((access|account|api|storage)[_-]?key|token))=",
     re.IGNORECASE,
 )
 

@@ -45,6 +45,14 @@ class Gone(Exception):
     """A file of the run directory went away before it was copied."""
 
 
+class _DiskError(Exception):
+    """The disk of this machine failed, which is no fault of the store's."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Place:
     """Files under a URI by their names below it, such as policy/v000000/npd.json.
 
@@ -101,13 +109,19 @@ class Place:
 
         def fetch() -> int:
             size = 0
-            with self.filesystem.open_input_file(self._path(name)) as source, to.open("wb") as target:
+            with (
+                self.filesystem.open_input_file(self._path(name)) as source,
+                _on_this_disk(lambda: to.open("wb", buffering=0)) as target,
+            ):
                 while piece := source.read(PIECE):
-                    size += target.write(piece)
+                    size += _on_this_disk(lambda: _write_all(target, piece))  # noqa: B023 - called at once
             return size
 
         to.parent.mkdir(parents=True, exist_ok=True)
-        return self._steadily(f"give {name}", fetch, here=to)
+        try:
+            return self._steadily(f"give {name}", fetch)
+        except _DiskError as failed:
+            raise failed.error from failed
 
     # -- writing
 
@@ -190,7 +204,7 @@ class Place:
         Raises:
             UserError: it is.
         """
-        if self.filesystem.type_name == "local":
+        if isinstance(self.filesystem, fs.LocalFileSystem):
             there, here = Path(self.base).resolve(), run_dir.resolve()
             if there.is_relative_to(here) or here.is_relative_to(there):
                 raise UserError(
@@ -211,11 +225,8 @@ class Place:
     def _path(self, name: str) -> str:
         return f"{self.base}/{name}"
 
-    def _steadily(self, what: str, call: Callable[[], T], *, here: Path | None = None) -> T:
+    def _steadily(self, what: str, call: Callable[[], T]) -> T:
         """What a call gives, tried a few times.
-
-        Args:
-            here: the file of this machine that it writes; what goes wrong with that is no fault of the store's.
 
         Raises:
             Refused: the store says no.
@@ -226,8 +237,6 @@ class Place:
             try:
                 return call()
             except (OSError, pa.ArrowException) as error:
-                if here is not None and getattr(error, "filename", None) == str(here):
-                    raise
                 refused = isinstance(error, PermissionError) or any(word in str(error) for word in _REFUSED)
                 if left and not refused:
                     self.wait(pause)
@@ -248,3 +257,17 @@ def _stream(file: Path, size: int, target: Any) -> None:
         while size and (piece := source.read(min(PIECE, size))):
             target.write(piece)
             size -= len(piece)
+
+
+def _on_this_disk(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except OSError as error:
+        raise _DiskError(error) from error
+
+
+def _write_all(target: Any, piece: bytes) -> int:
+    rest = memoryview(piece)
+    while rest:
+        rest = rest[target.write(rest) :]
+    return len(piece)
