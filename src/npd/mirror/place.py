@@ -114,7 +114,7 @@ class Place:
                 _on_this_disk(lambda: to.open("wb", buffering=0)) as target,
             ):
                 while piece := source.read(PIECE):
-                    size += _on_this_disk(lambda: _write_all(target, piece))  # noqa: B023 - called at once
+                    size += _on_this_disk(lambda: _write_all(target, piece))
             return size
 
         to.parent.mkdir(parents=True, exist_ok=True)
