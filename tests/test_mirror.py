@@ -164,6 +164,8 @@ def recorded(tmp_path_factory) -> Recorded:
     assert {name for name in there if there[name] != mine[name]} <= {"events.jsonl"}  # the last copy is on record after it
     assert sum(data is None for _, data in done) > 20, "nothing was deleted"
     assert len({data for name, data in done if name == "checkpoints/LATEST"}) > 2, "copied at the end alone"
+    never_change = [name for name, data in done if data is not None and name.startswith(("policy/v", "checkpoints/step"))]
+    assert len(never_change) == len({*never_change}), "copied twice"
     return Recorded(tree, base / "run", done)
 
 

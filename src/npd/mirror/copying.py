@@ -221,17 +221,18 @@ class Copies:
     # -- what is no longer needed
 
     def _delete_old(self, wanted: list[Item], removed: set[Item]) -> None:
-        """Tidy the mirror as the run directory is tidied, by what is in the mirror itself."""
+        """Tidy the mirror as the run directory was tidied, as far as what is in the mirror itself allows."""
+        here = {item.name for item in wanted}
         for step in old_checkpoints(self._there, self.keep):
-            self._delete_directory(f"checkpoints/{CHECKPOINT.name(step)}")
-            self._generations.pop(step, None)
+            if (name := f"checkpoints/{CHECKPOINT.name(step)}") not in here:
+                self._delete_directory(name)
         generation = self._oldest_read()
         for version in old_snapshots(self._there, generation, self.keep):
-            self._delete_directory(f"policy/{SNAPSHOT.name(version)}")
+            if (name := f"policy/{SNAPSHOT.name(version)}") not in here:
+                self._delete_directory(name)
         for item in sorted(removed, key=lambda item: item.key):
             self._put([item.name])
             self._copied(item)
-        here = {item.name for item in wanted if item.rank == PARTS}
         for name, g in [*parts_of(self._there)]:
             manifest = f"{name.rpartition('/')[0]}/{MANIFEST}"
             if g is not None and g <= generation - self.keep and name not in here and self._says_removed(manifest):
