@@ -211,7 +211,8 @@ def mirror_plan(config: Config, command: str) -> str:
 @contextmanager
 def _config_of(place: Place) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="npd-mirror-") as folder:
-        place.fetch(CONFIG, Path(folder) / CONFIG)
+        with explained_disk(Path(folder)):
+            place.fetch(CONFIG, Path(folder) / CONFIG)
         yield Path(folder)
 
 
