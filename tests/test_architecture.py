@@ -27,7 +27,7 @@ FLOORS = (
     ("losses",),
     ("observe",),
     ("rollout", "scoring", "selection", "evaluation"),
-    ("placement", "report", "hardware"),
+    ("placement", "report", "hardware", "mirror"),
     ("generations", "train"),
     ("preflight",),
     ("plan", "measures", "dataview"),

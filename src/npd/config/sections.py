@@ -15,6 +15,7 @@ from npd.config.base import (
     VLLM_FREE,
     DivergenceName,
     EngineName,
+    MirrorURI,
     Place,
     RuleName,
     Sampling,
@@ -254,6 +255,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints, student snapshots and generations kept, besides the first snapshot and whatever is still read."""
     restarts: int = Field(default=3, ge=0, le=MANY)
     """How often a background refresh that died is started again; one that finishes a part in between starts afresh."""
+    mirror: MirrorURI | None = None
+    """Where else to keep the run, so that it outlives this machine: s3://BUCKET/PATH, gs://, abfs://, or a path of another
+    disk. With an empty run_dir the run that is there goes on here. Keys come from the environment (docs/guide.md)."""
 
 
 class TaskConfig(Section):
