@@ -45,9 +45,9 @@ def in_place(
     slope_CV = terms.after_head.slope(z_CV) if terms.after_head is not None and dtype is not None else 1.0
     z_label_C, z_top_CK = z_CV.gather(1, labels_C), z_CV.gather(1, ids_CK)
     absent_CK = _absent(teacher_CS)
-    # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z. Where the rest counts
-    # it is softmax(z outside the top-k), with a maximum of its own: as a ratio of probabilities it would be 0 / 0 where the
-    # student gives the rest less than float32 can hold.
+    # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z. Where the rest
+    # counts it is softmax(z outside the top-k), with a maximum of its own: as a ratio of probabilities it would be 0 / 0
+    # where the student gives the rest less than float32 can hold.
     if terms.rest_counts:
         z_CV.scatter_(1, ids_CK, z_top_CK.where(absent_CK, -torch.inf))
     max_C = z_CV.amax(-1, keepdim=True)
