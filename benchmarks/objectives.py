@@ -8,9 +8,10 @@ The demo's task and teacher. A cell is an arm and a seed; it goes on from the se
 again. Processes may work side by side: each takes a cell that no other one has. Differences to an arm are paired by seed,
 with the same prompts, order and held-out problems.
 
-The demo's student has never seen a hint, and could make nothing of one. Here it has: half of what it was warmed up on
-shows a worked solution in front of the problem. All arms start from that student; two have a student of their own, which
-reads the tokens of a second teacher (benchmarks/aligned.py).
+The demo's warm student has never seen a hint, and could make nothing of one. Here it goes on for a while on the same
+references, and on solutions with made-up results that stand in front of the problem already: it learns to read a hint, and
+no arithmetic. All arms start from that student; two have a student of their own,
+which reads the tokens of a second teacher (benchmarks/aligned.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import random
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +46,9 @@ STEPS, BATCH_TOKENS, RESPONSES, SAMPLES = 70, 4096, 600, 4
 """A generation is so many responses, passed over five times: two of them where nothing is dropped."""
 VOCABULARY, TEACHER_STEPS = 120, 900
 """Of the second teacher."""
-WARM_UP = {"learning_rate": 2e-3, "final_learning_rate": 1e-3, "max_steps": 800, "batch_tokens": 2048}
+HINTS = {"learning_rate": 2e-3, "final_learning_rate": 5e-4, "max_steps": 300, "batch_tokens": 4096}
+HINTED = 3600
+"""Of learning what a hint is: from so many."""
 CHARACTERS, PAIRS = "characters", "pairs"
 """Students, by the tokens that they read."""
 BASELINE, START, TEACHER = "forward KL", "the student as it starts", "the teacher"
@@ -128,22 +133,28 @@ class Shelf:
         return {CHARACTERS: peers.DEMO, PAIRS: replace(peers.DEMO, teacher=str(place), untrained=untrained)}
 
     def home(self, task: peers.Task, student: str, seed: int) -> Path:
-        """A seed's data, and its student in warm-up/student."""
+        """A seed's data, and its student in warm-up/student: the demo's, which then learned what a hint is."""
         home = self.folder / f"seed-{seed}" / student
         with locked(self.folder / f"lock/seed-{seed}-{student}"):
-            if not (home / "warm-up/student/npd.json").exists():
+            if (home / "warm-up/student/npd.json").exists():
+                return home
+            if student == PAIRS:
+                peers.warm_up(task, home, seed)
                 write_data(home, seed)
-                task.untrained(home / "untrained", seed)
-                config = task.config(
-                    home,
-                    "warm-up",
-                    seed,
-                    student={"model": str(home / "untrained")},
-                    data={"train": str(home / "warm-up.jsonl"), "max_prompt_tokens": 128},
-                    schedule={"passes": 1000},
-                    training=WARM_UP,
-                )
-                demo._run("warm-up", "sft", config, peers.QUIET)
+                return home
+            write_data(home, seed)
+            plain = self.folder / f"seed-{seed}" / "plain"
+            peers.warm_up(task, plain, seed)
+            config = task.config(
+                home,
+                "warm-up",
+                seed,
+                student={"model": str(plain / "warm-up/student")},
+                data={"train": str(home / "warm-up.jsonl"), "max_prompt_tokens": 128},
+                schedule={"passes": 1000},
+                training=HINTS,
+            )
+            demo._run("warm-up", "sft", config, peers.QUIET)
         return home
 
 
@@ -153,7 +164,8 @@ def write_data(home: Path, seed: int) -> None:
     references, prompts = problems[: demo.REFERENCES], problems[demo.REFERENCES :][: demo.PROMPTS]
     held_out = problems[demo.REFERENCES + demo.PROMPTS :]
     plain = [{"prompt": p.prompt, "completion": p.completion} for p in references]
-    hinted = [{"prompt": hint(p), "completion": p.completion} for p in references]
+    copied = [made_up(p) for p in make_problems(HINTED, seed + 1000)]
+    hinted = [{"prompt": hint(p), "completion": p.completion} for p in copied]
     asked = [{"prompt": p.prompt, "answer": p.answer} for p in prompts]
     told = [row | {"teacher_prompt": hint(p)} for row, p in zip(asked, prompts, strict=True)]
     for name, rows in {
@@ -164,6 +176,15 @@ def write_data(home: Path, seed: int) -> None:
         "held-out": [{"prompt": p.prompt, "answer": p.answer} for p in held_out],
     }.items():
         write_text(home / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def made_up(problem: Problem) -> Problem:
+    """Solved with results that are drawn: the solution can be copied, and teaches no arithmetic."""
+    rng, value, lines = random.Random(problem.prompt), re.split(r"[-+*]", problem.prompt)[0], ""
+    for operator, operand in re.findall(r"([-+*])(\d)", problem.prompt):
+        result = str(rng.randrange(100))
+        lines, value = f"{lines}{value}{operator}{operand}={result};", result
+    return Problem(problem.prompt, f"{lines}#{value}", value)
 
 
 def hint(problem: Problem) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,8 +41,9 @@ def test_hints_are_the_teachers_alone(tmp_path):
     assert len(rows) == len((tmp_path / "prompts.jsonl").read_text().splitlines())
     problem = objectives.make_problems(1, 3)[0]
     assert objectives.hint(problem) == f"{problem.completion};{problem.prompt}"
-    held_out = (tmp_path / "held-out.jsonl").read_text()
-    assert not any(line.split('"')[3] in held_out for line in (tmp_path / "references.jsonl").read_text().splitlines())
+    copied = objectives.made_up(objectives.Problem("47+8*3-9=", "", ""))
+    assert re.fullmatch(r"47\+8=(\d+);\1\*3=(\d+);\2-9=(\d+);#\3", copied.completion)
+    assert copied.completion.endswith(f"#{copied.answer}")
 
 
 def entry(arm: str, seed: int, accuracy: float) -> dict[str, object]:
