@@ -56,6 +56,9 @@ OWN = "student with longer tokens, its own tokenizer's teacher"
 HELD_OUT = demo.HELD_OUT
 
 
+Entries = dict[Cell, dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class Arm:
     """A way to go on, and what it is compared with."""
@@ -136,26 +139,28 @@ class Shelf:
         """A seed's data, and its student in warm-up/student: the demo's, which then learned what a hint is."""
         home = self.folder / f"seed-{seed}" / student
         with locked(self.folder / f"lock/seed-{seed}-{student}"):
-            if (home / "warm-up/student/npd.json").exists():
-                return home
-            if student == PAIRS:
-                peers.warm_up(task, home, seed)
+            if not (home / "warm-up/student/npd.json").exists():
+                self._warm_up(task, home, student, seed)
+            if not (home / "hinted.jsonl").exists():
                 write_data(home, seed)
-                return home
-            write_data(home, seed)
-            plain = self.folder / f"seed-{seed}" / "plain"
-            peers.warm_up(task, plain, seed)
-            config = task.config(
-                home,
-                "warm-up",
-                seed,
-                student={"model": str(plain / "warm-up/student")},
-                data={"train": str(home / "warm-up.jsonl"), "max_prompt_tokens": 128},
-                schedule={"passes": 1000},
-                training=HINTS,
-            )
-            demo._run("warm-up", "sft", config, peers.QUIET)
         return home
+
+    def _warm_up(self, task: peers.Task, home: Path, student: str, seed: int) -> None:
+        if student == PAIRS:
+            return peers.warm_up(task, home, seed)
+        plain = self.folder / f"seed-{seed}" / "plain"
+        peers.warm_up(task, plain, seed)
+        write_data(home, seed)
+        config = task.config(
+            home,
+            "warm-up",
+            seed,
+            student={"model": str(plain / "warm-up/student")},
+            data={"train": str(home / "warm-up.jsonl"), "max_prompt_tokens": 128},
+            schedule={"passes": 1000},
+            training=HINTS,
+        )
+        demo._run("warm-up", "sft", config, peers.QUIET)
 
 
 def write_data(home: Path, seed: int) -> None:
@@ -229,15 +234,19 @@ def measure(cell: Cell, shelf: Shelf) -> dict[str, Any]:
 
 
 def written(run_dir: Path) -> dict[str, Any]:
-    """Responses, their tokens and the share that was kept, over all generations that were trained on."""
-    lines = [line.figures for line in Store(run_dir).read_metrics() if isinstance(line, SelectionLine)]
-    responses = sum(line["selection/responses"] for line in lines)
-    kept = sum(line["selection/responses"] * line["selection/kept"] for line in lines)
-    return {
-        "generations": len(lines),
-        "generated": sum(line["selection/response_tokens"] for line in lines),
-        "kept": kept / responses if responses else None,
-    }
+    """Responses, their tokens and the share that was kept, over all generations."""
+    found: dict[int, tuple[float, float, float]] = {}
+    for line in Store(run_dir).read_metrics():
+        if isinstance(line, SelectionLine):
+            rows = line.figures["selection/responses"]
+            found[line.generation] = rows, rows * line.figures["selection/kept"], line.figures["selection/response_tokens"]
+    for file in run_dir.glob("generations/*/manifest.json"):  # of the last one there may be no line
+        manifest = Store(run_dir).manifest(json.loads(file.read_text())["generation"])
+        if manifest is not None:
+            rows, kept = manifest.selection.rows, manifest.selection.kept
+            found.setdefault(manifest.generation, (rows, kept, manifest.response_tokens or 0))
+    responses, kept, tokens = map(sum, zip(*found.values(), strict=True))
+    return {"generations": len(found), "responses": responses, "generated": tokens, "kept": kept / responses}
 
 
 def lock_of(folder: Path, cell: Cell) -> Path:
@@ -257,21 +266,24 @@ def claimed(file: Path) -> Iterator[bool]:
             yield True
 
 
+def expected(cell: Cell, standing: Entries) -> float:
+    """Seconds: the longest of this arm's with other seeds, or of all where there is none."""
+    seconds = {done: entry["wall_seconds"] for done, entry in standing.items()}
+    return max((s for done, s in seconds.items() if done.arm == cell.arm), default=max(seconds.values(), default=0.0))
+
+
 def work(cells: list[Cell], results: Results, shelf: Shelf, until: float) -> None:
-    """Run what is missing; begin nothing that would, going by the longest cell so far, not end by a time."""
+    """Run what is missing; begin nothing that would not end by a time."""
     for cell in cells:
         with claimed(lock_of(shelf.folder, cell)) as mine:
             standing = results.read()
-            longest = max((entry["wall_seconds"] for entry in standing.values()), default=0.0)
-            if not mine or cell in standing or time.monotonic() + 1.2 * longest > until:
+            if not mine or cell in standing or time.monotonic() + 1.2 * expected(cell, standing) > until:
                 continue
             results.write(measure(cell, shelf))
             print(json.dumps(results.read()[cell]), flush=True)
 
 
 # -- the table
-
-Entries = dict[Cell, dict[str, Any]]
 
 
 def over(entries: Entries, arm: str, figure: str) -> Mean | None:
@@ -342,7 +354,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     until = time.monotonic() + options.seconds
     results = Results(options.results)
-    cells = [Cell(TASK, arm, seed) for seed in range(options.seeds) for arm in options.arm or ARMS]
+    wanted = sorted(options.arm or ARMS, key=lambda arm: "reward" not in ARMS[arm].sections.get("selection", {}))
+    cells = [Cell(TASK, arm, seed) for seed in range(options.seeds) for arm in wanted]  # the longest first
     if options.list:
         standing = results.read()
         for cell in cells:

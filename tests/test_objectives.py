@@ -20,7 +20,7 @@ def test_arms_take_equal_steps_from_equal_data(name, tmp_path):
     config = objectives.configured(arm, TASKS, tmp_path, "run", 0)
     assert (config.training.max_steps, config.training.batch_tokens) == (objectives.STEPS, objectives.BATCH_TOKENS)
     if arm.command == "distill":
-        assert config.schedule.prompts * config.rollout.samples_per_prompt == objectives.RESPONSES  # type: ignore[operator]
+        assert config.schedule.prompts * config.rollout.samples_per_prompt == objectives.RESPONSES
     assert arm.against in objectives.ARMS
 
 
