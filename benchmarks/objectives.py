@@ -333,6 +333,29 @@ def results_table(entries: Entries) -> str:
     return table([*heads, "thousand tokens generated", "and trained", "processor's seconds"], rows)
 
 
+def reading(entries: Entries) -> str:
+    """Which differences are more than chance, and which are not."""
+    better, worse, open_, alone = [], [], [], []
+    for name, arm in ARMS.items():
+        mean = paired(entries, name, arm.against)
+        if mean is None:
+            continue
+        said = f"*{name}* to *{arm.against}* ({mean:+.1f})"
+        if mean.half is None:
+            alone.append(said)
+        elif abs(mean.value) <= mean.half:
+            open_.append(said)
+        else:
+            (better if mean.value > 0 else worse).append(said)
+    groups = {
+        "Better, with an interval above 0": better,
+        "Worse, with an interval below 0": worse,
+        "Not to be told apart": open_,
+        "One seed alone": alone,
+    }
+    return "\n".join(f"- {head}: {'; '.join(found)}." for head, found in groups.items() if found)
+
+
 def stands(entries: Entries) -> str:
     """Where it was measured."""
     about = [entry["machine"] for entry in entries.values()]
@@ -367,8 +390,9 @@ def main(arguments: list[str] | None = None) -> None:
         return
     entries = results.read()
     text = options.page.read_text()
-    for name, body in {"objectives": results_table(entries), "objectives, machine": stands(entries)}.items():
-        text = between(text, name, body)
+    blocks = {"": results_table(entries), ", machine": stands(entries), ", reading": reading(entries)}
+    for name, body in blocks.items():
+        text = between(text, f"objectives{name}", body)
     options.page.write_text(text)
 
 

@@ -398,7 +398,8 @@ def distance(results: dict[str, Any]) -> str:
             return " / ".join(format(by[mass, k][figure], spec) for k in ks)
 
         tail, raw = over_k("tail", "top_k", ".3f"), over_k("raw", "top_k", ".3f")
-        rows.append([what, f"`{name}`", f"{runs[0]['whole']:.3f}", tail, over_k("tail", "gradient_away", ".2f")])
+        about = f"{what}; k = {' / '.join(map(str, ks))} hold {over_k('tail', 'held', '.3f')}" if name == "forward_kl" else ""
+        rows.append([about, f"`{name}`", f"{runs[0]['whole']:.3f}", tail, over_k("tail", "gradient_away", ".2f")])
         rows[-1] += [raw, over_k("raw", "gradient_away", ".2f")]
     heads = ["models", "`loss.divergence`", "whole vocabulary, nats", "top-k with tail", "its gradient is away"]
     return table([*heads, "top-k raw", "its gradient is away"], rows)

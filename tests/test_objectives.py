@@ -62,10 +62,13 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert (found.value, found.seeds) == (pytest.approx(6.0), 3)
     assert found.half == pytest.approx(4.303 * 1.0 / 3**0.5, rel=1e-3)
     page = tmp_path / "page.md"
-    page.write_text("a\n<!-- objectives -->\nold\n<!-- end -->\n<!-- objectives, machine -->\n<!-- end -->\nz\n")
+    page.write_text(
+        "a\n<!-- objectives -->\nold\n<!-- end -->\n<!-- objectives, machine -->\n<!-- end -->\n<!-- objectives, reading -->\n<!-- end -->\nz\n"
+    )
     objectives.main(["table", "--results", str(tmp_path), "--page", str(page)])
     text = page.read_text()
     assert "| more SFT | 3 | 46.0 | +6.0 ± 2.5 | the baseline |" in text
+    assert "- Better, with an interval above 0: *more SFT* to *forward KL* (+6.0 ± 2.5)." in text
     assert "old" not in text
     assert text.startswith("a\n")
     assert text.endswith("z\n")
@@ -92,4 +95,4 @@ def test_a_cell_that_another_process_has_is_left_to_it(tmp_path, monkeypatch):
 
 def test_the_page_has_the_blocks():
     text = Path(objectives.__file__).parents[1].joinpath(objectives.PAGE).read_text()
-    assert text.count("<!-- objectives -->") == text.count("<!-- objectives, machine -->") == 1
+    assert [text.count(f"<!-- objectives{name} -->") for name in ("", ", machine", ", reading")] == [1, 1, 1]
