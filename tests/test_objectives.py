@@ -62,9 +62,8 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert (found.value, found.seeds) == (pytest.approx(6.0), 3)
     assert found.half == pytest.approx(4.303 * 1.0 / 3**0.5, rel=1e-3)
     page = tmp_path / "page.md"
-    page.write_text(
-        "a\n<!-- objectives -->\nold\n<!-- end -->\n<!-- objectives, machine -->\n<!-- end -->\n<!-- objectives, reading -->\n<!-- end -->\nz\n"
-    )
+    blocks = "".join(f"<!-- objectives{name} -->\nold\n<!-- end -->\n" for name in ("", ", machine", ", reading"))
+    page.write_text(f"a\n{blocks}z\n")
     objectives.main(["table", "--results", str(tmp_path), "--page", str(page)])
     text = page.read_text()
     assert "| more SFT | 3 | 46.0 | +6.0 ± 2.5 | the baseline |" in text
