@@ -335,7 +335,13 @@ def results_table(entries: Entries) -> str:
 
 def reading(entries: Entries) -> str:
     """Which differences are more than chance, and which are not."""
-    better, worse, open_, alone = [], [], [], []
+    groups: dict[str, list[str]] = {
+        "Better, with an interval above 0": [],
+        "Worse, with an interval below 0": [],
+        "Not to be told apart": [],
+        "One seed alone": [],
+    }
+    better, worse, unclear, alone = groups.values()
     for name, arm in ARMS.items():
         mean = paired(entries, name, arm.against)
         if mean is None:
@@ -344,15 +350,9 @@ def reading(entries: Entries) -> str:
         if mean.half is None:
             alone.append(said)
         elif abs(mean.value) <= mean.half:
-            open_.append(said)
+            unclear.append(said)
         else:
             (better if mean.value > 0 else worse).append(said)
-    groups = {
-        "Better, with an interval above 0": better,
-        "Worse, with an interval below 0": worse,
-        "Not to be told apart": open_,
-        "One seed alone": alone,
-    }
     return "\n".join(f"- {head}: {'; '.join(found)}." for head, found in groups.items() if found)
 
 
