@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, from benchmarks/results: each goes between its two marks.
+"""The tables of docs/benchmarks.md and docs/objectives.md, from benchmarks/results: each goes between its two marks.
 
 python -m benchmarks.tables
 """
@@ -15,13 +15,19 @@ from typing import Any
 
 from benchmarks.common import RESULTS, spread
 
-PAGE = Path("docs/benchmarks.md")
+PAGES = Path("docs/benchmarks.md"), Path("docs/objectives.md")
 Runs = list[dict[str, Any]]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def between(text: str, name: str, body: str) -> str:
+    """A page's text with this between the marks of that name; as it is where it has none."""
+    mark = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+    return re.sub(mark, lambda m: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
 
 
 def ranged(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
@@ -401,6 +407,43 @@ def ideas(results: dict[str, Any]) -> str:
     return table(["idea", "what", "how", "seconds", "faster by"], rows)
 
 
+def speed(results: dict[str, Any]) -> str:
+    """Seconds of each divergence, and over those of the forward KL on raw top-k in the same turn."""
+    by = grouped([r for r in results["runs"] if r["what"] == "speed"], "divergence", "mass")
+    base = by["forward_kl", "raw"]
+
+    def cells(name: str, mass: str) -> list[str]:
+        runs = by[name, mass]
+        ratio = [r["seconds"] / b["seconds"] for r, b in zip(runs, base, strict=True)]
+        return [ranged([r["seconds"] for r in runs], 3), ranged(ratio, 2) + "×"]
+
+    names = dict.fromkeys(name for name, _ in by)
+    rows = [[f"`{name}`", *cells(name, "raw"), *cells(name, "tail")] for name in names]
+    heads = ["`loss.divergence`", "seconds, raw", "to `forward_kl`, raw", "seconds, tail", "to `forward_kl`, raw"]
+    return table(heads, rows)
+
+
+def distance(results: dict[str, Any]) -> str:
+    """What a stored top-k says of each divergence over the whole vocabulary."""
+    rows = []
+    models = grouped([r for r in results["runs"] if r["what"] != "speed"], "what")
+    for what, (name, runs) in (
+        (what, found) for what, mine in models.items() for found in grouped(mine, "divergence").items()
+    ):
+        by = {(r["mass"], r["k"]): r for r in runs}
+        ks = sorted({r["k"] for r in runs})
+
+        def over_k(mass: str, figure: str, spec: str, by: dict[Any, Any] = by, ks: list[int] = ks) -> str:
+            return " / ".join(format(by[mass, k][figure], spec) for k in ks)
+
+        tail, raw = over_k("tail", "top_k", ".3f"), over_k("raw", "top_k", ".3f")
+        about = f"{what}; k = {' / '.join(map(str, ks))} hold {over_k('tail', 'held', '.3f')}" if name == "forward_kl" else ""
+        rows.append([about, f"`{name}`", f"{runs[0]['whole']:.3f}", tail, over_k("tail", "gradient_away", ".2f")])
+        rows[-1] += [raw, over_k("raw", "gradient_away", ".2f")]
+    heads = ["models", "`loss.divergence`", "whole vocabulary, nats", "top-k with tail", "its gradient is away"]
+    return table([*heads, "top-k raw", "its gradient is away"], rows)
+
+
 def machine(results: dict[str, Any]) -> str:
     m = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
@@ -443,20 +486,20 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "packing": ("packing", packing),
     "growth": ("growth", growth),
     "floor": ("floor", floor),
+    "divergences' speed": ("divergences", speed),
+    "distance": ("divergences", distance),
     "profiles": ("floor", profiles),
 }
 
 
 def main() -> None:
-    text = PAGE.read_text()
-    for name, (file, make) in BLOCKS.items():
-        path = RESULTS / f"{file}.json"
-        mark = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
-        if not re.search(mark, text, re.DOTALL):
-            continue
-        body = make(json.loads(path.read_text())) if path.exists() else "(not measured)"
-        text = re.sub(mark, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
-    PAGE.write_text(text)
+    for page in PAGES:
+        text = page.read_text()
+        for name, (file, make) in BLOCKS.items():
+            path = RESULTS / f"{file}.json"
+            if f"<!-- {name} -->" in text:
+                text = between(text, name, make(json.loads(path.read_text())) if path.exists() else "(not measured)")
+        page.write_text(text)
 
 
 if __name__ == "__main__":
