@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from bench import config_of
 from conftest import HANG, killed_from_outside, write_jsonl
 from test_workers import assert_same, state_of
 
 import npd
-from npd.config import PlacementConfig, ScheduleConfig
+from npd.config import PlacementConfig, ScheduleConfig, load_config
 from npd.errors import NpdError, RunError, UserError
 from npd.generations import ray_cluster
 from npd.generations.producer import producer_kind
@@ -147,11 +148,12 @@ def marked() -> list[str]:
     return found
 
 
-def nobody_left(seconds: float = 20.0) -> bool:
+def left(seconds: float = 20.0) -> list[str]:
+    """Those that are still there after some time."""
     deadline = time.monotonic() + seconds
     while marked() and time.monotonic() < deadline:
         time.sleep(0.05)
-    return not marked()
+    return marked()
 
 
 @pytest.fixture(scope="module")
@@ -240,22 +242,31 @@ def test_nodes_and_actors_that_come_and_go(make, nodes, in_turns, monkeypatch, c
         for _ in busy:
             handed += 1
             if handed == 1:
-                nodes.add()
+                wanted.append("a node")
             if handed == 2:
                 nodes.kill()
             if handed == 3 + later:
                 time.sleep(random.Random(2).random() / 20)
                 os.kill(busy[0].process, signal.SIGKILL)
 
+    def check(self: Ray) -> None:  # in the main thread, which alone can begin nodes
+        while wanted:
+            wanted.pop()
+            nodes.add()
+        checked(self)
+
+    wanted: list[str] = []
+    checked = Ray.check
+    monkeypatch.setattr(Ray, "check", check)
     monkeypatch.setattr(Ray, "_hand_out", hand_out)
     tree = make(ray=nodes.options)
     npd.distill(tree, display=Display())
     said = capsys.readouterr().out
-    assert "left Ray's cluster while it made part" in said
-    assert "died while it made part" in said
+    assert "left Ray's cluster while it made part" in said, said
+    assert "died while it made part" in said, said
     assert_same(state_of(tree["run_dir"]), in_turns)
     events = list(read_events(Path(tree["run_dir"]) / "events.jsonl"))
-    assert len([e for e in events if e.name == SpanName.RESTART]) == 2
+    assert len([e for e in events if e.name == SpanName.RESTART]) >= 2
     assert {e.role for e in events if e.name == SpanName.GENERATE} <= {"refresh-0", "refresh-1"}
     stored = [(e.facts["generation"], e.facts["part"]) for e in events if e.name == SpanName.STORE]
     assert sorted(stored) == [(g, part) for g in range(3) for part in range(3)]
@@ -327,8 +338,6 @@ def test_a_driver_that_is_stopped_or_killed_leaves_nobody(make, in_turns, tmp_pa
     """With a cluster of its own: stopped by Ctrl-C, then killed, then run to its end."""
     tree = make(ray={"actors": 1, "object_store_memory": STORE})
     file = tmp_path / "config.yaml"
-    import yaml
-
     file.write_text(yaml.safe_dump(tree))
     run_dir = Path(tree["run_dir"])
     command = [sys.executable, "-m", "npd", "distill", str(file)]
@@ -342,9 +351,9 @@ def test_a_driver_that_is_stopped_or_killed_leaves_nobody(make, in_turns, tmp_pa
     assert "Traceback" not in said
     assert marked() == []
     killed_from_outside("distill", str(file), once=run_dir / "generations" / "g001" / "part-00000.parquet", before_step=12)
-    assert nobody_left()
+    assert left() == []
     npd.distill(tree)
-    assert nobody_left(0)
+    assert left(5) == []
     assert_same(state_of(run_dir), in_turns)
 
 
@@ -367,3 +376,8 @@ def test_limits_of_ray_are_explained():
         assert isinstance(explained, RunError)
         assert "no room" in explained.what
         assert "object_store_memory" in explained.remedy
+
+
+def test_the_example():
+    config = load_config(Path(__file__).parent.parent / "examples" / "ray.yaml")
+    assert (config.placement.rollout, config.placement.ray.address) == ("ray", "auto")

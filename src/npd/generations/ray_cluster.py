@@ -115,7 +115,8 @@ class Cluster:
         count = options.actors or (int(len(free) / each) if each else 1)
         cpus = options.num_cpus if options.num_cpus is not None else self._threads_each(placed)
         self._keeper = subprocess.Popen([sys.executable, "-c", KEEPER, token], stdin=subprocess.PIPE, start_new_session=True)
-        with _environment({MARK: token} | visible_gpus(free)):
+        # SPT_NOENV: processes that give themselves a title keep their environment where the keeper can read it.
+        with _environment({MARK: token, "SPT_NOENV": "1"} | visible_gpus(free)):
             arguments = {
                 "address": "local",
                 "num_cpus": max(1, math.ceil(count * cpus)),
@@ -128,6 +129,8 @@ class Cluster:
     def _connect(self, arguments: dict[str, Any], token: str) -> None:
         try:
             self.ray.init(**arguments, namespace=f"npd-{token}", log_to_driver=False, logging_level="ERROR")
+            with suppress(AttributeError):  # a raylet's log is printed where it dies; npd says itself what that costs
+                self.ray._private.worker.print_to_stdstream = lambda *args, **kwargs: None
         except (
             Exception
         ) as error:  # of many kinds: no such cluster, another version of Ray or Python, a limit of this machine

@@ -334,7 +334,8 @@ class Ray(Beside):
             self.ray.kill(actor.handle)
         self.actors.remove(actor)
         progress_file(self.shop.store.path, actor.number).unlink(missing_ok=True)
-        gone = bool(actor.node) and not self.cluster.alive(actor.node)
+        cut_off = isinstance(error, self.ray.exceptions.ActorUnavailableError)  # before Ray knows that its node is dead
+        gone = bool(actor.node) and (cut_off or not self.cluster.alive(actor.node))
         why = foreign(str(error).strip().rpartition("\n")[2], WORDS)  # in front of it stand ids, or a traceback
         most = self.shop.config.checkpoint.restarts
         where = f"{actor.role} on {actor.host or 'a Ray node'}" + (f" (process {actor.process})" if actor.process else "")
