@@ -102,7 +102,7 @@ def _tree(out: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {
         "student": {"model": str(out / "student")},
         "teacher": {"model": str(out / "teacher")},
-        "data": {"train": str(out / "data.jsonl")},
+        "data": {"train": str(out / "data.jsonl"), "max_prompt_tokens": 32},
         "schedule": {"generations": 3, "passes": 1, "lead": 0.0},
         "rollout": {"max_new_tokens": 64, "part_size": options.part_size, "batch_size": options.part_size},
         "scoring": {"top_k": 8},

@@ -24,9 +24,9 @@ from npd.config import PlacementConfig, ScheduleConfig, load_config
 from npd.errors import NpdError, RunError, UserError
 from npd.generations import ray_cluster
 from npd.generations.producer import producer_kind
-from npd.generations.ray_cluster import MARK, imported
+from npd.generations.ray_cluster import MARK, imported, trainers_gpus
 from npd.generations.ray_parcels import CHUNK, carried, files_of, pack, sizes_of, sweep, unpack
-from npd.generations.ray_producer import Ray, trainers_gpus
+from npd.generations.ray_producer import Ray
 from npd.observe.display import Display
 from npd.observe.events import SpanName, read_events
 from npd.placement import assign_devices

@@ -6,7 +6,6 @@ it makes there goes back as a table. Snapshots lie on a node once, whatever the 
 
 from __future__ import annotations
 
-import importlib
 import io
 import os
 import shutil
@@ -25,6 +24,7 @@ from rich.console import Console
 from npd.config import load_config
 from npd.errors import NpdError
 from npd.generations.follower import workshop_of
+from npd.generations.ray_cluster import imported
 from npd.generations.ray_parcels import Option, Parcel, Sizes, files_of, sizes_of, sweep, unpack
 from npd.generations.workers import OF_TRAINERS
 from npd.observe.display import Display
@@ -114,7 +114,7 @@ class Refresher:
         self.store = Store(self.shared / f"refresh-{number}-{os.getpid()}")
         self.working = self.store.path / "progress.json"
         self.said = io.StringIO()
-        self.ray: Any = importlib.import_module("ray")
+        self.ray: Any = imported()
 
     def __repr__(self) -> str:
         return f"refresh-{self.number}"

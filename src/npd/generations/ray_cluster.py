@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ def imported() -> Any:
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
-        ray: Any = importlib.import_module("ray")
+        import ray  # which the extra npd[ray] alone brings
     except ImportError as error:
         raise UserError(
             f"placement.rollout ray makes generations on a Ray cluster, but Ray can't be imported ({foreign(error)}).",
@@ -62,6 +62,33 @@ def imported() -> Any:
     if tuple(map(int, ray.__version__.split(".")[:2])) < OLDEST:
         raise UserError(f"Ray is {ray.__version__} here, and npd needs {'.'.join(map(str, OLDEST))} or newer.", INSTALL)
     return ray
+
+
+@dataclass
+class Actor:
+    """An actor, as the trainer's process knows it."""
+
+    number: int
+    handle: Any
+    doing: Any
+    """A reference to what it does now; None: nothing."""
+    state: str = "hello"
+    """hello, furnish or make, which it does now or did last."""
+    task: tuple[int, int] | None = None
+    """Generation and part."""
+    snapshots: tuple[int, ...] = ()
+    """Those of its part."""
+    begun: bool = False
+    """Has it made a part?"""
+    node: str = ""
+    host: str = ""
+    process: int = 0
+    asked: Any = None
+    """A reference to its progress, asked for and not heard."""
+
+    @property
+    def role(self) -> str:
+        return f"refresh-{self.number}"
 
 
 class Cluster:
@@ -221,3 +248,10 @@ def _signals_kept() -> Iterator[None]:
     finally:
         with suppress(ValueError):  # in another thread, where Ray leaves it alone as well
             signal.signal(signal.SIGTERM, before)
+
+
+def trainers_gpus(devices: list[str]) -> set[str]:
+    """The trainer's GPUs, as CUDA_VISIBLE_DEVICES names them."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    numbers = [int(device.removeprefix("cuda:")) for device in devices if device != "cpu"]
+    return {visible[i] if i < len(visible) else str(i) for i in numbers}

@@ -14,7 +14,6 @@ import uuid
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from npd.config import Config, PlacementConfig
 from npd.errors import NpdError, RunError, UserError, foreign
 from npd.generations.generation import Generations
 from npd.generations.producer import Beside, Workshop
-from npd.generations.ray_cluster import INSTALL, Cluster, imported
+from npd.generations.ray_cluster import INSTALL, Actor, Cluster, imported, trainers_gpus
 from npd.generations.ray_parcels import Parcel, carried, files_of, pack, sizes_of
 from npd.observe.events import Events, SpanName
 from npd.store import REFERENCE, explained_disk, opened
@@ -35,33 +34,6 @@ RECRUIT = 2.0  # seconds between looks at the cluster
 SHOWN = 16  # actors whose progress is shown
 NODE = 0.1  # of a death: a node that goes is seldom its part's fault
 WORDS = 700  # characters of Ray's
-
-
-@dataclass
-class Actor:
-    """An actor, as the trainer's process knows it."""
-
-    number: int
-    handle: Any
-    doing: Any
-    """A reference to what it does now; None: nothing."""
-    state: str = "hello"
-    """hello, furnish or make, which it does now or did last."""
-    task: tuple[int, int] | None = None
-    """Generation and part."""
-    snapshots: tuple[int, ...] = ()
-    """Those of its part."""
-    begun: bool = False
-    """Has it made a part?"""
-    node: str = ""
-    host: str = ""
-    process: int = 0
-    asked: Any = None
-    """A reference to its progress, asked for and not heard."""
-
-    @property
-    def role(self) -> str:
-        return f"refresh-{self.number}"
 
 
 class Ray(Beside):
@@ -431,10 +403,3 @@ def progress_file(run_dir: Path, number: int) -> Path:
 def _plugin(i: int, name: str) -> str:
     """A plug-in's name for an actor: of a file, its path in the run's parcel."""
     return f"plugins/{i}/{Path(name).name}" if name.endswith(".py") else name
-
-
-def trainers_gpus(devices: list[str]) -> set[str]:
-    """The trainer's GPUs, as CUDA_VISIBLE_DEVICES names them."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    numbers = [int(device.removeprefix("cuda:")) for device in devices if device != "cpu"]
-    return {visible[i] if i < len(visible) else str(i) for i in numbers}
