@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import random
 import signal
@@ -280,7 +281,7 @@ def test_an_object_store_that_is_too_small_spills(nodes, tmp_path):
     folder = tmp_path / "there"
     folder.mkdir()
     (tmp_path / "big").write_bytes(random.Random(0).randbytes(1 << 20) * (3 * STORE >> 20))
-    ray.init(address=nodes.cluster.address, log_to_driver=False, logging_level="ERROR")
+    ray.init(address=nodes.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
     try:
         parcel = pack("big", files_of(tmp_path / "big"), ray.put)
         carry = ray.remote(num_cpus=1)(lambda: unpack(parcel, folder, ray.get).stat().st_size)
