@@ -88,11 +88,13 @@ class Size:
     """Prompts on which distances are measured."""
     problems: int
     """Of each task."""
+    tried: int
+    """Prompts of the trial run, from which what an arm takes is reckoned in proportion."""
 
 
 SIZES = {
-    "cpu": Size(15, prompts=160, new_tokens=64, batch_tokens=2048, rows=1, at_once=40, held_out=40, problems=24),
-    "cuda": Size(0.3, prompts=1024, new_tokens=96, batch_tokens=16384, rows=32, at_once=256, held_out=192, problems=64),
+    "cpu": Size(15, 160, new_tokens=64, batch_tokens=2048, rows=1, at_once=40, held_out=40, problems=24, tried=40),
+    "cuda": Size(0.3, 1024, new_tokens=96, batch_tokens=16384, rows=32, at_once=1024, held_out=192, problems=64, tried=1024),
 }
 
 
@@ -169,6 +171,8 @@ class Rates:
     """Of the student's responses to all prompts."""
     kept: float
     """Share of them that the paper's band keeps."""
+    other: float
+    """What the run took besides, such as making room for each other on a device."""
 
     @classmethod
     def of(cls, result: DistillResult, prompts: int) -> Rates:
@@ -183,25 +187,33 @@ class Rates:
             if span.name in (SpanName.GENERATE, SpanName.SCORE):
                 key = span.name, span.facts["generation"]
                 spent[key] = spent.get(key, 0.0) + span.seconds
+        trains = statistics.median(1 / line.tokens_per_second for line in step_lines(store))
         return cls(
             teacher_writes=scale * spent[SpanName.GENERATE, REFERENCE],
             teacher_reads_own=scale * spent[SpanName.SCORE, REFERENCE],
             writes=scale * spent[SpanName.GENERATE, 0],
             reads=scale * spent[SpanName.SCORE, 0] / 3,  # with the student's and the teacher's reading without prompts
-            trains=statistics.median(1 / line.tokens_per_second for line in step_lines(store)),
+            trains=trains,
             tokens=scale * manifest.response_tokens,
             kept=kept_share(store, SelectionConfig()),
+            other=max(0.0, worked(result) - sum(spent.values()) - trains * result.tokens),
         )
 
     def before_training(self, arm: Arm) -> float:
         """Seconds of everything but training steps."""
-        seconds = 0.0
+        seconds = self.other
         if "data" in arm.sections:
             seconds += self.teacher_writes + (self.teacher_reads_own if arm.command == "distill" else 0.0)
         if arm.command == "distill":
             readings = 3 if arm.sections["selection"]["rule"] == "delta_ifd" else 1
             seconds += arm.generations * (self.writes + readings * self.reads)
         return seconds
+
+
+def worked(result: DistillResult) -> float:
+    """Seconds of a run but for loading, saving and evaluation."""
+    stages = result.by_role["trainer"]
+    return stages["wall"] - sum(stages.get(stage, 0.0) for stage in (SpanName.LOAD, SpanName.SAVE, SpanName.EVALUATE))
 
 
 def kept_share(store: Store, band: SelectionConfig) -> float:
@@ -316,7 +328,7 @@ class Comparison:
         done = self.out / "rates.json"
         if not done.exists():
             arm = ARMS["npd-mixed"]
-            few = max(4, self.size.prompts // 4)
+            few = min(self.size.tried, self.size.prompts)
             sections = arm.sections | {"scoring": {"free": "always"}}
             sections["schedule"] = arm.sections["schedule"] | {"generations": 1, "passes": 3}
             result = self.run("trial", arm.command, self.config("trial", 0, few, sections))
@@ -339,10 +351,9 @@ class Comparison:
         sections["schedule"] = arm.sections.get("schedule", {}) | schedule
         result = self.run(slug, arm.command, self.config(slug, seed, self.size.prompts, sections))
         stages = result.by_role["trainer"]
-        apart = sum(stages.get(stage, 0.0) for stage in (SpanName.LOAD, SpanName.SAVE, SpanName.EVALUATE))
         losses = [line.loss for line in step_lines(Store(result.run_dir))]
         entry = {
-            "seconds": stages["wall"] - apart,
+            "seconds": worked(result),
             "training_seconds": stages[SpanName.TRAIN],
             "steps": result.steps,
             "tokens": result.tokens,

@@ -78,12 +78,17 @@ def test_the_whole_of_it_on_toy_models(toy, monkeypatch, capsys):
         smollm2.main([*arguments, "--prompts", "25"])
 
 
-RATES = Rates(teacher_writes=40, teacher_reads_own=8, writes=30, reads=10, trains=0.01, tokens=10_000, kept=0.5)
+RATES = Rates(teacher_writes=40, teacher_reads_own=8, writes=30, reads=10, trains=0.01, tokens=10_000, kept=0.5, other=3)
 
 
 @pytest.mark.parametrize(
     ("name", "fixed", "of_pass"),
-    [("sft", 40, 10_000), ("npd-none", 2 * 40, 10_000), ("npd", 2 * 60, 5000), ("npd-mixed", 48 + 2 * 40, 10_000 / 0.7)],
+    [
+        ("sft", 43, 10_000),
+        ("npd-none", 3 + 2 * 40, 10_000),
+        ("npd", 3 + 2 * 60, 5000),
+        ("npd-mixed", 51 + 2 * 40, 10_000 / 0.7),
+    ],
 )
 def test_a_plan_takes_the_seconds_it_is_given(name, fixed, of_pass):
     arm = ARMS[name]
