@@ -173,10 +173,15 @@ class Rates:
     """Share of them that the paper's band keeps."""
     other: float
     """What the run took besides, such as making room for each other on a device."""
+    apart: float
+    """Loading, saving and checks, which are no part of an arm's seconds."""
 
     @classmethod
-    def of(cls, result: DistillResult, prompts: int) -> Rates:
-        """From a mixed run without a filter, one generation of fewer prompts, whose responses were read in all three ways."""
+    def of(cls, result: DistillResult, prompts: int, whole: float) -> Rates:
+        """From a mixed run without a filter, one generation of fewer prompts, whose responses were read in all three ways.
+
+        `whole`: what it took with all that is around it, seconds.
+        """
         store = Store(result.run_dir)
         manifest = store.manifest(0)
         assert manifest is not None, "the run has ended"
@@ -197,6 +202,7 @@ class Rates:
             tokens=scale * manifest.response_tokens,
             kept=kept_share(store, SelectionConfig()),
             other=max(0.0, worked(result) - sum(spent.values()) - trains * result.tokens),
+            apart=max(0.0, whole - worked(result)),
         )
 
     def before_training(self, arm: Arm) -> float:
@@ -278,10 +284,10 @@ class Comparison:
     def prepare(self) -> None:
         """Write the teacher as a directory, the student cut from it, and what both are asked."""
         self.out.mkdir(parents=True, exist_ok=True)
-        given = ModelConfig(model=self.source)
-        for place in (self.teacher, self.start):
+        for place, source in ((self.teacher, self.source), (self.start, str(self.teacher))):
             if place.exists():
                 continue
+            given = ModelConfig(model=source)
             model, tokenizer = models.load_model(given, on="cpu"), models.load_tokenizer(given)
             if place == self.start:
                 total = model.config.get_text_config().num_hidden_layers
@@ -331,10 +337,21 @@ class Comparison:
             few = min(self.size.tried, self.size.prompts)
             sections = arm.sections | {"scoring": {"free": "always"}}
             sections["schedule"] = arm.sections["schedule"] | {"generations": 1, "passes": 3}
+            began = time.monotonic()
             result = self.run("trial", arm.command, self.config("trial", 0, few, sections))
-            write_text(done, json.dumps(vars(Rates.of(result, self.size.prompts))))
+            rates = Rates.of(result, self.size.prompts, time.monotonic() - began)
+            write_text(done, json.dumps(vars(rates)))
             shutil.rmtree(result.run_dir)
         return Rates(**json.loads(done.read_text()))
+
+    def within(self, seconds: float, arms: int, apart: float) -> float:
+        """Minutes that each of so many arms may have, so that all of them, evaluated, take so many seconds; chosen once."""
+        done = self.out / "minutes.json"
+        if not done.exists():
+            evaluation = next(entry["evaluation_seconds"] for entry in self.entries if entry["arm"] == "start")
+            write_text(done, json.dumps(max(1.0, seconds / arms - evaluation - apart) / 60))
+        minutes: float = json.loads(done.read_text())
+        return minutes
 
     def run(self, name: str, command: str, config: Config) -> DistillResult:
         shutil.rmtree(self.out / name, ignore_errors=True)  # what was interrupted: its seconds are not known
@@ -408,7 +425,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--teacher", default=TEACHER)
     parser.add_argument("--layers", type=int, default=LAYERS, help="of the teacher's, that the student keeps")
     parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--stop-after", type=float, default=float("inf"), help="begin no arm after so many minutes")
+    parser.add_argument("--within", type=float, help="minutes for everything, in place of --minutes for each arm")
     for name, kind in Size.__annotations__.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=float if kind == "float" else int)
     options = parser.parse_args(arguments)
@@ -418,7 +435,12 @@ def main(arguments: list[str] | None = None) -> None:
     comparison = Comparison(
         options.out, options.device, size, options.layers, options.learning_rate, options.teacher, display
     )
-    told = vars(size) | {"device": options.device, "layers": options.layers, "learning_rate": options.learning_rate}
+    told = vars(size) | {
+        "within": options.within,
+        "device": options.device,
+        "layers": options.layers,
+        "learning_rate": options.learning_rate,
+    }
     keep_to(options.out, told | {"teacher": options.teacher})
     began = time.monotonic()
     comparison.prepare()
@@ -431,17 +453,21 @@ def main(arguments: list[str] | None = None) -> None:
         if not standing(name, None):
             comparison.write({"arm": name, "title": title} | comparison.evaluated(name, place))
     rates = comparison.trial()
+    if options.within is not None:
+        left = 60 * options.within - (time.monotonic() - began)
+        minutes = comparison.within(left, len(options.seeds) * len(options.only), rates.apart)
+        comparison.size = replace(size, minutes=minutes)
     failed: RunError | None = None
     for seed in options.seeds:
         for arm in options.only:
-            if standing(arm, seed) or time.monotonic() - began > 60 * options.stop_after:
+            if standing(arm, seed):
                 continue
             try:
                 comparison.write(comparison.arm(arm, seed, rates))
             except RunError as error:  # such as a band that keeps no response of a student that is cut too far
                 failed = error
                 print(f"{ARMS[arm].title}, seed {seed}: {error}", flush=True)
-            record(options.name, told, comparison.entries)
+            record(options.name, told | {"minutes": comparison.size.minutes}, comparison.entries)
     if failed is not None:
         raise failed
 

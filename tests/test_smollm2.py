@@ -74,11 +74,14 @@ def test_the_whole_of_it_on_toy_models(toy, monkeypatch, capsys):
         shown = make(results)
         assert len({line.count(" | ") for line in shown.splitlines()}) == 1
         assert make is tables.machine or all(arm.title in shown for arm in ARMS.values())
+    assert results["options"]["minutes"] == 0.02
     with pytest.raises(UserError, match=r"results of other options \(prompts 24\)"):
         smollm2.main([*arguments, "--prompts", "25"])
 
 
-RATES = Rates(teacher_writes=40, teacher_reads_own=8, writes=30, reads=10, trains=0.01, tokens=10_000, kept=0.5, other=3)
+RATES = Rates(
+    teacher_writes=40, teacher_reads_own=8, writes=30, reads=10, trains=0.01, tokens=10_000, kept=0.5, other=3, apart=0
+)
 
 
 @pytest.mark.parametrize(
