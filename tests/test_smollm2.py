@@ -15,6 +15,8 @@ from benchmarks.smollm2 import ARMS, Rates, planned
 from npd.demo.demo import TEACHER
 from npd.demo.task import make_problems
 from npd.errors import UserError
+from npd.observe.display import Display
+from npd.store import append_line
 
 
 @pytest.fixture
@@ -131,3 +133,10 @@ def test_a_models_text_is_no_markup(text):
     whole = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     assert told == whole or (told.endswith(" …") and whole.startswith(told[:-2]))
     assert len(told) <= tables.LONGEST_QUOTE + 2
+
+
+def test_what_is_left_is_shared_among_the_arms_once(tmp_path):
+    comparison = smollm2.Comparison(tmp_path, "cpu", smollm2.SIZES["cpu"], 3, 1e-3, TEACHER, Display(quiet=True))
+    append_line(tmp_path / "results.jsonl", {"arm": "start", "evaluation_seconds": 5.0})
+    assert 60 * comparison.within(100, 4, 3.0) == pytest.approx(100 / 4 - 5 - 3)
+    assert 60 * comparison.within(1000, 2, 0.0) == pytest.approx(17)  # an interrupted comparison goes on as it began
