@@ -29,7 +29,7 @@ from benchmarks import smollm2_prompts as asked
 from benchmarks.common import record
 from npd import models, run
 from npd.config import Config, ModelConfig, Sampling, SelectionConfig, TaskConfig, load_config
-from npd.errors import RunError, UserError
+from npd.errors import NpdError, UserError
 from npd.evaluation import Benchmark, BenchmarkSetting, Figures, Student, VerifiedTask
 from npd.observe.display import Display
 from npd.observe.events import SpanName, read_events
@@ -457,14 +457,14 @@ def main(arguments: list[str] | None = None) -> None:
         left = 60 * options.within - (time.monotonic() - began)
         minutes = comparison.within(left, len(options.seeds) * len(options.only), rates.apart)
         comparison.size = replace(size, minutes=minutes)
-    failed: RunError | None = None
+    failed: NpdError | None = None
     for seed in options.seeds:
         for arm in options.only:
             if standing(arm, seed):
                 continue
             try:
                 comparison.write(comparison.arm(arm, seed, rates))
-            except RunError as error:  # such as a band that keeps no response of a student that is cut too far
+            except NpdError as error:  # too few seconds, a band that keeps no response: the other arms may do
                 failed = error
                 print(f"{ARMS[arm].title}, seed {seed}: {error}", flush=True)
             record(options.name, told | {"minutes": comparison.size.minutes}, comparison.entries)

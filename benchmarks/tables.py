@@ -368,9 +368,10 @@ def smollm2(results: dict[str, Any]) -> str:
     rows = []
     for runs in grouped(results["runs"], "arm").values():
         figures = [r["figures"] for r in runs]
-        took = ["", "", ""]
+        took = [""] * 4
         if "seconds" in runs[0]:
             took = [
+                str(len(runs)),
                 ranged([r["seconds"] for r in runs], 1 if runs[0]["seconds"] < 100 else 0),
                 ranged([r["steps"] for r in runs], 0),
                 ranged([r["tokens"] / 1000 for r in runs], 0 if runs[0]["tokens"] > 10_000 else 1),
@@ -385,7 +386,18 @@ def smollm2(results: dict[str, Any]) -> str:
                 ranged([f["accuracy"] for f in figures], 1, 100),
             ]
         )
-    heads = ["", "seconds", "steps", "thousand tokens", "KL(T‖S)", "KL(S‖T)", "KL(T‖S), teacher's text", "top-1 %", "right %"]
+    heads = [
+        "",
+        "seeds",
+        "seconds",
+        "steps",
+        "thousand tokens",
+        "KL(T‖S)",
+        "KL(S‖T)",
+        "KL(T‖S), teacher's text",
+        "top-1 %",
+        "right %",
+    ]
     return table(heads, rows)
 
 
