@@ -94,7 +94,7 @@ class Size:
 
 SIZES = {
     "cpu": Size(15, 160, new_tokens=64, batch_tokens=2048, rows=1, at_once=40, held_out=40, problems=24, tried=40),
-    "cuda": Size(0.3, 1024, new_tokens=96, batch_tokens=8192, rows=16, at_once=1024, held_out=192, problems=64, tried=1024),
+    "cuda": Size(0.3, 1024, new_tokens=64, batch_tokens=8192, rows=16, at_once=1024, held_out=192, problems=64, tried=1024),
 }
 
 
