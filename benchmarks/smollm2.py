@@ -436,7 +436,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.out, options.device, size, options.layers, options.learning_rate, options.teacher, display
     )
     told = vars(size) | {
-        "within": options.within,
+        "within": options.within is not None,  # how much is left when it goes on does not count
         "device": options.device,
         "layers": options.layers,
         "learning_rate": options.learning_rate,
