@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md and docs/objectives.md, from benchmarks/results: each goes between its two marks.
+"""The tables of docs/benchmarks.md, objectives.md and smollm2.md and of README.md, from benchmarks/results: each between its marks.
 
 python -m benchmarks.tables
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 from benchmarks.common import RESULTS, spread
 
-PAGES = Path("docs/benchmarks.md"), Path("docs/objectives.md")
+PAGES = tuple(map(Path, ("docs/benchmarks.md", "docs/objectives.md", "docs/smollm2.md", "README.md")))
 Runs = list[dict[str, Any]]
 
 
@@ -444,6 +444,77 @@ def distance(results: dict[str, Any]) -> str:
     return table([*heads, "top-k raw", "its gradient is away"], rows)
 
 
+def smollm2(results: dict[str, Any]) -> str:
+    """One row an arm: what it took, and what its students are like; median and range over seeds."""
+    rows = []
+    for runs in grouped(results["runs"], "arm").values():
+        figures = [r["figures"] for r in runs]
+        took = [""] * 4
+        if "seconds" in runs[0]:
+            took = [
+                str(len(runs)),
+                ranged([r["seconds"] for r in runs], 1 if runs[0]["seconds"] < 100 else 0),
+                ranged([r["steps"] for r in runs], 0),
+                ranged([r["tokens"] / 1000 for r in runs], 0 if runs[0]["tokens"] > 10_000 else 1),
+            ]
+        rows.append(
+            [
+                runs[0]["title"],
+                *took,
+                *(ranged([f[key] for f in figures], 3) for key in ("kl_to_teacher", "reverse_kl_to_teacher")),
+                ranged([f["kl on the teacher's text"] for f in figures], 3),
+                ranged([f["top1_agreement"] for f in figures], 1, 100),
+                ranged([f["accuracy"] for f in figures], 1, 100),
+            ]
+        )
+    heads = [
+        "",
+        "seeds",
+        "seconds",
+        "steps",
+        "thousand tokens",
+        "KL(T‖S)",
+        "KL(S‖T)",
+        "KL(T‖S), teacher's text",
+        "top-1 %",
+        "right %",
+    ]
+    return table(heads, rows)
+
+
+def smollm2_problems(results: dict[str, Any]) -> str:
+    """Right answers, task by task."""
+    first = results["runs"][0]["figures"]
+    tasks = [key for key in first if key.startswith("accuracy of ")]
+    rows = [
+        [runs[0]["title"], *(ranged([r["figures"][task] for r in runs], 1, 100) for task in tasks)]
+        for runs in grouped(results["runs"], "arm").values()
+    ]
+    return table(["right %", *(f"`{task.removeprefix('accuracy of ')}`" for task in tasks)], rows)
+
+
+def smollm2_samples(results: dict[str, Any]) -> str:
+    """The greedy answers of the first seed's students to a few held-out prompts."""
+    by = list(grouped(results["runs"], "arm").values())
+    rows = []
+    for number, sample in enumerate(results["runs"][0]["samples"]):
+        rows.append([f"**{quoted(sample['prompt'])}**", ""])
+        rows += [[runs[0]["title"], quoted(runs[0]["samples"][number]["text"])] for runs in by]
+    return table(["", ""], rows)
+
+
+LONGEST_QUOTE = 240
+"""Characters."""
+
+
+def quoted(text: str) -> str:
+    """A model's text for a cell of a table: one line, cut off, and nothing in it is Markdown or HTML."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(line) > LONGEST_QUOTE:
+        line = line[:LONGEST_QUOTE].rstrip() + " …"
+    return re.sub(r"[^\w\s.,;:?'…-]", lambda m: f"&#{ord(m[0])};", line).replace("_", "&#95;").replace("www.", "www&#46;")
+
+
 def machine(results: dict[str, Any]) -> str:
     m = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
@@ -489,6 +560,10 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "divergences' speed": ("divergences", speed),
     "distance": ("divergences", distance),
     "profiles": ("floor", profiles),
+    "smollm2": ("smollm2", smollm2),
+    "smollm2, problems": ("smollm2", smollm2_problems),
+    "smollm2, samples": ("smollm2", smollm2_samples),
+    "smollm2, machine": ("smollm2", machine),
 }
 
 
@@ -500,6 +575,20 @@ def main() -> None:
             if f"<!-- {name} -->" in text:
                 text = between(text, name, make(json.loads(path.read_text())) if path.exists() else "(not measured)")
         page.write_text(text)
+
+        page.write_text(filled(page.read_text()))
+
+
+def filled(text: str) -> str:
+    """A page with the table of each pair of marks that it has."""
+    for name, (file, make) in BLOCKS.items():
+        path = RESULTS / f"{file}.json"
+        mark = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+        if not re.search(mark, text, re.DOTALL):
+            continue
+        body = make(json.loads(path.read_text())) if path.exists() else "(not measured)"
+        text = re.sub(mark, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+    return text
 
 
 if __name__ == "__main__":
