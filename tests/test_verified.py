@@ -257,7 +257,7 @@ def test_a_summary_counts_them_and_a_generation_without_any_left_says_why():
     result = summary.result()
     assert (result.verified, result.correct) == (2, 1)
     assert (result.sources["b"].verified, result.sources["b"].correct) == (None, None)
-    with pytest.raises(RunError, match=r"1 wrong by their verifiers.*choose selection\.reward any"):
+    with pytest.raises(RunError, match=r"1 wrong by their verifiers.*none\. Choose selection\.reward any, or warm"):
         check_some_kept(result, config)
 
 
