@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, objectives.md and smollm2.md and of README.md, from benchmarks/results: each between its marks.
+"""The tables of README.md and docs/benchmarks.md, objectives.md and smollm2.md, from benchmarks/results, between their marks.
 
 python -m benchmarks.tables
 """
@@ -569,13 +569,6 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 def main() -> None:
     for page in PAGES:
-        text = page.read_text()
-        for name, (file, make) in BLOCKS.items():
-            path = RESULTS / f"{file}.json"
-            if f"<!-- {name} -->" in text:
-                text = between(text, name, make(json.loads(path.read_text())) if path.exists() else "(not measured)")
-        page.write_text(text)
-
         page.write_text(filled(page.read_text()))
 
 

@@ -15,14 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as parts
 from transformers import PreTrainedTokenizerFast
 
 from npd.demo.tokenizer import build_tokenizer
 from npd.errors import UserError
 from npd.models import Span, TokenBytes
-from npd.scoring.aligned import Bridge, Side
+from npd.scoring.aligned import Bridge, Side, unreadable
 from npd.scoring.alignment import EXACT, LEFT_OUT, MERGED, NONE, align, carry, token_logprobs
 
 TEXTS = {
@@ -361,3 +361,50 @@ def test_what_has_no_bytes_is_refused():
     backend.decoder = decoders.WordPiece()
     with pytest.raises(UserError, match=r"How the tokens of bert become bytes is not known"):
         TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"), "bert")
+
+
+# -- what can't be read
+
+
+def unlike(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes or reads something else than its words say."""
+    model: Any = parts.Unigram() if kind != "words" else parts.WordLevel(unk_token="<unk>")
+    trainer: Any = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    if kind == "words":
+        trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"], show_progress=False)
+    if kind == "suffix":
+        model = parts.BPE(end_of_word_suffix="</w>")
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], end_of_word_suffix="</w>", show_progress=False)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace() if kind in ("words", "suffix") else pre_tokenizers.Metaspace()
+    if kind == "plain":
+        backend.decoder = decoders.Metaspace()
+    if kind == "lower":
+        backend.decoder, backend.normalizer = decoders.Metaspace(), normalizers.Lowercase()
+    if kind == "lines":
+        backend.decoder, backend.normalizer = decoders.Metaspace(), normalizers.Replace("\n", " ")
+    backend.train_from_iterator([text * 3 for text in TEXTS.values()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["words", "suffix", "undecoded"])
+def test_a_tokenizer_that_writes_otherwise_than_its_words_say_is_refused(kind):
+    with pytest.raises(UserError, match="become bytes is not known"):
+        TokenBytes(unlike(kind))
+
+
+def test_a_teacher_that_reads_other_letters_is_refused():
+    """As is not one that keeps text as it is, whatever else it has; what it has no tokens for is said."""
+    ours, lower = TokenBytes(large()), TokenBytes(unlike("lower"), "theirs")
+    with pytest.raises(UserError, match=r"theirs reads other letters than the student writes \(A B C"):
+        unreadable(ours, lower)
+    for kept in (small(), llama()):
+        assert unreadable(ours, TokenBytes(kept)) == []
+        assert unreadable(TokenBytes(kept), ours) == []
+    (told,) = unreadable(ours, TokenBytes(unlike("lines"), "theirs"))
+    assert "theirs has no tokens for" in told
+    assert r"'\n'" in told
+    assert r"'\n'" not in " ".join(unreadable(ours, TokenBytes(unlike("plain"))))
+    assert unreadable(lower, lower) == []
