@@ -470,3 +470,36 @@ def test_what_does_not_go_with_shards_is_refused_at_the_start(tree_of, monkeypat
     with pytest.raises(UserError, match="sharded over 2 processes") as caught:
         prepare(config, DISTILL)
     assert "training.compile: false" in (caught.value.remedy or "")
+
+
+# -- what accelerate's own configuration says
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "ParallelismConfig"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "TorchDynamo"),
+    ],
+)
+def test_a_launcher_that_lays_models_out_is_refused(tree_of, monkeypatch, variable, value, name):
+    config = load_config(tree_of("run"))
+    monkeypatch.setenv(variable, value)
+    for start in (lambda: prepare(config, DISTILL), lambda: make_accelerator(config, Store(config.run_dir))):
+        with pytest.raises(UserError, match=rf"accelerate is set to .*{name}") as caught:
+            start()
+        assert "training.shard" in str(caught.value)
+    for harmless in ("false", "no") if variable.startswith("ACCELERATE_USE") else ("no", "NO"):
+        monkeypatch.setenv(variable, harmless)
+        prepare(config, DISTILL)
+
+
+def test_a_launchers_accumulation_does_not_scale_gradients(tree_of, monkeypatch):
+    """The loss of a step is a sum over its micro-batches already."""
+    wanted = learn(tree_of("plain", shard="none"), 1)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert_alike(learn(tree_of("accumulating", shard="none"), 1), wanted)

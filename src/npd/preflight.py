@@ -28,6 +28,7 @@ from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
 from npd.store.provenance import in_rows
 from npd.train.memory import memory_of, sharding
+from npd.train.sharding import check_launch
 from npd.train.trainer import resolve_precision
 from npd.verifiers import check_entries
 
@@ -92,6 +93,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     if needs_teacher and not config.has_teacher:
         raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
     processes = _processes()
+    if command != EVAL:
+        check_launch()
     generates = command == DISTILL
     placed = resolve_placement(
         config, take_turns=take_turns or command == EVAL, processes=processes, generates=generates or command == EVAL
