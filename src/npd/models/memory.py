@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
 
+from npd.models.files import EXPERT_KEYS
 from npd.models.layout import decoder_names
 from npd.models.loading import shape_of
 from npd.models.reading import blocks
@@ -19,6 +20,7 @@ from npd.models.reading import blocks
 PROBED = 128, 256  # tokens; what grows between them is taken as what a token takes
 
 
+CHOSEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
 COUNTED = "npd_counted"  # attention as a GPU's kernels keep it: without masks, and with each key once
 
 
@@ -82,6 +84,20 @@ def block_parameters(known: PreTrainedConfig, *, trust_remote_code: bool = False
     return max([0, *(sum(block.values()) for block in inside)]), sum(p.numel() for p in model.parameters()) - sum(
         every.values()
     )
+
+
+def expert_parameters(known: PreTrainedConfig, *, trust_remote_code: bool = False) -> tuple[int, float]:
+    """Parameters of a model's experts, and the share of them that a token goes through; 0 and 1 of a model without."""
+    text = known.get_text_config()
+    experts, chosen = (
+        next((n for key in keys if type(n := getattr(text, key, None)) is int and n > 0), 0)
+        for keys in (sorted(EXPERT_KEYS), CHOSEN_KEYS)
+    )
+    if not experts or not 0 < chosen < experts:
+        return 0, 1.0
+    model = shape_of(known, trust_remote_code=trust_remote_code)
+    inside = {id(p): p.numel() for name, p in model.named_parameters() if "experts" in name.split(".")}
+    return sum(inside.values()), chosen / experts
 
 
 def _kept(decoder: nn.Module, tokens: int, *, bfloat16: bool) -> int:
