@@ -9,12 +9,13 @@ from typing import NamedTuple
 import pyarrow.compute as pc
 
 from npd import models
-from npd.config import Config, ModelConfig
+from npd.config import Config, ModelConfig, PlacementConfig
 from npd.errors import UserError
 from npd.forecast import Load, Rates, Reader, model_of, rates
 from npd.generations.itself import follows_snapshots, is_base
 from npd.hardware import EFFICIENCY, GIB, Hardware
 from npd.observe.console import CostTable
+from npd.placement import names_producer
 from npd.preflight import Setup
 from npd.prompts import count_sources
 from npd.registry import ENGINES
@@ -67,6 +68,8 @@ class Costs:
     """Engine -> hours, of those that the configuration did not choose."""
     reason: str = ""
     """Why the rates are what they are."""
+    notes: tuple[str, ...] = ()
+    """What of the configuration is not in the figures."""
 
 
 def known_lengths(config: Config, said: float | None = None) -> Lengths:
@@ -134,7 +137,17 @@ def estimate(
             f"--on has {devices:,}{'' if beside else ' and schedule.lead is 0, so that nothing generates beside training'}.",
             "Give more devices, a lower tensor_parallel_size, or a schedule.lead above 0.",
         )
-    return Costs(case, devices, best, lengths, measured, others, reason)
+    return Costs(case, devices, best, lengths, measured, others, reason, _not_counted(setup))
+
+
+def _not_counted(setup: Setup) -> tuple[str, ...]:
+    config, contents = setup.config, setup.generations
+    found = []
+    if setup.on_paper and not names_producer(config.placement) and config.placement != PlacementConfig():
+        found.append("placement is not taken: it names devices of one machine, and the split here is the best of all.")
+    if (contents.mixed or not contents.by_student) and config.data.references == "teacher":
+        found.append("The time that the teacher takes to write references is not counted.")
+    return tuple(found)
 
 
 def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case:
@@ -193,7 +206,7 @@ def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case
         engine_devices=size,
         checkpointing=(None if device.kind != "cpu" else False) if asked == "auto" else asked,
         checkpoints=passes * load.pass_steps / config.checkpoint.every_steps,
-        shard="none" if config.training.compile and config.training.shard == "auto" else config.training.shard,
+        shard={"full": True, "auto": False if config.training.compile else None}.get(config.training.shard, False),
         together=not kind.takes_first_gpus,
     )
 
@@ -363,7 +376,7 @@ def _next(costs: Costs) -> str:
 
 def _mend(part: str, case: Case) -> str:
     shares = "More devices that share the weights, or student.lora."
-    if case.shard == "none":
+    if case.shard is False:
         shares = "training.shard: full over several devices (without training.compile), or student.lora."
     return {
         "activations": "Lower packing.length or training.micro_batch_rows, or set training.gradient_checkpointing.",
@@ -384,4 +397,4 @@ def cost_notes(costs: Costs) -> list[str]:
         notes.append(f"Shares of the peaks: {said}. --measure times this machine instead.")
     for engine, hours in costs.others.items():
         notes.append(f"With rollout.engine {engine} it would take {_time(hours * HOURS)}.")
-    return notes
+    return [*notes, *costs.notes]

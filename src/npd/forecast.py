@@ -61,7 +61,7 @@ class Model(NamedTuple):
         return (self.layers - self.near - self.blind) * context + self.near * min(context, self.window)
 
     def forward(self, tokens: float, heads: float, context: float) -> float:
-        """Operations of reading `tokens`, with the head on `heads` of them; each stands behind `context` tokens on average."""
+        """Operations of reading `tokens`, with the head on `heads` of them; each behind `context` of them."""
         return tokens * (2 * self.active + 4 * self.seen(context) * self.width) + 2 * heads * self.head
 
     @property
@@ -222,7 +222,8 @@ def rates(
     context = load.prompt + load.response / 2
     launches = 0.0 if device.kind == "cpu" else student.layers * pace.layer_seconds
     step = max(
-        (student.read(load.at_once) + load.at_once * student.seen(context) * student.each) * writer.itemsize
+        (student.read(load.at_once) + load.at_once * student.seen(context) * student.each)
+        * writer.itemsize
         / (engine_devices * device.bandwidth * pace.bandwidth),
         load.at_once * student.forward(1, 1, context) / (engine_devices * device.flops * efficiency("decoding", device)),
         launches,
@@ -238,9 +239,7 @@ def rates(
 # -- memory
 
 
-def training_bytes(
-    step: StepMemory, held: float, adapters: float, *, shards: int, checkpointing: bool
-) -> dict[str, float]:
+def training_bytes(step: StepMemory, held: float, adapters: float, *, shards: int, checkpointing: bool) -> dict[str, float]:
     """Bytes of a training device by part; their sum is the step's `total`.
 
     Args:

@@ -20,6 +20,7 @@ GIB = 1 << 30
 MIB = 1 << 20
 MOST = 100_000  # devices of one run on paper
 THIS = "this"
+NAMED = re.compile(r"\s*(?:(\d{1,7})\s*[x×*]\s*)?(.+?)\s*", re.IGNORECASE)
 NEAR = 0.1  # how far what is called so many gigabytes may be from what its driver reports
 
 
@@ -112,7 +113,7 @@ def named_devices(text: str) -> tuple[Hardware, int]:
     Raises:
         UserError: there is no such device in the table, or not so many of anything.
     """
-    match = re.fullmatch(r"\s*(?:(\d{1,7})\s*[x×*]\s*)?(.+?)\s*", text, re.IGNORECASE)
+    match = NAMED.fullmatch(text)
     count, name = (int(match[1] or 0), match[2]) if match else (0, text)
     if match and match[1] is not None and not 1 <= count <= MOST:
         raise UserError(f"--on asks for {count:,} devices; give 1 to {MOST:,}.")
@@ -132,6 +133,19 @@ def named_devices(text: str) -> tuple[Hardware, int]:
             "gives the best guess.",
         )
     return found[0], count or 1
+
+
+def names_others(text: str) -> bool:
+    """Does `--on` mean other devices than this machine's?
+
+    Raises:
+        UserError: as `named_devices`.
+    """
+    match = NAMED.fullmatch(text)
+    if match and match[2].lower() == THIS:
+        return False
+    named_devices(text)
+    return True
 
 
 def called(name: str) -> list[Hardware]:

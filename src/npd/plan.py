@@ -267,7 +267,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
         name = "teacher" if key is None else f"teachers.{key}"
         rows.append([name, _reader(setup, key, teacher_kind(teacher).plan(teacher, setup.tokens.teachers[key]))])
     rows.append(["disk", f"at most {plan.disk_bytes / GIB:.2f} GiB"])
-    return rows + _places(setup)
+    return rows if setup.on_paper else rows + _places(setup)
 
 
 def _privileged(prompts: Prompts) -> str:

@@ -154,8 +154,8 @@ class Case:
     """None: where a step would not fit otherwise."""
     checkpoints: float = 0.0
     """How often a checkpoint is written."""
-    shard: str = "auto"
-    """training.shard."""
+    shard: bool | None = None
+    """Are weights shared among several devices that train? None: where they do not fit otherwise."""
     together: bool = True
     """Can the engine stand in each of several processes that train, so that all devices take turns?"""
 
@@ -187,8 +187,10 @@ class Case:
     def _laid_out(self, train: int) -> tuple[int, bool]:
         """Devices that share the states, and whether activations are computed again: as training does it by itself."""
         memory, again = self.device.memory, self.checkpointing is not False
-        auto = self.device.kind != "cpu" and self.step.needs_shards(memory, checkpointing=again)
-        shards = train if self.shard == "full" or (self.shard == "auto" and auto) else 1
+        full = self.shard
+        if full is None:
+            full = self.device.kind != "cpu" and self.step.needs_shards(memory, checkpointing=again)
+        shards = train if full else 1
         if self.checkpointing is not None:
             return shards, self.checkpointing
         return shards, self.step.over(shards).needs_checkpointing(memory)

@@ -18,7 +18,7 @@ from npd.config import Config
 from npd.costs import Costs, Lengths, Measured, estimate, known_lengths
 from npd.errors import NpdError, UserError
 from npd.forecast import Rates
-from npd.hardware import THIS, Hardware, named_devices, this_device
+from npd.hardware import THIS, Hardware, named_devices, names_others, this_device
 from npd.observe.display import Display
 from npd.observe.events import SpanName, own_seconds, read_events
 from npd.placement import names_producer
@@ -50,7 +50,7 @@ def costs_on(
     device, devices = named_devices(on or THIS)
     if not measure:
         return estimate(setup, device, devices, response_tokens=response_tokens)
-    here = this_device()[0] if on is not None and on.strip().lower() != THIS else device
+    here = this_device()[0] if on is not None and names_others(on) else device
     if here.kind != device.kind:
         raise UserError(
             f"--measure times this machine, which has none, and that says nothing of {device.name}. Leave it out, or "

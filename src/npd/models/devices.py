@@ -30,9 +30,7 @@ def fast_bfloat16(on: str | None = None) -> bool:
     return torch.device(on or device()).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def resolve_dtype(
-    config: ModelConfig, *, trained: bool, on: str | None = None, half: bool | None = None
-) -> torch.dtype:
+def resolve_dtype(config: ModelConfig, *, trained: bool, on: str | None = None, half: bool | None = None) -> torch.dtype:
     """The type of a model's weights. `auto` takes bfloat16 only where the device is fast at it, so never on a CPU.
 
     Args:

@@ -66,7 +66,7 @@ def check_launch() -> None:
         found.append("TorchDynamo")
     if found:
         raise UserError(
-            f"accelerate is set to {' and '.join(found)}, but npd decides by itself how a student lies on devices and whether "
+            f"accelerate is set to {' and '.join(found)}, but npd decides by itself how a student lies on devices and if "
             "it is compiled (training.shard, training.compile).",
             "Launch it with `accelerate launch --multi_gpu --dynamo_backend no -m npd.cli ...`, which goes before what "
             "accelerate's configuration file says, and set training.shard: full to share weights.",
