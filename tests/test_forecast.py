@@ -364,6 +364,7 @@ def test_more_devices_never_take_longer(devices, more, lead, ratio, parts, link,
     assert many is not None
     assert many.times.whole <= few.times.whole * (1 + 1e-12)
     assert few.devices <= devices
+    assert few.generate <= parts * size
     assert 0 <= few.wasted(devices) < 1
 
 

@@ -96,7 +96,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
     if needs_teacher and not config.has_teacher:
         raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
     processes = _processes()
-    if command != EVAL:
+    if command != EVAL and not take_turns:
         check_launch()
     generates = command == DISTILL
     placed = resolve_placement(

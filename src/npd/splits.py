@@ -215,8 +215,8 @@ class Case:
         return {"each": host | first | second}
 
     def splits(self, devices: int) -> Iterator[Split]:
-        """Every split of so many devices or fewer: turns, and where there is a lead each number that trains, with all others
-        generating. None where an engine takes more devices than there are."""
+        """Every split of so many devices or fewer: turns, and where there is a lead each number that trains, with as many
+        others generating as a generation has parts. None where an engine takes more devices than there are."""
         load, size = self.load, self.engine_devices
         # An engine of one process alone: beside a trainer it has one device.
         most = devices if self.together or not load.written else int(size == 1)
@@ -226,7 +226,7 @@ class Case:
         if not load.written or not load.lead or self.device.kind == "cpu":
             return
         for train in self._counts(devices - 1, 0):
-            generate = (devices - train) // size * size
+            generate = min((devices - train) // size, load.parts) * size
             if generate:
                 yield self.split(train, generate)
 
