@@ -29,7 +29,7 @@ from npd.preflight import Setup, prepare
 from npd.rollout import Pace
 from npd.splits import Case, pass_seconds, times
 from npd.train.memory import USABLE, StepMemory, sharding
-from npd.trial import costs_on
+from npd.trial import costs_on, disturbed
 
 TOY = Hardware("toy", flops=1e12, bandwidth=1e9, memory=1e9, link=1e8, source="nobody's")
 MODEL = Model(
@@ -546,6 +546,8 @@ def test_a_trial_gives_every_rate(make_tree):
     trained = 8 * found.case.load.pass_tokens * of.train
     checkpoints = found.case.checkpoints * of.checkpoint
     assert found.best.times.whole == pytest.approx(generations + trained + checkpoints + of.fixed)
+    assert disturbed(1.0) == disturbed(1.9) == ""
+    assert "65%" in disturbed(0.65)
     with pytest.raises(UserError, match="says nothing of H100"):
         costs_on(setup, "H100", measure=True, response_tokens=None, display=Display(quiet=True))
 

@@ -18,7 +18,7 @@ from together import together
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config
 
@@ -255,6 +255,34 @@ def test_checkpoints_are_read_by_any_number_of_processes(tree_of):
         assert {found.kind for found in sharded} == {"Sharded"}
         assert [len(found.figures) for found in sharded] == [1] * len(sharded)
         assert apart(sharded[0].weights, wanted.weights) <= RELATIVE, f"{kept} by shards"
+
+
+def killed_writing(tree: dict[str, Any]) -> None:
+    """The main process is killed when shards of the second checkpoint are written, and what lists them is not."""
+    real, count = FileSystemWriter.finish, 0
+
+    def finish(self: FileSystemWriter, *args: Any, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, *args, **options)
+
+    FileSystemWriter.finish = finish  # type: ignore[method-assign,assignment]
+    learn(tree, STEPS, keep=True)
+
+
+def test_a_checkpoint_that_was_cut_short_is_none(tree_of):
+    """Shards that a killed process has left stand in nobody's way; two begin it, one goes on, four end it."""
+    wanted = learn(tree_of("wanted", shard="none"))
+    tree = tree_of("killed")
+    together(2, killed_writing, tree, die=True)
+    assert Store(tree["run_dir"]).checkpoints() == [1]
+    learn(tree, 2, keep=True)
+    assert Store(tree["run_dir"]).checkpoints() == [1, 2]
+    found = together(4, learn, tree)
+    assert [len(one.figures) for one in found] == [1] * 4
+    assert apart(found[0].weights, wanted.weights) <= RELATIVE
 
 
 # -- whole runs
