@@ -277,7 +277,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
     if config.checkpoint.mirror is not None:
         there = mirror_plan(setup.given, setup.command)
         rows.append(["mirror", f"{there}; at most {plan.copied_bytes / GIB:.2f} GiB copied in all"])
-    return rows + _places(setup)
+    return rows if setup.on_paper else rows + _places(setup)
 
 
 def _privileged(prompts: Prompts) -> str:
