@@ -10,13 +10,14 @@ The model is written to RUN_DIR/grpo. The defaults are small, for a small model 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from npd import rewards
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--data", type=Path, help="JSON lines with prompt and answer, or with prompt and reasoning_gym")
@@ -30,11 +31,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kl", type=float, default=0.0, help="weight of the KL to the model it began as")
     parser.add_argument("--format", type=float, default=0.0, help="weight of a reward for marking the answer")
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
-def train(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Train and save; TRL's log, one entry a step."""
+def train(options: argparse.Namespace, right: Callable[..., list[float | None]] = rewards.verified) -> list[dict[str, Any]]:
+    """Train and save; TRL's log, one entry a step. `right` is the reward function, as TRL calls it."""
     from datasets import load_dataset
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
@@ -49,7 +50,7 @@ def train(options: argparse.Namespace) -> list[dict[str, Any]]:
     out = options.out or options.run_dir / "grpo"
     trainer = GRPOTrainer(
         model=str(student),
-        reward_funcs=[rewards.verified, rewards.marked],
+        reward_funcs=[right, rewards.marked],
         args=GRPOConfig(
             output_dir=str(out),
             max_steps=options.steps,

@@ -16,8 +16,8 @@ from benchmarks.evidence import page
 from benchmarks.evidence.__main__ import main
 from benchmarks.evidence.analysis import Mean, contrast, difference, fate_of, read
 from benchmarks.evidence.cells import Cell, Results
-from benchmarks.evidence.hypotheses import ALL, HYPOTHESES, TUNING, Contrast, Hypothesis
-from benchmarks.evidence.plan import ABLATED, cells
+from benchmarks.evidence.hypotheses import ABLATED, ALL, HYPOTHESES, TUNING, Contrast, Hypothesis
+from benchmarks.evidence.plan import cells
 from benchmarks.evidence.problems import FAMILIES, SKILLS, problems, verified
 from benchmarks.evidence.tasks import TASKS
 

@@ -65,8 +65,10 @@ def seconds_at(entry: Entry, step: float) -> float:
 
 
 def difference(one: Entry, other: Entry, equal: Equal, figure: str = "accuracy") -> float:
-    """In points: after the steps that all arms take, or after the seconds at which the first of the two ends."""
-    if equal == "steps":
+    """In points: after the steps that all arms take, after the seconds at which the first of the two ends, or at 0 steps."""
+    if equal == "start":
+        axis, at = "step", 0.0
+    elif equal == "steps":
         axis, at = "step", float(min(one["budget"], other["budget"]))
     else:
         axis, at = "cpu_seconds", min(end(one), end(other))

@@ -15,7 +15,7 @@ from benchmarks.evidence.tasks import Task
 
 Sections = dict[str, dict[str, Any]]
 
-LONGER = 2
+LONGER = 1.5
 """How many times the steps of the others the cheaper arms take."""
 PASSES = 5
 ENDLESS = 10_000
@@ -89,6 +89,9 @@ ABLATIONS: dict[str, Arm] = {
     ),
     "right": Arm("only right responses (the verifier filters)", "distill", _near("verified")),
     "wrong": Arm("only wrong responses", "distill", _near("refuted")),
+    "low-half": Arm("the half with the lowest Δ", "distill", _near("low_half")),
+    "high-half": Arm("the half with the highest Δ", "distill", _near("high_half")),
+    "random-half": Arm("any half", "distill", _near("random_half")),
     "lambda-0.5": Arm("λ 0.5", "distill", _near(loss={"kd_weight": 0.5})),
     "lambda-1": Arm("λ 1", "distill", _near(loss={"kd_weight": 1.0})),
     "k-1": Arm("k 1", "distill", _near(scoring={"top_k": 1})),

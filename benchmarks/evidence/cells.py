@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from benchmarks.common import machine
 from benchmarks.evidence.arms import EVERY_ARM, LONGER, Arm
+from benchmarks.evidence.grpo import PREFIX, STEPS, reinforce
 from benchmarks.evidence.problems import verified
 from benchmarks.evidence.tasks import QUIET, Shelf, Task, asked, config_of
 from benchmarks.evidence.verified import ByVerifier
@@ -90,6 +91,8 @@ def measure(cell: Cell, task: Task, shelf: Shelf) -> dict[str, Any]:
     if cell.arm == TEACHER:
         figures = evaluated(task, home, teacher, teacher, cell.seed)
         return about | {"curve": [{"step": 0, "cpu_seconds": 0.0} | figures]} | stamp()
+    if cell.arm.startswith(PREFIX):
+        return about | reinforced(cell, task, shelf, home, teacher) | stamp()
     arm = EVERY_ARM[cell.arm]
     folder = shelf.folder / "cells" / str(cell)
     shutil.rmtree(folder, ignore_errors=True)
@@ -113,6 +116,22 @@ def measure(cell: Cell, task: Task, shelf: Shelf) -> dict[str, Any]:
     return entry | stamp()
 
 
+def reinforced(cell: Cell, task: Task, shelf: Shelf, home: Path, teacher: Path) -> dict[str, Any]:
+    """What a `grpo-ARM` cell leaves: its arm's student before and after."""
+    arm = EVERY_ARM[cell.arm.removeprefix(PREFIX)]
+    folder = shelf.folder / "cells" / str(cell)
+    shutil.rmtree(folder, ignore_errors=True)
+    config = configured(replace(arm, longer=False), task, home, folder, cell.seed, teacher, unseen=True)
+    getattr(run, arm.command)(config, display=QUIET)
+    before = evaluated(task, home, folder / "student", teacher, cell.seed)
+    steps = min(STEPS, task.steps)
+    model, figures = reinforce(folder, task.family, task.kind.new_tokens, cell.seed, steps)
+    after = evaluated(task, home, model, teacher, cell.seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    points = [{"step": 0, "cpu_seconds": 0.0} | before, {"step": steps, "cpu_seconds": figures["cpu_seconds"]} | after]
+    return {"steps": steps, "budget": steps, **figures, "curve": points}
+
+
 def stamp() -> dict[str, Any]:
     about = machine()
     return {
@@ -121,8 +140,8 @@ def stamp() -> dict[str, Any]:
     }
 
 
-def configured(arm: Arm, task: Task, home: Path, folder: Path, seed: int, teacher: Path) -> Config:
-    """The configuration of an arm's run."""
+def configured(arm: Arm, task: Task, home: Path, folder: Path, seed: int, teacher: Path, *, unseen: bool = False) -> Config:
+    """The configuration of an arm's run; `unseen`: without evaluations on the way."""
     sections = arm.sections(task) | {
         "student": {"model": str(home / "run/student")},
         "teacher": {"model": str(teacher)},
@@ -131,7 +150,9 @@ def configured(arm: Arm, task: Task, home: Path, folder: Path, seed: int, teache
     for section, options in asked(task, home, whole_from, every_passes=arm.every).items():
         sections[section] = options | sections.get(section, {})
     sections["data"]["train"] = str(home / ("solved.jsonl" if arm.solved else "prompts.jsonl"))
-    steps = task.steps * (LONGER if arm.longer else 1)
+    if unseen:
+        sections["evaluation"] = {"tasks": [], "kl_prompts": 0}
+    steps = round(task.steps * (LONGER if arm.longer else 1))
     sections["training"] = {"max_steps": steps} | sections.get("training", {})
     return config_of(task, folder, seed, **sections)
 

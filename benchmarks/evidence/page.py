@@ -22,8 +22,8 @@ from benchmarks.evidence.analysis import (
 )
 from benchmarks.evidence.arms import ABLATIONS, ARMS, EVERY_ARM
 from benchmarks.evidence.cells import TEACHER, Cell
-from benchmarks.evidence.hypotheses import ALL, HYPOTHESES
-from benchmarks.evidence.plan import ABLATED
+from benchmarks.evidence.grpo import PREFIX, STARTS, WINDOW, steps_to
+from benchmarks.evidence.hypotheses import ABLATED, ALL, HYPOTHESES, RL
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.tables import table
 
@@ -248,6 +248,68 @@ def _number(name: str) -> tuple[int, str]:
     return int(found[0]) if found else 0, name
 
 
+def reinforcement(entries: Entries) -> str:
+    """Before and after GRPO, by where it began."""
+    rows = []
+    for task in there(entries, RL):
+        for start in STARTS:
+            name = PREFIX + start
+            if not seeds_of(entries, task, name):
+                continue
+
+            def over(figure: Callable[[Entry], float | None], task: str = task, name: str = name) -> Mean | None:
+                return over_seeds(entries, task, name, figure)
+
+            rows.append(
+                [
+                    task,
+                    EVERY_ARM[start].title,
+                    str(len(seeds_of(entries, task, name))),
+                    shown(over(at_start), ".1f"),
+                    shown(over(lambda e: 100 * (e["curve"][-1]["accuracy"] - e["curve"][0]["accuracy"])), "+.1f"),
+                    shown(over(after_steps), ".1f"),
+                    *(
+                        " → ".join(brief(over(lambda e, k=k, at=at: e["curve"][at][f"pass@{k}"]), 1, 100) for at in (0, -1))  # type: ignore[misc]
+                        for k in (1, 8)
+                    ),
+                    " → ".join(brief(over(lambda e, at=at: _window(e["entropy"], at)), 3) for at in (0, -1)),  # type: ignore[misc]
+                    _reached(entries, task, name),
+                ]
+            )
+    heads = [
+        "task",
+        "from",
+        "seeds",
+        "accuracy %",
+        "gain",
+        "after GRPO %",
+        "pass@1",
+        "pass@8",
+        "entropy",
+        "steps to SFT's end",
+    ]
+    return table(heads, rows)
+
+
+def _window(values: Sequence[float], at: int) -> float:
+    """The mean of the first, or of the last, steps."""
+    some = values[:WINDOW] if at == 0 else values[-WINDOW:]
+    return sum(some) / len(some)
+
+
+def _reached(entries: Entries, task: str, name: str) -> str:
+    """Mean steps until as many sampled answers are right as at the end of GRPO from SFT, of the seeds that get there."""
+    reached = []
+    for seed in sorted(seeds_of(entries, task, name) & seeds_of(entries, task, f"{PREFIX}sft")):
+        share = _window(entries[Cell(task, f"{PREFIX}sft", seed)]["rewards"], -1)
+        reached.append(steps_to(entries[Cell(task, name, seed)]["rewards"], share))
+    known = [steps for steps in reached if steps is not None]
+    if not reached:
+        return ""
+    never = f", {len(reached) - len(known)} never" if len(known) < len(reached) else ""
+    return (f"{sum(known) / len(known):.0f}" if known else "") + never
+
+
 def machine(entries: Entries) -> str:
     about = {
         f"{e['machine']['processor']}, {e['machine']['cores']} cores; "
@@ -266,6 +328,7 @@ BLOCKS: dict[str, Callable[[Entries], str]] = {
     "strata": strata,
     "filters": filters,
     "ablations": ablations,
+    "reinforcement": reinforcement,
     "stages": stages,
 }
 

@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 from benchmarks.evidence.arms import ABLATIONS, ARMS
 from benchmarks.evidence.cells import TEACHER, Cell
-from benchmarks.evidence.hypotheses import ALL
+from benchmarks.evidence.grpo import GRPO_ARMS
+from benchmarks.evidence.hypotheses import ABLATED, ALL, RL
 from benchmarks.evidence.tasks import TASKS
 
 VARIANT_ARMS = ("sft", "kd-sequence", "kd-topk", "npd", "npd-none", "strict")
 """Of tasks that differ from another one in the student alone."""
-ABLATED = ("sums", "sorting")
-"""Tuning tasks."""
 
 
 def cells(seeds: int) -> list[Cell]:
@@ -32,3 +31,6 @@ def _cells(seeds: range | list[int]) -> Iterator[Cell]:
     for seed in seeds:
         for task in ABLATED:
             yield from (Cell(task, arm, seed) for arm in ABLATIONS)
+    for seed in seeds:
+        for task in RL:
+            yield from (Cell(task, arm, seed) for arm in GRPO_ARMS)

@@ -50,10 +50,10 @@ class Task:
     warm_up: Training
     size: tuple[int, int] = SMALL
     teacher_size: tuple[int, int] = MIDDLE
-    prompts: int = 480
+    prompts: int = 720
     batch_tokens: int = 2048
     """Of a step of every arm."""
-    steps: int = 120
+    steps: int = 150
     """About ten passes over all prompts with their responses."""
     learning_rate: float = 3e-4
     """Constant, so that any point of a run is one at which it could have ended; that of the warm-up's end. 1e-3, the first
@@ -71,23 +71,28 @@ class Task:
         return FAMILIES[self.family]
 
 
-_MORE: dict[str, Any] = {"prompts": 1440, "batch_tokens": 4096, "steps": 200}
-_SUMS = Task("sums", held_out=False, teacher=Training(20_000, 1600), warm_up=Training(1500, 1200), **_MORE)
-_COINS = Task("coins", held_out=True, teacher=Training(20_000, 1200), warm_up=Training(800, 500))
+_SUMS = Task("sums", held_out=False, teacher=Training(20_000, 1600), warm_up=Training(1500, 1200), batch_tokens=2560)
+_COINS = Task("coins", held_out=True, teacher=Training(20_000, 1200), warm_up=Training(800, 500), batch_tokens=2560)
 
 TASKS: dict[str, Task] = {
     # tuning
     "sums": _SUMS,
     "chains": Task(
-        "chains", held_out=False, teacher=Training(80_000, 0), warm_up=Training(1200, 400), size=MIDDLE, teacher_size=LARGE
+        "chains",
+        held_out=False,
+        teacher=Training(80_000, 0),
+        warm_up=Training(1200, 400),
+        size=MIDDLE,
+        teacher_size=LARGE,
+        prompts=480,
     ),
-    "sorting": Task("sorting", held_out=False, teacher=Training(20_000, 800), warm_up=Training(1200, 400), batch_tokens=1536),
+    "sorting": Task("sorting", held_out=False, teacher=Training(20_000, 800), warm_up=Training(2400, 800), batch_tokens=1792),
     "sums-strong": replace(_SUMS, warm_up=Training(20_000, 2000)),
     # held out
     "coins": _COINS,
     "mixed": Task("mixed", held_out=True, teacher=Training(20_000, 1000), warm_up=Training(1200, 400), batch_tokens=1024),
     "palindromes": Task(
-        "palindromes", held_out=True, teacher=Training(20_000, 500), warm_up=Training(1200, 400), batch_tokens=1024
+        "palindromes", held_out=True, teacher=Training(20_000, 500), warm_up=Training(1200, 400), batch_tokens=896
     ),
     "coins-large": replace(_COINS, size=MIDDLE),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import zlib
 from collections import defaultdict
 from collections.abc import Callable
 from typing import ClassVar
@@ -94,6 +95,36 @@ class ByRefutation(ByVerifier):
     right = False
 
 
+class Half(Rule):
+    """Keeps the half of a part that `keys` puts first: what a side of Δ is worth, at an equal number of responses."""
+
+    bounds_of = "the half's"
+
+    def keys(self, table: pa.Table) -> np.ndarray:
+        delta: np.ndarray = np.nan_to_num(table["delta_ifd"].to_numpy(), nan=np.inf)
+        return delta
+
+    def __call__(self, table: pa.Table, config: SelectionConfig) -> Judgement:
+        place = np.argsort(np.argsort(self.keys(table), kind="stable"))
+        return Judgement(np.where(place < (len(table) + 1) // 2, PROXIMAL, "filtered"), None)
+
+
+class HighHalf(Half):
+    def keys(self, table: pa.Table) -> np.ndarray:
+        return -super().keys(table)
+
+
+class RandomHalf(Half):
+    reads_free = False
+
+    def keys(self, table: pa.Table) -> np.ndarray:
+        texts = (bytes(str(ids), "ascii") for ids in table["response_ids"].to_pylist())
+        return np.array([zlib.crc32(text) for text in texts])
+
+
 RULES.register("verified", ByVerifier)
 RULES.register("refuted", ByRefutation)
+RULES.register("low_half", Half)
+RULES.register("high_half", HighHalf)
+RULES.register("random_half", RandomHalf)
 BENCHMARKS.register("verified", Verified)
