@@ -538,8 +538,6 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "batching": ("batching", batching),
     "attention": ("attention", attention),
     "attention, machine": ("attention", machine),
-    "attention on a GPU": ("attention-cuda", attention),
-    "batching on a GPU": ("batching-cuda", batching),
     "tails on a GPU": ("tails-cuda", tails),
     "tails on a GPU, lengths": ("tails-cuda", tails_lengths),
     "tails on a GPU, stages": ("tails-cuda", tails_stages),
