@@ -232,11 +232,11 @@ def nodes() -> Iterator[Nodes]:
 def test_nodes_and_actors_that_come_and_go(make, nodes, in_turns, monkeypatch, capsys):
     """At some moment a node joins, one is killed at work, and later an actor is: each costs the part that it was at."""
     handed = 0
+    killed = False
     real = Ray._hand_out
-    later = random.Random(1).randint(1, 2)
 
     def hand_out(self: Ray) -> None:
-        nonlocal handed
+        nonlocal handed, killed
         before = {actor.task for actor in self.actors}
         real(self)
         busy = [actor for actor in self.actors if actor.task is not None and actor.task not in before]
@@ -246,9 +246,9 @@ def test_nodes_and_actors_that_come_and_go(make, nodes, in_turns, monkeypatch, c
                 wanted.append("a node")
             if handed == 2:
                 nodes.kill()
-            if handed == 3 + later:
-                time.sleep(random.Random(2).random() / 20)
-                os.kill(busy[0].process, signal.SIGKILL)
+        if busy and self._deaths and not killed:  # the node's loss is known: these actors live
+            killed = True
+            os.kill(busy[0].process, signal.SIGKILL)
 
     def check(self: Ray) -> None:  # in the main thread, which alone can begin nodes
         while wanted:
@@ -263,8 +263,8 @@ def test_nodes_and_actors_that_come_and_go(make, nodes, in_turns, monkeypatch, c
     tree = make(ray=nodes.options)
     npd.distill(tree, display=Display())
     said = capsys.readouterr().out
-    assert "left Ray's cluster while it made part" in said, said
-    assert "died while it made part" in said, said
+    assert killed
+    assert said.count("while it made part") >= 2, said  # which of both a socket that is closed means, Ray may not know yet
     assert_same(state_of(tree["run_dir"]), in_turns)
     events = list(read_events(Path(tree["run_dir"]) / "events.jsonl"))
     assert len([e for e in events if e.name == SpanName.RESTART]) >= 2

@@ -320,7 +320,8 @@ class Ray(Beside):
         else:
             self._stillborn += NODE if gone else 1
             deaths, what = self._stillborn, "nothing yet"
-        story = f"The node of {where} left Ray's cluster" if gone else f"The actor {where} died"
+        left = f"The node of {where} left Ray's cluster, or cannot be reached,"
+        story = left if gone else f"The actor {where} died"
         story += f" while it made {what}: {why}" if actor.state == "make" else f" before it made a part: {why}"
         story = story.rstrip(".") + "."
         self.shop.events.mark(SpanName.RESTART, rank=actor.number, code=1)
