@@ -17,13 +17,11 @@ which reads the tokens of a second teacher (benchmarks/aligned.py).
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import random
 import re
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from typing import Any
 from benchmarks import aligned, peers
 from benchmarks.common import RESULTS
 from benchmarks.evidence.analysis import Entry, Mean
-from benchmarks.evidence.cells import Cell, Results, locked, stamp
+from benchmarks.evidence.cells import Cell, Results, claimed, locked, stamp
 from benchmarks.tables import between, table
 from npd import models
 from npd.config import Config
@@ -251,19 +249,6 @@ def written(run_dir: Path) -> dict[str, Any]:
 
 def lock_of(folder: Path, cell: Cell) -> Path:
     return folder / "lock" / f"cell-{list(ARMS).index(cell.arm)}-{cell.seed}"
-
-
-@contextmanager
-def claimed(file: Path) -> Iterator[bool]:
-    """Is this process the only one that has it?"""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w") as held:
-        try:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
 
 
 def expected(cell: Cell, standing: Entries) -> float:

@@ -574,11 +574,8 @@ def filled(text: str) -> str:
     """A page with the table of each pair of marks that it has."""
     for name, (file, make) in BLOCKS.items():
         path = RESULTS / f"{file}.json"
-        mark = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
-        if not re.search(mark, text, re.DOTALL):
-            continue
-        body = make(json.loads(path.read_text())) if path.exists() else "(not measured)"
-        text = re.sub(mark, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
+        if f"<!-- {name} -->" in text:
+            text = between(text, name, make(json.loads(path.read_text())) if path.exists() else "(not measured)")
     return text
 
 

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import yaml
 from bench import config_of
-from conftest import HANG, killed_from_outside, write_jsonl
-from test_workers import assert_same, state_of
+from conftest import HANG, killed_from_outside
+from test_workers import ONE_THREAD, assert_same, state_of, three_parts
 
 import npd
 from npd.config import PlacementConfig, ScheduleConfig, load_config
@@ -35,7 +35,6 @@ from npd.placement import assign_devices
 Tree = dict[str, Any]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'npd[ray]'")
 STORE = 80 << 20  # bytes of a node's object store: the least that Ray allows
-PROMPTS = [{"prompt": f"{n}+{n % 7}*3=", "source": "ab"[n % 2]} for n in range(10, 16)]
 
 # -- what needs no cluster
 
@@ -160,27 +159,13 @@ def left(seconds: float = 20.0) -> list[str]:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, teacher_dir, student_dir) -> Tree:
     """A run of a second: three generations of three parts."""
-    data = write_jsonl(tmp_path_factory.mktemp("ray") / "data.jsonl", PROMPTS)
-    return {
-        "student": {"model": str(student_dir)},
-        "teacher": {"model": str(teacher_dir)},
-        "data": {"train": str(data), "max_prompt_tokens": 16},
-        "schedule": {"generations": 3, "passes": 2, "lead": 0.0},
-        "rollout": {"max_new_tokens": 8, "batch_size": 4, "part_size": 2},
-        "scoring": {"top_k": 3, "batch_tokens": 64, "free": "always"},
-        "selection": {"rule": "none"},
-        "packing": {"length": 24},
-        "training": {"batch_tokens": 48, "learning_rate": 1e-2},
-        "checkpoint": {"every_steps": 3, "keep": 3, "restarts": 3},
-        "tracking": {"trackers": [], "report": False},
-    }
+    return three_parts(tmp_path_factory.mktemp("ray") / "data.jsonl", student_dir, teacher_dir, lead=0.0)
 
 
 @pytest.fixture
 def make(base, tmp_path) -> Callable[..., Tree]:
     def make(name: str = "run", ray: Tree | None = None, **sections: Any) -> Tree:
-        threads = {"train_threads": 1, "rollout_threads": 1, "teacher_threads": 1}
-        placement = threads | ({} if ray is None else {"rollout": "ray", "ray": ray})
+        placement = ONE_THREAD | ({} if ray is None else {"rollout": "ray", "ray": ray})
         changed = {k: base.get(k, {}) | v if isinstance(v, dict) else v for k, v in sections.items()}
         return base | {"run_dir": str(tmp_path / name), "placement": placement} | changed
 

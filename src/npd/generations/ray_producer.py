@@ -179,8 +179,7 @@ class Ray(Beside):
         shop = self.shop
         busy = {actor.task for actor in self.actors}
         there = set(shop.store.policies())
-        wanted = range(shop.store.current, shop.config.schedule.generations)
-        for generation in ([REFERENCE] if shop.generations.mixed else []) + [*wanted]:
+        for generation in self._ahead():
             missing = [part for part in shop.books.missing(generation) if (generation, part) not in busy]
             if not missing:
                 continue
@@ -193,6 +192,12 @@ class Ray(Beside):
             elif self._takes_first and 0 not in there:
                 continue
             yield from ((generation, part, version) for part in missing)
+
+    def _ahead(self) -> list[int]:
+        """Generations that are, or will be, trained on."""
+        shop = self.shop
+        references = [REFERENCE] if shop.generations.mixed else []
+        return [*references, *range(shop.store.current, shop.config.schedule.generations)]
 
     @property
     def _takes_first(self) -> bool:
@@ -292,9 +297,8 @@ class Ray(Beside):
         mine = max(1, int(self.cluster.cpus))
         placed, options = self.shop.placement, self.shop.config.placement
         rollout = options.rollout_threads or mine
-        first = placed.first_threads or mine
-        if not self.cluster.local or len(self.actors) > 1:  # else the trainer waits for the one that there is
-            first = options.rollout_threads or mine
+        alone = self.cluster.local and len(self.actors) <= 1  # then the trainer waits for the one that there is
+        first = placed.first_threads or mine if alone else rollout
         return self._messages.Threads(rollout, options.teacher_threads or rollout, first)
 
     def _lost(self, actor: Actor, error: BaseException) -> None:
@@ -359,8 +363,7 @@ class Ray(Beside):
         if not self._finishing.acquire(blocking=False):  # the trainer does
             return
         try:
-            wanted = range(shop.store.current, shop.config.schedule.generations)
-            for generation in ([REFERENCE] if shop.generations.mixed else []) + [*wanted]:
+            for generation in self._ahead():
                 if not shop.store.parts(generation) or shop.books.missing(generation):
                     continue
                 if shop.store.manifest(generation) is not None:

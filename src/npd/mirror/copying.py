@@ -64,12 +64,11 @@ class Tally:
     """Seconds that a file had been there when its copy was: the longest."""
 
     def add(self, other: Tally) -> None:
-        self.files, self.bytes, self.deleted = (
-            self.files + other.files,
-            self.bytes + other.bytes,
-            self.deleted + other.deleted,
-        )
-        self.seconds, self.lag = self.seconds + other.seconds, max(self.lag, other.lag)
+        self.files += other.files
+        self.bytes += other.bytes
+        self.deleted += other.deleted
+        self.seconds += other.seconds
+        self.lag = max(self.lag, other.lag)
 
 
 class Copies:
