@@ -9,11 +9,12 @@ import shutil
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import npd
+import npd.mirror.arriving
 import npd.mirror.copying
 import npd.mirror.keeping
 import npd.mirror.place
@@ -230,6 +232,19 @@ def test_it_ends_as_the_undisturbed_run_did(recorded, tmp_path, share):
     assert mine.keys() - there.keys() == {".lock"}
 
 
+@pytest.mark.parametrize("name", ["policy/v000000/../../../out", "student/./x", "logs//x", "policy/v000000/..\\x"])
+def test_no_name_in_a_mirror_leads_out_of_the_run(tmp_path, monkeypatch, name):
+    """A store of keys takes any name; nothing is written where such a one leads."""
+    whole = npd.mirror.place.Place._all
+    monkeypatch.setattr(npd.mirror.place.Place, "_all", lambda self: whole(self) | {name: 1})
+    monkeypatch.setattr(npd.mirror.place.Place, "fetch", lambda *_: pytest.fail("it was fetched"))
+    mirror = tmp_path / "mirror"
+    mirror.mkdir()
+    with pytest.raises(UserError, match="no name of a file below it"):
+        npd.mirror.arriving.bring_down(Place(str(mirror)), tmp_path / "run")
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_was_half_brought_down_is_brought_down_again(recorded, tmp_path, monkeypatch):
     tree, run_dir = state(recorded, len(recorded.done) * 3 // 5, tmp_path)
     real, left = Place.fetch, 12
@@ -299,11 +314,17 @@ class Failing(Place):
     """Fails to take files, so many times, or while `dead` is set."""
 
     failures, dead, why = 0, False, "AWS Error NETWORK_CONNECTION during PutObject: connection reset"
+    tried: ClassVar[Counter[str]]
+    counting = threading.Lock()  # several files are copied at a time
 
     def _write(self, name: str, size: int, write: Any) -> int:
         cls = type(self)
-        if name != "mirror.json" and (cls.dead or cls.failures > 0):
-            cls.failures -= 1
+        with cls.counting:
+            fails = name != "mirror.json" and (cls.dead or cls.failures > 0)
+            if fails:
+                cls.failures -= 1
+                cls.tried[name] += 1
+        if fails:
             raise OSError(cls.why)
         return super()._write(name, size, write)
 
@@ -311,7 +332,7 @@ class Failing(Place):
 @pytest.fixture
 def failing(monkeypatch):
     class Mine(Failing):
-        pass
+        tried: ClassVar[Counter[str]] = Counter()
 
     monkeypatch.setattr(npd.mirror.copying, "Place", Mine)
     return Mine
@@ -334,9 +355,16 @@ def test_uploads_that_fail_are_tried_again(make_tree, tmp_path, failing):
         ("No space left", 5),
     ],
 )
-def test_a_store_that_is_dead_loses_no_run(make_tree, tmp_path, failing, why, tries):
+def test_a_store_that_is_dead_loses_no_run(make_tree, tmp_path, failing, monkeypatch, why, tries):
     """Full, denied or away: the run ends, one paragraph says what is not mirrored, and the same command copies it later."""
     failing.dead, failing.why = True, why
+    finish = Mirror.finish
+
+    def last(self: Mirror) -> None:
+        failing.tried.clear()  # the run's end may have cut the tries of a copy beside it short
+        finish(self)
+
+    monkeypatch.setattr(Mirror, "finish", last)
     display, said = saying()
     tree = mirrored(make_tree(), f"file://{tmp_path}/mirror")
     with pytest.raises(RunError, match="is whole, but its mirror is not") as raised:
@@ -350,7 +378,7 @@ def test_a_store_that_is_dead_loses_no_run(make_tree, tmp_path, failing, why, tr
     assert [e.facts["about"] for e in read_events(tmp_path / "run/events.jsonl", SpanName.WARNING)] == ["mirror"]
     store = Store(tmp_path / "run")
     assert store.finished
-    assert failing.failures % tries == 0  # so often for each file that was tried
+    assert {*failing.tried.values()} == {tries}  # each file that was tried
     failing.dead = False
     npd.distill(tree)
     assert files_of(tmp_path / "mirror")[str(WEIGHTS)] == (store.student / "model.safetensors").read_bytes()

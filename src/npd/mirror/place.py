@@ -81,9 +81,19 @@ class Place:
     # -- reading
 
     def files(self) -> dict[str, int]:
-        """Names and bytes of all files; those half written are left out."""
+        """Names and bytes of all files; those half written are left out.
 
-        return {name: size for name, size in self._all().items() if not name.endswith(ASIDE)}
+        Raises:
+            UserError: one has a name that would lead out of a directory here, as a store of keys may hold.
+        """
+        found = {name: size for name, size in self._all().items() if not name.endswith(ASIDE)}
+        for name in found:
+            if "\\" in name or {"", ".", ".."} & {*name.split("/")}:
+                raise UserError(
+                    f"{self.shown} holds {foreign(name, 100)!r}, which is no name of a file below it.",
+                    "npd wrote no such file: see who did, and delete it.",
+                )
+        return found
 
     def _all(self) -> dict[str, int]:
         def look() -> dict[str, int]:
