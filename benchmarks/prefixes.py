@@ -1,6 +1,6 @@
 """Loss on prefixes (`loss.first_tokens`): quality against generated tokens, on solutions of 13 to 274 tokens.
 
-    python -m benchmarks.prefixes    # three seeds: 40 minutes on one core, once the teacher of benchmarks/chains.py is trained
+    python -m benchmarks.prefixes    # three seeds: 40 minutes on one core, once benchmarks/chains.py has its teacher
     python -m benchmarks.tables      # docs/objectives.md's table from what it wrote
 
 The task and its teacher are those of benchmarks/chains.py. A seed's student learns from references for a while, then goes on
@@ -10,9 +10,10 @@ response, the more prompts are answered, and as many responses go into an optimi
 point of a curve is a run that could have ended there.
 
 Hypothesis, written before the run. Public results have the first 30% of tokens teach about as well as all. (1) At equal
-generated tokens, 60% are no worse than whole responses, as they answer more prompts and take more steps. (2) 30%, two steps of
-a chain of six, are worse than whole ones: no position behind them is trained, while the step that a chain is at is what is
-hard here. (3) At equal prompts both are worse than whole responses. (4) What is lost is lost in chains of more than six steps.
+generated tokens, 60% are no worse than whole responses, as they answer more prompts and take more steps. (2) 30%, two steps
+of a chain of six, are worse than whole ones: no position behind them is trained, while the step that a chain is at is what is
+hard here. (3) At equal prompts both are worse than whole responses. (4) What is lost is lost in chains of more than six
+steps.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from npd.demo.tokenizer import build_tokenizer
 from npd.errors import RunError, UserError
 from npd.generations.reselect import reselect
 from npd.observe.display import Display
+from npd.preflight import prepare
 from npd.prompts import ENTRY
 from npd.records import INCORRECT, PROXIMAL, UNANIMOUS, UNVERIFIED
 from npd.report.facts import gather
@@ -38,7 +39,7 @@ from npd.verifying import Judge, Unjudged
 SLOW = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
     re.compile(r"(?:#{4}\s*|#(?=[^\s#]))([^\n#]+)"),
-    re.compile(r"(?<![</\w])answer(?!\w)(?:\s+is)?\s*[:=]?[\s*]*([^\n]+)", re.IGNORECASE),
+    re.compile(r"(?<![</\w])answer(?!\w)(?:\s+is)?\s*[:=]?[\s*]*((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)", re.IGNORECASE),
 )
 PIECES = [
     "<answer>",
@@ -379,6 +380,13 @@ def test_what_cannot_be_verified_is_refused_at_the_start(make_tree, tmp_path, mo
     write_jsonl(tmp_path / "shape.jsonl", [{"prompt": "1+1=", "reasoning_gym": {"answer": "7"}}])
     with pytest.raises(UserError, match=re.escape(words)):
         npd.distill(make_tree(**sections))
+
+
+def test_rows_that_nothing_verifies_are_counted_at_the_start(make_tree, tmp_path):
+    rows = [{"prompt": f"{i}+1=", "answer": answer} for i, answer in enumerate(("1", "", None, [" ", "4"]))]
+    tree = make_tree(selection={"reward": "correct"}, data={"train": str(write_jsonl(tmp_path / "some.jsonl", rows))})
+    notes = prepare(load_config(tree), "distill").notes
+    assert any("2 of 4 prompts have no answer: selection.reward correct drops" in note for note in notes)
 
 
 def test_the_example_runs(answered, tmp_path):

@@ -24,6 +24,8 @@ from npd.verifiers import extract_answer, is_correct, pass_at_k
         ("The answer is 9.", "9."),
         ("Answer: Paris", "Paris"),
         ("**Final Answer: 3**", "3"),
+        ("**Answer: Paris** because of 3*4.", "Paris"),
+        ("The answer is 3*4", "3*4"),
         ("one\n\ntwo\n", "two"),
         ("", ""),
         (" \n ", ""),
@@ -239,33 +241,73 @@ def kinds(n: int, m: int) -> dict[str, tuple[str, list[str], list[str]]]:
     ]
     return {
         "number": (a, said, formula + within + several + bounds + scaled),
-        "thousands": (str(big), numbers, [f"{spaced}0", spaced[:-1], f"{spaced} or 3", spaced.replace(" ", "."), spaced.replace(" ", "  3 ")]),
+        "thousands": (
+            str(big),
+            numbers,
+            [f"{spaced}0", spaced[:-1], f"{spaced} or 3", spaced.replace(" ", "."), spaced.replace(" ", "  3 ")],
+        ),
         "a part of thousands": (spaced[-3:], [str(n % 1000)], [spaced, f"{big:,}"]),
-        "negative": (f"-{a}", [f"\u2212{a}", f"-{a}.0", f"x = -{a}", rf"-{a}\%"], [a, f"{b}-{a}", f"{b} - {a}", f"x-{a}", f"±{a}"]),
+        "negative": (
+            f"-{a}",
+            [f"\u2212{a}", f"-{a}.0", f"x = -{a}", rf"-{a}\%"],
+            [a, f"{b}-{a}", f"{b} - {a}", f"x-{a}", f"±{a}"],
+        ),
         "fraction": (
             f"{a}/{b}",
             [rf"\frac{{{a}}}{{{b}}}", rf"\dfrac{{{2 * n}}}{{{2 * m}}}", f"{a} / {b}", f"x = {a}/{b}"],
             [f"{b}/{a}", f"-{a}/{b}", a, b, f"{a}:{b}", f"{a}/{b}/7", f"{n / m:.3f}1", f"{a}/{b}x"],
         ),
-        "mixed": (rf"{a}\frac{{1}}{{2}}", [f"{a} 1/2", f"{a}.5", f"{a}½", f"{a} ½"], [f"{a}/2", f"-{a}.5", f"{a} and a half, {b}", "1/2"]),
-        "percent": (rf"{a}\%", [f"{a}%", a, f"{n / 100}", f"{a} percent"], [f"{n / 100}%", f"{100 * n}%", f"{a}% or {b}%", f"{a} % {b}"]),
+        "mixed": (
+            rf"{a}\frac{{1}}{{2}}",
+            [f"{a} 1/2", f"{a}.5", f"{a}½", f"{a} ½"],
+            [f"{a}/2", f"-{a}.5", f"{a} and a half, {b}", "1/2"],
+        ),
+        "percent": (
+            rf"{a}\%",
+            [f"{a}%", a, f"{n / 100}", f"{a} percent"],
+            [f"{n / 100}%", f"{100 * n}%", f"{a}% or {b}%", f"{a} % {b}"],
+        ),
         "share": (f"{n / 100}", [f"{a}%", rf"{a}\%", f".{n:02d}" if n < 100 else f"{n / 100}"], [a, f"{n * 10}%", f"-{a}%"]),
-        "unit": (f"{a} cm", [a, f"{a}cm", f"{a} cm in all", rf"{a}\text{{ cm}}"], [f"{a} m", f"{a} kg", f"{b} cm", f"{a} feet"]),
+        "unit": (
+            f"{a} cm",
+            [a, f"{a}cm", f"{a} cm in all", rf"{a}\text{{ cm}}"],
+            [f"{a} m", f"{a} kg", f"{b} cm", f"{a} feet"],
+        ),
         "currency": (f"€{a}", [a, f"{a} €", f"€{a}.00"], [f"£{a}", f"{a} ¥", f"-€{a}"]),
-        "scientific": (f"{a}e5", [rf"{a} \times 10^5", rf"{a} \cdot 10^{{5}}", f"{n * 10**5}", f"{n * 10**5:,}"], [rf"{a} \times 10^{{-5}}", a, "5"]),
-        "tuple": (f"({a}, {b})", [rf"\left({a},{b}\right)", f"({a}.0,{b})"], [f"({b}, {a})", f"[{a}, {b}]", f"{a}, {b}", f"({a}, {b}, {b})"]),
+        "scientific": (
+            f"{a}e5",
+            [rf"{a} \times 10^5", rf"{a} \cdot 10^{{5}}", f"{n * 10**5}", f"{n * 10**5:,}"],
+            [rf"{a} \times 10^{{-5}}", a, "5"],
+        ),
+        "tuple": (
+            f"({a}, {b})",
+            [rf"\left({a},{b}\right)", f"({a}.0,{b})"],
+            [f"({b}, {a})", f"[{a}, {b}]", f"{a}, {b}", f"({a}, {b}, {b})"],
+        ),
         "set": (rf"\{{{a}, {b}\}}", [f"{{{b},{a}}}", rf"\{{{a},{b}\}}"], [f"({a},{b})", rf"\{{{a},{a}\}}", rf"\{{{a}\}}", a]),
         "list": (f"{a}, {b}", [f"{a},{b}.0", f"{b} , {a}"], [f"({a}, {b})", a, f"{a}, {a}"]),
         "interval": (f"[{a}, {b})", [f"[{a},{b})", f"[{a}.0, {b})"], [f"({a}, {b})", f"[{a}, {b}]", f"[{b}, {a})"]),
         "time": (f"12:{n % 50 + 10}", [f"12:{n % 50 + 10}"], ["12", str(n % 50 + 10), f"11:{n % 50 + 10}"]),
         "named": (f"x={a}", [a, f"x = {a}"], [f"y = {a}", f"x = {b}", f"x = {a} or x = {b}", f"x > {a}"]),
-        "root": (rf"{a}\sqrt{{{b}}}", [rf"{a} \sqrt {{{b}}}", rf"x = {a}\sqrt{{{b}}}"], [a, b, rf"{b}\sqrt{{{a}}}", rf"{a}+\sqrt{{{b}}}"]),
-        "choice": ("B", ["(B)", "B.", "**B**", "B) text", f"(B) {a}", "b: Paris"], ["A", "A or B", "(A), (B)", "A. not B", "Bob", "AB", "not B", a]),
+        "root": (
+            rf"{a}\sqrt{{{b}}}",
+            [rf"{a} \sqrt {{{b}}}", rf"x = {a}\sqrt{{{b}}}"],
+            [a, b, rf"{b}\sqrt{{{a}}}", rf"{a}+\sqrt{{{b}}}"],
+        ),
+        "choice": (
+            "B",
+            ["(B)", "B.", "**B**", "B) text", f"(B) {a}", "b: Paris"],
+            ["A", "A or B", "(A), (B)", "A. not B", "Bob", "AB", "not B", a],
+        ),
         "marked choice": (r"\text{(B)}", ["B", "(B)", r"\textbf{(B)}"], ["C", "(B) or (C)", "BC"]),
-        "yes": ("Yes", ["yes", "Yes.", f"Yes, as {a} < {b}", "**Yes**"], ["no", "yes and no", "Yes, no", "not yes", "yesterday"]),
+        "yes": (
+            "Yes",
+            ["yes", "Yes.", f"Yes, as {a} < {b}", "**Yes**"],
+            ["no", "yes and no", "Yes, no", "not yes", "yesterday"],
+        ),
         "words": ("NaN", ["nan", "NaN."], ["inf", "0", "nano"]),
         "long": ("9" * 300 + a, ["9" * 300 + a + ".0", "x = " + "9" * 300 + a], ["9" * 299 + a, "9" * 300 + b]),
-    }  # fmt: skip
+    }
 
 
 @settings(max_examples=40)

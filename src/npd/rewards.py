@@ -29,8 +29,8 @@ def verified(prompts: Any, completions: list[Any], **columns: Any) -> list[float
     """1.0 for a right completion, 0.0 for a wrong one; None where nothing verifies it, or its verifier could not judge it.
 
     A row says what is right in a column `answer` (a text or a number, or a list of them, of which any is right; or a cell as
-    `dataset` gives them) or in a column `reasoning_gym` (an entry, or its JSON), as rows of data.train do. Rows that say nothing
-    train nothing: `dataset` and `verifiable` leave them out.
+    `dataset` gives them) or in a column `reasoning_gym` (an entry, or its JSON), as rows of data.train do. Rows that say
+    nothing train nothing: `dataset` and `verifiable` leave them out.
 
     Raises:
         UserError: there is neither column.

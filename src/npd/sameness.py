@@ -1,7 +1,7 @@
 """Do two short texts say the same answer? Numbers by value, lists by their members, choices by their letter, else as text.
 
-A wrong answer that is called right teaches the wrong thing, a right one that is called wrong costs a sample: what can be read in
-two ways is called wrong. All of it takes time linear in the texts' length: they are untrusted.
+A wrong answer that is called right teaches the wrong thing, a right one that is called wrong costs a sample: what can be
+read in two ways is called wrong. All of it takes time linear in the texts' length: they are untrusted.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ __all__ = ["same_answer"]
 def same_answer(said: str, answer: str, marked: bool = True) -> bool:
     """Is what was said the right answer?
 
-    Numbers are equal by value: 1/2, \\frac{1}{2}, ½ and 0.5; 10,000, 10 000 and 10'000; 3 \\times 10^5. A number may have words
-    before it, and units or words behind it, which count where both sides have them. 50% is 50, as lm-eval's verifiers have it,
-    and 0.5 too, as math-verify has it. A number that is part of something else (an expression, a range, a list, a date, a word
-    such as H2O) is none.
+    Numbers are equal by value: 1/2, \\frac{1}{2}, ½ and 0.5; 10,000, 10 000 and 10'000; 3 \\times 10^5. A number may have
+    words before it, and units or words behind it, which count where both sides have them. 50% is 50, as in MATH's own
+    normalisation, and 0.5 too, as in math-verify. A number that is part of something else (an expression, a range, a list, a
+    date, a word such as H2O) is none.
 
     Args:
         marked: was what was said marked as the answer? A line of prose may have further numbers in other clauses.
@@ -162,15 +162,19 @@ _QUANTITY = re.compile(
 )
 # What makes a number part of something else: where it is glued to a word, an operator, a function, a comparison, a bracket.
 _BEFORE = re.compile(
-    r"(?:[\w.,]|\d:|[\^_]\{?\w{1,4}\}?\s|[\w}]\(|[-–—+*/^<>≤≥≠±∓×÷·⋅√∛!|&@%{\[]\s?|[!<>]=\s?|\\[a-z]{1,20}(?:\[[^\]]{0,20}\])?\s?[({]?"
-    r"|(?<!\w)[a-z][,;]\s|(?<!\w)(?:not(?: \w{1,9}){0,2}|never|than|least|most|log|ln|sqrt|root|sin|cos|tan|minus|negative|plus|times|mod|over|under|above|below|"
-    r"except|between|either|up to|from|x|twice|double|half of|(?:third|quarter|fifth|tenth)s? of|one in)\s?\(?|n['’]t )$"
+    r"(?:[\w.,]|\d:|[\^_]\{?\w{1,4}\}?\s|[\w}]\(|[-–—+*/^<>≤≥≠±∓×÷·⋅√∛!|&@%{\[]\s?"
+    r"|[!<>]=\s?|\\[a-z]{1,20}(?:\[[^\]]{0,20}\])?\s?[({]?"
+    r"|(?<!\w)[a-z][,;]\s|(?<!\w)(?:not(?: \w{1,9}){0,2}|never|than|least|most|log|ln|sqrt|root|sin|cos|tan"
+    r"|minus|negative|plus|times|mod|over|under|above|below|except|between|either|up to|from|x|twice|double"
+    r"|half of|(?:third|quarter|fifth|tenth)s? of|one in)\s?\(?"
+    r"|n['’]t )$"
 )
 _BEHIND = re.compile(
     r"(?:\s?(?P<percent>%|per ?cent(?!\w)))?(?:\s(?P<scale>dozen|hundred|thousand|million|billion|trillion)s?(?!\w))?"
     r"(?:\s?(?P<sign>[°℃℉$€£¥₹])[cf]?(?!\w))?"
     rf"(?P<unit>(?:\s?(?:{_UNITS})|(?:\s[mgslhcfjwvad]))(?![\w^²³]))?(?:/\s?(?:[a-z]{{2,20}}|[hslmgd])(?![\w^(]))?"
-    r"""["'’”)\]}*]{0,9}(?:$|[.,;:?](?=$|[\s"'’”)*])(?!\s[b-hj-z](?!\w))|\s(?:[-–—]\s(?=[a-z]{2})|\((?=[a-z]{2})|(?=[a-z°]{2}|[ad] )"""
+    r"""["'’”)\]}*]{0,9}(?:$|[.,;:?](?=$|[\s"'’”)*])(?!\s[b-hj-z](?!\w))"""
+    r"|\s(?:[-–—]\s(?=[a-z]{2})|\((?=[a-z]{2})|(?=[a-z°]{2}|[ad] )"
     r"(?!(?:or|and|to|pi|mod|modulo|factorial|squared|cubed|choose|plus|minus|times|divided|over|sqrt|half|point)(?!\w)"
     r"|\w{1,20}[\^_(]|[a-z]{1,3}\d)))"
 )
@@ -182,24 +186,7 @@ _CLAUSE = re.compile(
     r"total|answer|leaving|leaves?)(?!\w)"
 )
 _LISTED = re.compile(r"(?:[,;]|(?<!\w)(?:and|or))\s?\w{1,4}\s?(?:=|is|are)\s?$")
-_JOINS = {
-    "and",
-    "or",
-    "to",
-    "of",
-    "out",
-    "through",
-    "by",
-    "per",
-    "vs",
-    "versus",
-    "feet",
-    "foot",
-    "hours",
-    "minutes",
-    "on",
-    "at",
-}
+_JOINS = {"and", "or", "to", "of", "out", "through", "by", "per", "vs", "versus", "feet", "foot", "on", "at"}
 LONGEST = 400  # digits of what fractions are computed of; longer numbers are compared as they stand
 
 

@@ -26,7 +26,10 @@ OPEN, CLOSE = "<answer>", "</answer>"
 # Whatever may repeat in front of what can fail has a bound: else a text could be made that takes quadratic time.
 _MARKED = (
     re.compile(r"(?:#{4}\s{0,99}|#(?=[^\s#]))([^\n#]+)"),  # GSM8K's mark and the demo's, but no Markdown heading
-    re.compile(r"(?<![</\w])answer(?!\w)(?:\s{1,9}is)?\s{0,9}[:=]?[\s*]{0,18}([^\n]+)", re.IGNORECASE),
+    re.compile(  # to the end of what is bold, or of the line
+        r"(?<![</\w])answer(?!\w)(?:\s{1,9}is)?\s{0,9}[:=]?[\s*]{0,18}((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)",
+        re.IGNORECASE,
+    ),
 )
 _BRACE = re.compile(r"\\boxed ?\{|\\[{}]|[{}]")
 

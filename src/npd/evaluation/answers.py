@@ -20,8 +20,8 @@ class Answers(VerifiedTask):
         self.answers = table["answer"].to_pylist()
         if False in (known := verifiable(table["answer"]).to_pylist()):
             raise UserError(
-                f"evaluation.tasks has `answer`, but {known.count(False):,} of the first {len(known):,} rows of data.eval have "
-                f"none, such as row {known.index(False) + 1}.",
+                f"evaluation.tasks has `answer`, but {known.count(False):,} of {len(known):,} rows of data.eval have none, "
+                f"such as row {known.index(False) + 1}.",
                 "Add them, or leave these rows out.",
             )
         super().__init__(task, setting, table["prompt_ids"].to_pylist())
