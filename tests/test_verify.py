@@ -166,7 +166,19 @@ def kinds(n: int, m: int) -> dict[str, tuple[str, list[str], list[str]]]:
         f"{b}^{a}",
         f"{a}^{b}",
     ]
-    within += [f"f({a})", f"log {a}", f"({a}, x)", f"(x, {a})", f"|{a}|", f"{b} mod {a}", f"{b} % {a}", f"{a}/x", f"{b}/{a}"]
+    within += [
+        f"f({a})",
+        f"log {a}",
+        f"({a}, x)",
+        f"x or {a}",
+        f"(x+1) {a}",
+        f"(x, {a})",
+        f"|{a}|",
+        f"{b} mod {a}",
+        f"{b} % {a}",
+        f"{a}/x",
+        f"{b}/{a}",
+    ]
     several = [
         f"{b} or {a}",
         f"{b} and {a}",

@@ -162,9 +162,9 @@ _QUANTITY = re.compile(
 )
 # What makes a number part of something else: where it is glued to a word, an operator, a function, a comparison, a bracket.
 _BEFORE = re.compile(
-    r"(?:[\w.,]|\d:|[\^_]\{?\w{1,4}\}?\s|[\w}]\(|[-–—+*/^<>≤≥≠±∓×÷·⋅√∛!|&@%{\[]\s?"
+    r"(?:[\w.,]|\d:|[\^_]\{?\w{1,4}\}?\s|[\w}]\(|[-–—+*/^<>≤≥≠±∓×÷·⋅√∛!|&@%;{\[)\]}]\s?"
     r"|[!<>]=\s?|\\[a-z]{1,20}(?:\[[^\]]{0,20}\])?\s?[({]?"
-    r"|(?<!\w)[a-z][,;]\s|(?<!\w)(?:not(?: \w{1,9}){0,2}|never|than|least|most|log|ln|sqrt|root|sin|cos|tan"
+    r"|(?<!\w)[a-z][,;]\s|(?<!\w)(?:not(?: \w{1,9}){0,2}|and|or|never|than|least|most|log|ln|sqrt|root|sin|cos|tan"
     r"|minus|negative|plus|times|mod|over|under|above|below|except|between|either|up to|from|x|twice|double"
     r"|half of|(?:third|quarter|fifth|tenth)s? of|one in)\s?\(?"
     r"|n['’]t )$"
