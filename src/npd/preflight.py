@@ -23,7 +23,7 @@ from npd.generations.models import Tokens, load_tokenizers
 from npd.generations.producer import producer_kind
 from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
-from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data
+from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data, verifiable
 from npd.registry import ENGINES, RULES
 from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
@@ -137,8 +137,9 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
             "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
             "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
         )
+    unverified: list[str] = []
     if command == DISTILL and prompts is not None:
-        check_answers(config, prompts)
+        unverified = check_answers(config, prompts)
     tasks = [] if command != EVAL and finished else benchmarks(BenchmarkSetting(config, chat, held_out))
     longest = max([0, *(p.longest for p in (prompts, held_out) if p is not None), *(task.longest_prompt for task in tasks)])
     option, response = max(
@@ -148,7 +149,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
     )
     models.check_context(config.student.model, tokens.student, longest, response, option)
     read_by_teacher = max([longest, *(p.longest_of_teacher for p in (prompts, held_out) if p is not None)])
-    notes = [*seen] + [
+    notes = [*seen, *unverified] + [
         f"{name}: {note}" for data, name in ((prompts, "data.train"), (held_out, "data.eval")) if data for note in data.notes
     ]
     notes += [note for task in tasks for note in task.notes]
@@ -213,21 +214,33 @@ def knowledge_notes(config: Config, prompts: Prompts) -> list[str]:
     return notes
 
 
-def check_answers(config: Config, prompts: Prompts) -> None:
+def check_answers(config: Config, prompts: Prompts) -> list[str]:
     """See that there is something to verify responses by, where that is asked for.
+
+    Returns:
+        How many rows selection.reward drops as nothing verifies them.
 
     Raises:
         UserError: no row has an answer, or one names a task that is not known.
     """
-    answers = prompts.table["answer"]
-    if config.selection.reward != "any" and answers.null_count == len(answers):
-        raise UserError(
-            f"selection.reward {config.selection.reward} judges responses by their rows' answers, but no row of data.train "
-            "has an `answer` or a `reasoning_gym` entry.",
-            "Add them, name the column with data.columns, or set selection.reward: any.",
-        )
+    answers, reward, notes = prompts.table["answer"], config.selection.reward, []
+    if reward != "any":
+        right = pc.sum(verifiable(answers)).as_py() or 0
+        if not right:
+            blank = len(answers) - answers.null_count
+            raise UserError(
+                f"selection.reward {reward} judges responses by their rows' answers, but no row of data.train "
+                f"has an `answer` or a `reasoning_gym` entry{f' ({blank:,} of their answers are empty)' if blank else ''}.",
+                "Add them, name the column with data.columns, or set selection.reward: any.",
+            )
+        if right < len(answers):
+            notes.append(
+                f"{len(answers) - right:,} of {len(answers):,} prompts have no answer: selection.reward {reward} drops their "
+                "responses as unverified, after they were written and scored. Leave these rows out, or give them an answer."
+            )
     if config.scoring.verify:
         check_entries(answers.filter(pc.starts_with(answers, ENTRY)).to_pylist())
+    return notes
 
 
 def _processes() -> int:
