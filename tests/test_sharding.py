@@ -303,6 +303,9 @@ def test_what_samples_do_not_reach(tree_of, monkeypatch):
     """A layer's products that only some micro-batches go through, as experts may be: the others give them a gradient of zero,
     also where no sample of a step reaches them. Whole copies look for that only where the student's code is foreign."""
 
+    real, reached = LlamaMLP.forward, True
+    load = models.load_model
+
     def routed(self: LlamaMLP, x: Tensor) -> Tensor:
         return real(self, x) if x.shape[1] % 2 == 0 and reached else x / 2
 
@@ -312,9 +315,6 @@ def test_what_samples_do_not_reach(tree_of, monkeypatch):
         first = learn_each(trees[:1])
         reached = False
         return first + learn_each(trees[1:])
-
-    real, reached = LlamaMLP.forward, True
-    load = models.load_model
 
     def loaded(*args: Any, **options: Any) -> Any:
         """The layer is as others where the model is looked at."""
