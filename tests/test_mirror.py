@@ -178,7 +178,7 @@ def state(recorded: Recorded, count: int, tmp: Path) -> tuple[dict[str, Any], Pa
     return mirrored(recorded.tree | {"run_dir": str(tmp / "fresh")}, f"file://{there}"), tmp / "fresh"
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.data())
 def test_every_moment_of_a_mirror_is_a_run_that_can_go_on(recorded, tmp_path_factory, data):
     count = data.draw(st.integers(0, len(recorded.done)), "things done in the mirror")

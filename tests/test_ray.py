@@ -7,14 +7,15 @@ import logging
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from bench import config_of
 from conftest import HANG, save_model, write_jsonl
 from fake_ray import FakeRay, OutOfMemoryError, RayError
 from fake_server import serving
+from rich.console import Console
 from test_adapters import save_adapter
 from test_workers import ONE_THREAD, assert_same, state_of, three_parts
 
@@ -149,8 +151,28 @@ def base(tmp_path_factory, teacher_dir, student_dir) -> Tree:
     return three_parts(tmp_path_factory.mktemp("ray") / "data.jsonl", student_dir, teacher_dir, lead=0.0)
 
 
+def marked() -> dict[int, str]:
+    """Processes of clusters that npd started, with what their command is."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            if f"{MARK}=".encode() in (process / "environ").read_bytes():
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
+        except OSError:
+            continue
+    return found
+
+
+def left(seconds: float = 20.0) -> dict[int, str]:
+    """Those that are still there after some time."""
+    deadline = time.monotonic() + seconds
+    while marked() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return marked()
+
+
 def begin(tree: Tree, log: Path) -> None:
-    """A run in a process of its own, as a fork of this one, that waits for ever before the first step of its second generation."""
+    """A run in a process of its own, a fork of this one, that waits for ever before its second generation's first step."""
     os.setsid()
     with log.open("w") as file:
         for number in (1, 2):
@@ -177,6 +199,20 @@ def driver(base, tmp_path_factory) -> Iterator[tuple[BaseProcess, Tree, Path]]:
     process.start()
     yield process, tree, folder / "log"
     process.kill()
+
+
+@pytest.fixture(scope="module")
+def killed(driver) -> Tree:
+    """A run whose process was killed, with a cluster of its own, while its second generation was made."""
+    process, tree, log = driver
+    deadline = time.monotonic() + HANG
+    while not (Path(tree["run_dir"]) / "generations/g001/part-00000.parquet").exists() and time.monotonic() < deadline:
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert left() == {}
+    return tree
 
 
 @pytest.fixture
@@ -252,8 +288,8 @@ def test_a_part_that_fails_ends_the_run(make, fake, tmp_path, capsys, how):
 
 # As Ray 2.60 and 2.40 said it of actors that its memory monitor ended.
 OUT_OF_MEMORY = [
-    """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 127.0.0.1, ID: dc1508) was 5.51GB \
-used / 23.54GB limit (0.233854)
+    """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 127.0.0.1, ID: dc1508) was \
+5.51GB used / 23.54GB limit (0.233854)
 OOM kill reason: Memory usage 5836771328B exceeded threshold of 5586106880B (22.1% of 25276502016B limit)
 Object store memory usage: [- objects spillable: 9
 Top 10 memory users: PID\tMEM(GB)\tCOMMAND
@@ -261,64 +297,61 @@ Top 10 memory users: PID\tMEM(GB)\tCOMMAND
 Refer to the documentation on how to address the out of memory issue: https://docs.ray.io. Set max_restarts and \
 max_task_retries to enable retry when the task crashes due to OOM.""",
     """Task was killed due to the node running low on memory.
-Memory on the node (IP: 127.0.0.1, ID: 1) where the task (actor ID: 2, name=Refresher.__init__, pid=3, memory used=3.51GB) was \
-running was 5.51GB / 23.54GB (0.23), which exceeds the memory usage threshold of 0.22.
-Refer to the documentation on how to address the out of memory issue: https://docs.ray.io""",
+Memory on the node (IP: 127.0.0.1, ID: 0df1a5) where the task (actor ID: 25015a, name=npd refresh-0:A.__init__, pid=31156, \
+memory used=2.16GB) was running was 5.51GB / 23.54GB (0.156508), which exceeds the memory usage threshold of 0.156. Ray killed \
+this worker (ID: 09bdb0) because it was the most recently scheduled task; to see more information about memory usage on this \
+node, use `ray logs raylet.out -ip 127.0.0.1`.  Top 10 memory users:
+PID\tMEM(GB)\tCOMMAND
+31156\t2.16\tray::A.eat
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io. Set max_restarts and \
+max_task_retries to enable retry when the task crashes due to OOM.""",
 ]
 
 
-@pytest.mark.parametrize(("said", "restarts"), [*zip(OUT_OF_MEMORY, [2, 0], strict=True)])
-def test_a_part_that_takes_too_much_memory_is_given_up(make, fake, said, restarts):
+def test_a_part_that_takes_too_much_memory_is_given_up(make, fake, capsys):
     """However often other parts are finished meanwhile; what is said names the memory and what to turn."""
-    tried = 0
+    deaths = [OutOfMemoryError(said) for said in OUT_OF_MEMORY]
 
     def fails(method: str, task: Any) -> RayError | None:
-        nonlocal tried
-        if method == "make" and (task.generation, task.part) == (1, 1):
-            tried += 1
-            return OutOfMemoryError(said)
-        return None
+        return deaths.pop(0) if method == "make" and (task.generation, task.part) == (1, 1) else None
 
     ray = fake(fails)
-    tree = make(ray={"actors": 2}, checkpoint={"restarts": restarts})
+    tree = make(ray={"actors": 2}, checkpoint={"restarts": len(deaths) - 1})
     with pytest.raises(RunError) as caught:
-        npd.distill(tree)
-    assert tried == restarts + 1
-    assert ray.begun == 2 + restarts
-    assert "died while it made part 1 of generation 1: " in caught.value.what
-    assert "node running low on memory" in caught.value.what
-    assert "5.51GB" in caught.value.what
-    assert "max_restarts" not in str(caught.value)
-    assert "placement.ray.actors" in caught.value.remedy
-    assert "rollout.batch_size" in caught.value.remedy
-    assert "RAY_memory_usage_threshold" in caught.value.remedy
-    assert str(caught.value).isprintable()
+        npd.distill(tree, display=Display(Console(width=10_000)))
+    assert deaths == []
+    assert ray.begun == 2 + len(OUT_OF_MEMORY) - 1
+    (again,) = [line for line in capsys.readouterr().out.splitlines() if "It is made again by another one." in line]
+    for said in (again, caught.value.what):
+        assert "died while it made part 1 of generation 1: " in said
+        assert "node running low on memory" in said
+        assert "5.51GB" in said
+        assert "max_restarts" not in said
+        assert said.isprintable()
+    for option in ("placement.ray.actors", "rollout.batch_size", "RAY_memory_usage_threshold"):
+        assert option in caught.value.remedy
 
 
-@pytest.mark.parametrize("what", ["served teacher, references and fresh adapters", "adapters of student and teacher"])
-def test_what_actors_make_is_what_turns_make(make, fake, tmp_path, monkeypatch, teacher_dir, what):
+def test_what_actors_make_is_what_turns_make(make, fake, tmp_path, monkeypatch, teacher_dir):
+    """With a served teacher that asks for a key, an adapter that is gone on with, and references."""
     base_dir = save_model(tmp_path / "base", seed=2, tied=False)
     rows = [{"prompt": p.prompt, "completion": p.completion[:6]} for p in make_problems(6, seed=7)]
-    options: Tree = {"data": {"train": str(write_jsonl(tmp_path / "data.jsonl", rows)), "max_prompt_tokens": 32}}
-    options |= {"schedule": {"generations": 2, "passes": 1}, "packing": {"length": 64}}
-    with ExitStack() as stack:
-        if "served" in what:
-            monkeypatch.setenv("TEACHER_KEY", "sekrit")
-            server = stack.enter_context(serving(teacher_dir, key="sekrit"))
-            served = {"server": server.url, "model": "big", "tokenizer": str(teacher_dir), "api_key_env": "TEACHER_KEY"}
-            options |= {"teacher": served, "student": {"model": str(base_dir), "lora": {"r": 2}}}
-            options["schedule"]["references"] = 0.4
-        else:
-            of = {"student": base_dir, "teacher": teacher_dir}
-            adapters = {role: str(save_adapter(tmp_path / f"{role}-adapter", path)) for role, path in of.items()}
-            options |= {role: {"model": str(path), "adapter": adapters[role]} for role, path in of.items()}
+    monkeypatch.setenv("TEACHER_KEY", "sekrit")
+    with serving(teacher_dir, key="sekrit") as server:
+        options: Tree = {
+            "student": {"model": str(base_dir), "adapter": str(save_adapter(tmp_path / "adapter", base_dir))},
+            "teacher": {"server": server.url, "model": "big", "tokenizer": str(teacher_dir), "api_key_env": "TEACHER_KEY"},
+            "data": {"train": str(write_jsonl(tmp_path / "data.jsonl", rows)), "max_prompt_tokens": 32},
+            "schedule": {"generations": 2, "passes": 1, "references": 0.4},
+            "packing": {"length": 64},
+        }
         npd.distill(make("turns", **options))
         fake()
         npd.distill(make("ray", ray={"actors": 2}, **options))
     states = [state_of(tmp_path / name) for name in ("ray", "turns")]
     for name, state in zip(("ray", "turns"), states, strict=True):
         references = [*(tmp_path / name / "generations" / "references").glob("*")]
-        assert len(references) == (4 if "served" in what else 0)
+        assert len(references) == 4
         state |= {file.name: file.read_bytes() for file in references}
     assert_same(*states)
 
@@ -347,44 +380,26 @@ def test_limits_of_ray_are_explained():
 # -- clusters
 
 
-def marked() -> dict[int, str]:
-    """Processes of clusters that npd started, with what their command is."""
-    found = {}
-    for process in Path("/proc").iterdir():
-        try:
-            if f"{MARK}=".encode() in (process / "environ").read_bytes():
-                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
-        except OSError:
-            continue
-    return found
-
-
-def left(seconds: float = 20.0) -> dict[int, str]:
-    """Those that are still there after some time."""
-    deadline = time.monotonic() + seconds
-    while marked() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return marked()
-
-
 class Nodes:
-    """A cluster of this machine: a head that takes no actors, and nodes that come and go."""
+    """A cluster of this machine: a head, and nodes that come and go, each with room for an actor."""
 
     def __init__(self) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
+        head = self.each | {"include_dashboard": False}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes: list[Any] = []
 
+    each: ClassVar[Tree] = {"num_cpus": 1, "resources": {"rollout": 1}, "object_store_memory": STORE}
+
     def add(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=STORE))
+        self.nodes.append(self.cluster.add_node(**self.each))
 
     def kill(self, actors: dict[str, int]) -> None:
-        """Kill the oldest node, with the actor's process that is there, of processes by their nodes' ids."""
+        """Kill a node, with the actor's process that is there, of processes by their nodes' ids."""
         node = self.nodes.pop(0)
         self.cluster.remove_node(node, allow_graceful=False)
-        os.kill(actors[node.node_id], signal.SIGKILL)
+        os.kill(actors.pop(node.node_id), signal.SIGKILL)
 
     @property
     def options(self) -> Tree:
@@ -400,43 +415,47 @@ def nodes(driver) -> Iterator[Nodes]:
         reread(imported())
         found = Nodes()
         found.add()
-        found.add()
         yield found
         found.cluster.shutdown()
 
 
 @needs_ray
-def test_nodes_and_actors_that_come_and_go(make, nodes, in_turns, monkeypatch, capsys):
-    """Where two actors are at work, the node of one is killed, and the process of the other one; a node joins later."""
-    killed: dict[str, int] = {}
+def test_nodes_and_actors_that_come_and_go(killed, nodes, in_turns, tmp_path, monkeypatch, capsys):
+    """Where two actors are at work, the node of one is killed, and the process of the other one; a node joins later.
+
+    The run is one whose driver was killed before.
+    """
+    at_work: dict[str, int] = {}
     real, checked = Ray._hand_out, Ray.check
 
     def hand_out(self: Ray) -> None:
         real(self)
         busy = {actor.node: actor.process for actor in self.actors if actor.task is not None}
-        if len(busy) == 2 and not killed:
-            killed.update(busy)
-            (other,) = {*busy} - {nodes.nodes[0].node_id}
+        if len(busy) == 2 and not at_work:
+            at_work.update(busy)
             nodes.kill(busy)
-            os.kill(busy[other], signal.SIGKILL)
+            (other,) = busy.values()
+            os.kill(other, signal.SIGKILL)
 
     def check(self: Ray) -> None:  # in the main thread, which alone can begin nodes
-        if killed and len(nodes.nodes) == 1:
+        if at_work and not nodes.nodes:
             nodes.add()
         checked(self)
 
     monkeypatch.setattr(Ray, "check", check)
     monkeypatch.setattr(Ray, "_hand_out", hand_out)
-    tree = make(ray=nodes.options)
-    npd.distill(tree, display=Display())
+    run_dir = tmp_path / "run"
+    shutil.copytree(killed["run_dir"], run_dir)
+    placement = ONE_THREAD | {"rollout": "ray", "ray": nodes.options}
+    npd.distill(killed | {"run_dir": str(run_dir), "placement": placement}, display=Display())
     said = capsys.readouterr().out
     assert said.count("while it made part") == 2, said  # which of both a socket that is closed means, Ray may not know yet
-    assert_same(state_of(tree["run_dir"]), in_turns)
-    events = list(read_events(Path(tree["run_dir"]) / "events.jsonl"))
+    assert_same(state_of(run_dir), in_turns)
+    events = list(read_events(run_dir / "events.jsonl"))
     assert len([e for e in events if e.name == SpanName.RESTART]) == 2
     assert {e.role for e in events if e.name == SpanName.GENERATE} <= {"refresh-0", "refresh-1"}
     stored = [(e.facts["generation"], e.facts["part"]) for e in events if e.name == SpanName.STORE]
-    assert sorted(stored) == [(g, part) for g in range(3) for part in range(3)]
+    assert {*stored} == {(g, part) for g in range(3) for part in range(3)}
 
 
 @needs_ray
@@ -474,51 +493,50 @@ def answers(port: int) -> set[str]:
     return found - {"UNIMPLEMENTED"}
 
 
+def listening_of(pids: set[int]) -> set[tuple[str, int]]:
+    """Addresses and ports that processes listen on."""
+    found = set()
+    for pid in pids:
+        with suppress(psutil.Error):  # some come and go
+            for connection in psutil.Process(pid).net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
 @needs_ray
-def test_a_driver_that_is_killed_or_stopped_leaves_nobody(driver, in_turns, tmp_path, monkeypatch, capfd):
-    """With a cluster of its own, that nobody else can use: killed, then stopped by Ctrl-C, then run to its end in turns."""
-    process, tree, log = driver
-    run_dir = Path(tree["run_dir"])
-    deadline = time.monotonic() + HANG
-    while not (run_dir / "generations" / "g001" / "part-00000.parquet").exists() and time.monotonic() < deadline:
-        assert process.is_alive(), log.read_text()
-        time.sleep(0.01)
-    process.kill()
-    process.join()
-    assert left() == {}
-
-    listening: dict[str, set[int]] = {}
+def test_a_cluster_of_its_own_is_nobody_elses(killed, in_turns, tmp_path, monkeypatch, capfd):
+    """It listens on the loopback interface, refuses whoever has no token, and is gone after Ctrl-C."""
+    listening: set[tuple[str, int]] = set()
     answered: dict[int, set[str]] = {}
-    real = Ray._hand_out
+    real = Ray._hear
 
-    def hand_out(self: Ray) -> None:
+    def hear(self: Ray) -> None:
         real(self)
-        if not listening and any(actor.task == (2, 2) for actor in self.actors):
-            for pid in {os.getpid(), *marked()}:
-                with suppress(psutil.Error):  # some come and go
-                    for socket in psutil.Process(pid).net_connections("inet"):
-                        if socket.status == psutil.CONN_LISTEN:
-                            listening.setdefault(socket.laddr.ip, set()).add(socket.laddr.port)
-            answered.update({port: answers(port) for ports in listening.values() for port in ports})
+        listening.update(listening_of({os.getpid(), *marked()}))
+        answered.update({port: answers(port) for _, port in listening if port not in answered})
+        if sum(codes != {"UNAVAILABLE"} for codes in answered.values()) >= 5:  # driver, GCS, two of a raylet, a worker
             for pid in marked():  # as a terminal does
                 os.kill(pid, signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
+            self._closing.wait()
 
+    shutil.copytree(killed["run_dir"], tmp_path / "run")
+    tree = killed | {"run_dir": str(tmp_path / "run")}
     with monkeypatch.context() as patch:
-        patch.setattr(Ray, "_hand_out", hand_out)
+        patch.setattr(Ray, "_hear", hear)
         patch.setenv("HOME", str(tmp_path))
         patch.delenv(WIDE, raising=False)
-        before = dict(os.environ)
+        before = {*os.environ}
         with pytest.raises(KeyboardInterrupt):
             npd.distill(tree)
-        assert not {name for name in os.environ if name.startswith("RAY_AUTH") or name == WIDE} - {*before}
+        assert not {name for name in {*os.environ} - before if name == WIDE or name.startswith("RAY_AUTH")}
     assert marked() == {}
-    assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
-    assert {*map(frozenset, answered.values())} <= {frozenset({"UNAUTHENTICATED"}), frozenset({"UNAVAILABLE"})}  # HTTP
-    assert len([codes for codes in answered.values() if codes == {"UNAUTHENTICATED"}]) >= 5  # GCS, two of a raylet, two workers
+    assert {address.removeprefix("::ffff:") for address, _ in listening} == {"127.0.0.1"}
+    assert all(codes <= {"UNAUTHENTICATED", "UNAVAILABLE"} for codes in answered.values())  # the latter: it speaks HTTP
     assert not (tmp_path / ".ray").exists()
     npd.distill(tree | {"placement": ONE_THREAD})
-    assert_same(state_of(run_dir), in_turns)
+    assert_same(state_of(tmp_path / "run"), in_turns)
     assert "Traceback" not in "".join(capfd.readouterr())
 
 

@@ -100,7 +100,7 @@ class Ray(Beside):
             self._thread.join()
         if self.cluster is not None:
             with suppress(Exception):  # the cluster may be gone
-                left = [actor.handle.leave.remote() for actor in self.actors]
+                left = [actor.handle.leave.remote() for actor in self.actors if actor.state != "hello"]
                 if left:
                     self.ray.wait(left, num_returns=len(left), timeout=3)
                 for actor in self.actors:
