@@ -24,9 +24,9 @@ from npd.placement import Placement
 OLDEST = 2, 40
 INSTALL = "pip install 'npd[ray]', on every node of the cluster."
 MEMORY = (
-    "Where memory is short, let a node have fewer actors (placement.ray.actors, or num_cpus or memory of each), or let them take "
-    "less (rollout.batch_size, rollout.max_new_tokens, scoring.batch_tokens); Ray ends actors where RAY_memory_usage_threshold "
-    "(0.95 of a node's memory) is reached."
+    "Where memory is short, let a node have fewer actors (placement.ray.actors, or num_cpus or memory of each), or let them "
+    "take less (rollout.batch_size, rollout.max_new_tokens, scoring.batch_tokens); Ray ends actors where a node's memory is "
+    "used to RAY_memory_usage_threshold (0.95)."
 )
 WORDS = 700  # characters of Ray's
 MARK = "NPD_RAY_CLUSTER"
@@ -270,11 +270,10 @@ def reread(ray: Any) -> None:
     with suppress(AttributeError):  # of a Ray that keeps it elsewhere: who starts a cluster looks where it listens
         constants = ray._private.ray_constants
         constants.ENABLE_RAY_CLUSTER = constants.env_bool(WIDE, sys.platform not in ("darwin", "win32"))
-    with suppress(ImportError):  # before 2.52
-        from ray._raylet import AuthenticationTokenLoader, Config
-
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+    with suppress(AttributeError):  # before 2.52
+        loader = ray._raylet.AuthenticationTokenLoader.instance()
+        ray._raylet.Config.initialize("")
+        loader.reset_cache()
 
 
 @contextmanager
