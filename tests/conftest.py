@@ -136,10 +136,12 @@ def save_model(
     return path
 
 
-UP_TO = """import sys, time, npd.cli, npd.train.trainer
-held, real = int(sys.argv.pop(1)), npd.train.trainer.Trainer.step
+UP_TO = """import os, sys, time, npd.cli, npd.train.trainer
+held, real, parent = int(sys.argv.pop(1)), npd.train.trainer.Trainer.step, os.getppid()
 def step(self, *args):
     while args[3] == held:
+        if os.getppid() != parent:  # nobody is left to kill it
+            os._exit(1)
         time.sleep(1)
     return real(self, *args)
 npd.train.trainer.Trainer.step = step

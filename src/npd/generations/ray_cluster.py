@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -21,7 +23,14 @@ from npd.placement import Placement
 
 OLDEST = 2, 40
 INSTALL = "pip install 'npd[ray]', on every node of the cluster."
+MEMORY = (
+    "Where memory is short, let a node have fewer actors (placement.ray.actors, or num_cpus or memory of each), or let them "
+    "take less (rollout.batch_size, rollout.max_new_tokens, scoring.batch_tokens); Ray ends actors where a node's memory is "
+    "used to RAY_memory_usage_threshold (0.95)."
+)
+WORDS = 700  # characters of Ray's
 MARK = "NPD_RAY_CLUSTER"
+WIDE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray keeps to the loopback interface, on any system
 # Ray's agents outlive a driver that is killed: whoever has the mark of a cluster is ended once the pipe to its driver closes.
 KEEPER = f"""
 import os, psutil, sys, time
@@ -108,11 +117,15 @@ class Cluster:
         self.local = self.options.address is None and not self.joined
         self._keeper: subprocess.Popen[bytes] | None = None
         if not self.joined:
-            with _signals_kept():
-                if self.local:
-                    self._start(placed, token)
-                else:
-                    self._connect({"address": self.options.address}, token)
+            try:
+                with _signals_kept():
+                    if self.local:
+                        self._start(placed, token)
+                    else:
+                        self._connect({"address": self.options.address}, token)
+            except BaseException:
+                self.close()
+                raise
         there = self.ray.cluster_resources()
         options = self.options
         self.gpus = options.num_gpus if options.num_gpus is not None else float(there.get("GPU", 0) > 0)
@@ -143,7 +156,7 @@ class Cluster:
         cpus = options.num_cpus if options.num_cpus is not None else self._threads_each(placed)
         self._keeper = subprocess.Popen([sys.executable, "-c", KEEPER, token], stdin=subprocess.PIPE, start_new_session=True)
         # SPT_NOENV: processes that give themselves a title keep their environment where the keeper can read it.
-        with _environment({MARK: token, "SPT_NOENV": "1"} | visible_gpus(free)):
+        with _environment({MARK: token, "SPT_NOENV": "1"} | private() | visible_gpus(free)):
             arguments = {
                 "address": "local",
                 "num_cpus": max(1, math.ceil(count * cpus)),
@@ -152,8 +165,15 @@ class Cluster:
                 "object_store_memory": options.object_store_memory,
             }
             self._connect(arguments, token)
+        address = self.ray.util.get_node_ip_address()
+        if WIDE not in os.environ and not ipaddress.ip_address(address).is_loopback:
+            raise UserError(
+                f"Ray {self.ray.__version__} listens on {address} although it was told to keep to this machine.",
+                f"Set {WIDE}=1 if it may, or start a cluster with `ray start` and set placement.ray.address to auto.",
+            )
 
     def _connect(self, arguments: dict[str, Any], token: str) -> None:
+        reread(self.ray)
         try:
             self.ray.init(**arguments, namespace=f"npd-{token}", log_to_driver=False, logging_level="ERROR")
             with suppress(AttributeError):  # a raylet's log is printed where it dies; npd says itself what that costs
@@ -161,7 +181,6 @@ class Cluster:
         except (
             Exception
         ) as error:  # of many kinds: no such cluster, another version of Ray or Python, a limit of this machine
-            self.close()
             where = f"The Ray cluster at {self.options.address} can't be joined" if not self.local else "Ray can't start here"
             remedy = (
                 "See that `ray status` shows the cluster on this machine, which has to be one of its nodes (`ray start "
@@ -212,16 +231,49 @@ class Cluster:
             "directory), or lower rollout.part_size. What was finished is kept.",
         )
 
+    def reason(self, error: BaseException) -> str:
+        """Why an actor was lost, in Ray's words.
+
+        They end with it, after ids or a traceback; but where a node's memory was short, they begin with it.
+        """
+        lines = str(error).strip().split("\n")
+        short = isinstance(error, self.ray.exceptions.OutOfMemoryError)
+        return foreign(" ".join(lines[:2]) if short else lines[-1], WORDS)
+
     def close(self) -> None:
         """Leave; a cluster that was started here ends."""
         if not self.joined:
             with suppress(Exception), _signals_kept():  # whatever is left of it
                 self.ray.shutdown()
+            reread(self.ray)
         if self._keeper is not None and self._keeper.stdin is not None:
             self._keeper.stdin.close()
             with suppress(subprocess.TimeoutExpired):
                 self._keeper.wait(timeout=5)
             self._keeper = None
+
+
+def private() -> dict[str, str]:
+    """Variables that make a cluster this process's own, as far as the user has not set them.
+
+    Its processes then listen on the loopback interface alone, and (Ray 2.52 and newer) to those who have a token, which no
+    file holds.
+    """
+    wanted = {WIDE: "0", "RAY_AUTH_MODE": "token"}
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def reread(ray: Any) -> None:
+    """Have Ray read again what it read of its environment when it was imported, by whoever did."""
+    with suppress(AttributeError):  # of a Ray that keeps it elsewhere: who starts a cluster looks where it listens
+        constants = ray._private.ray_constants
+        constants.ENABLE_RAY_CLUSTER = constants.env_bool(WIDE, sys.platform not in ("darwin", "win32"))
+    with suppress(AttributeError):  # before 2.52
+        loader = ray._raylet.AuthenticationTokenLoader.instance()
+        ray._raylet.Config.initialize("")
+        loader.reset_cache()
 
 
 @contextmanager
