@@ -213,7 +213,7 @@ def test_a_temperature_that_the_engine_does_not_take_is_refused(eval_tree):
         npd.distill(hot)
     assert not Path(hot["run_dir"]).exists()
     placed = npd.preflight.prepare(load_config(hot), "sft").placement
-    assert engine_beside_training(load_config(hot), placed, 1) == "transformers"
+    assert engine_beside_training(load_config(hot), placed, 1).name == "transformers"
     with pytest.raises(npd.UserError, match=r"temperature is 2.5, but vLLM .* up to 2"):
         npd.evaluate(hot)
     with pytest.raises(npd.UserError, match=r"rollout.temperature is 2.5"):
