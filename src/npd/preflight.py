@@ -184,9 +184,12 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
             notes += check_sources(config, read, name)
     if compared is not None or config.evaluation.teacher or generates:
         check_aligned(config, compared is not None, generates)
-    reads = (needs_teacher or compared is not None) and not (command != EVAL and finished)
+    heard = list(config.all_teachers) if needs_teacher or compared is not None else []
+    if not heard and config.evaluation.teacher and command != EVAL and tasks:
+        heard = [None]
     question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, read_by_teacher, response, option)
-    for key, teacher in config.all_teachers.items() if reads else ():
+    for key in heard if command == EVAL or not finished else ():
+        teacher = config.all_teachers[key]
         kind = teacher_kind(teacher)
         mine = replace(question, prompt_ids=first_prompt(config, key, prompts if needs_teacher else compared))
         if any(data is not None and data.templated for data in (prompts, held_out)):

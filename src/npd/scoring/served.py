@@ -206,9 +206,10 @@ def _template_notes(config: TeacherConfig, server: Server, question: Question) -
     for messages in TALKS:
         mine = chat.try_render([dict(message) for message in messages], how="ask")
         theirs = server.tokenize_chat(messages, chat.options) if mine is not None else None
-        if mine is None or theirs is None or theirs == list(chat.tokenizer(mine, add_special_tokens=False)["input_ids"]):
+        ids = [] if mine is None else list(chat.tokenizer(mine, add_special_tokens=False)["input_ids"])
+        if theirs is None or theirs == ids:
             continue
-        told = parting(mine, _text(chat.tokenizer, theirs), (chat.whose, "the server's"))
+        told = parting(*(_text(chat.tokenizer, each) for each in (ids, theirs)), (chat.whose, "the server's"))
         return [f"The chat template of {config.model} on {server.url} is not {chat.whose}, which writes the prompts: {told}."]
     return []
 
