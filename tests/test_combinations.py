@@ -20,7 +20,7 @@ def place() -> Iterator[Bench]:
         yield place
 
 
-@settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=7, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(picked=st.fixed_dictionaries({name: st.sampled_from(list(choices)) for name, choices in CHOICES.items()}))
 def test_what_is_let_through_runs(place, picked):
     outcome = attempt(place, picked)
