@@ -131,7 +131,8 @@ def test_actors_that_this_machine_has_no_gpus_for_are_refused_before_it_begins(m
         prepare(load_config(tree), DISTILL)
     tree = make_tree(placement={**RAY, "ray": {"actors": 2}}, schedule={"lead": 1.0})
     setup = prepare(load_config(tree), DISTILL)
-    rows = dict(map(tuple, plan_rows(setup, make_plan(setup)) + fits.memory_rows(setup, fits.places(setup))))
+    table = plan_rows(setup, make_plan(setup)) + fits.memory_rows(setup, fits.places(setup))
+    rows = {row[0]: row[1] for row in table}
     assert rows["refresh"].startswith("made by 2 actors")
     assert rows["memory of one that generates, on a CPU"].startswith("needs about 0.6")
 

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +181,8 @@ def attempt(bench: Bench, picked: Picked) -> str:
         except UserError as error:
             return f"refused: {error}"
         try:
-            {"distill": npd.distill, "sft": npd.sft, "eval": npd.evaluate}[command](tree)
+            commands: dict[str, Callable[[Tree], Any]] = {"distill": npd.distill, "sft": npd.sft, "eval": npd.evaluate}
+            commands[command](tree)
         except UserError as error:
             at = traceback.extract_tb(error.__traceback__)
             if any(frame.name in ("prepare", "evaluate") and "evaluator" not in (frame.line or "") for frame in at[-1:]):

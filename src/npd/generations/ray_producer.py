@@ -88,6 +88,8 @@ class Ray(Beside):
         shop = self.shop
         self.cluster = Cluster(shop.config, shop.placement, self.token)
         self.ray = self.cluster.ray
+        if not self.cluster.local and not self.cluster.gpus and shop.config.placement.ray.num_gpus is None:
+            shop.display.say("No node of the Ray cluster has a GPU now, so that its actors generate on CPUs.")
         actor = importlib.import_module("npd.generations.ray_actor")
         self._kind = self.ray.remote(actor.Refresher)
         self._messages = actor

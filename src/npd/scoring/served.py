@@ -209,7 +209,8 @@ def _template_notes(config: TeacherConfig, server: Server, question: Question) -
         ids = [] if mine is None else list(chat.tokenizer(mine, add_special_tokens=False)["input_ids"])
         if theirs is None or theirs == ids:
             continue
-        told = parting(*(_text(chat.tokenizer, each) for each in (ids, theirs)), (chat.whose, "the server's"))
+        mine, other = _text(chat.tokenizer, ids), _text(chat.tokenizer, theirs)
+        told = parting(mine, other, (chat.whose, "the server's"))
         return [f"The chat template of {config.model} on {server.url} is not {chat.whose}, which writes the prompts: {told}."]
     return []
 
