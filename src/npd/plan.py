@@ -169,6 +169,18 @@ def _steps(config: Config, contents: Generations) -> tuple[int, int]:
     return min([steps, *(limit for limit in most if limit is not None)]), planned
 
 
+def _steps_of_generation(setup: Setup) -> int:
+    """About, by its tokens alone: a run that begins is not rehearsed for a warning."""
+    config, contents = setup.config, setup.generations
+    assert setup.prompts is not None, "only what trains has prompts"
+    table = setup.prompts.table
+    responses = response_lengths(config, table, given=contents.is_reference(0))
+    each = float((pc.list_value_length(table["prompt_ids"]).to_numpy() + responses).mean())
+    tokens = each * contents.responses(0) / (1 - config.schedule.references * contents.mixed)
+    step = max(1, config.training.batch_tokens // config.packing.length) * config.packing.length
+    return config.schedule.passes * math.ceil(tokens / step)
+
+
 def _writes(config: Config, student: PreTrainedConfig) -> str:
     """The engine, and how it fills its batches, as far as is known before weights are loaded."""
     if config.rollout.engine != ENGINES.default:
@@ -303,7 +315,10 @@ def plan_notes(setup: Setup, plan: Plan | None = None) -> list[str]:
 def begins_without_room(setup: Setup) -> str:
     """A warning where the disk will not do for a run that begins, or goes on; else nothing."""
     config, known = setup.config, setup.tokens.student
-    steps, generations = _steps(config, setup.generations)
+    generations = config.schedule.generations
+    steps = generations * _steps_of_generation(setup)
+    if config.training.max_steps is not None:
+        steps = min(steps, config.training.max_steps)
     held = models.parameter_count(known, trust_remote_code=config.student.trust_remote_code)
     held *= models.resolve_dtype(config.student, trained=True).itemsize
     needed = growth(setup, steps, generations, held, models.adapter_bytes(known, config.student)).disk
