@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -100,6 +100,67 @@ class Actor:
         return f"refresh-{self.number}"
 
 
+class Needs(NamedTuple):
+    """Actors, and what each takes."""
+
+    actors: int | None
+    """None: as many as the cluster has room for."""
+    cpus: float
+    gpus: float | None
+    """None: 1 where the cluster has GPUs, else none."""
+
+
+def needs_of(options: RayConfig, placed: Placement, *, local: bool) -> Needs:
+    """What a configuration asks for, as far as it is known without the cluster.
+
+    Args:
+        local: is the cluster one of this machine alone, that the run starts?
+
+    Raises:
+        UserError: this machine has not what its actors are to have.
+    """
+    if not local:
+        return Needs(options.actors, 1.0 if options.num_cpus is None else options.num_cpus, options.num_gpus)
+    free = free_gpus(placed)
+    each = options.num_gpus if options.num_gpus is not None else float(bool(free))
+    if options.num_gpus is None and not free and torch.cuda.device_count():
+        raise UserError(
+            "Every GPU of this machine trains, so that actors of a Ray cluster of its own would generate on the CPU.",
+            "Set placement.ray.address, or leave placement.rollout auto: they then take turns.",
+        )
+    if each * (options.actors or 1) > len(free):
+        raise UserError(
+            f"placement.ray asks for {options.actors or 1} actors of {each:g} GPUs on this machine, and {len(free)} of "
+            "its GPUs do not train.",
+            "Lower actors or num_gpus, or set placement.ray.address.",
+        )
+    count = options.actors or (int(len(free) / each) if each else 1)
+    cpus = 1.0 if each else float(threads_each(options, placed))
+    return Needs(count, cpus if options.num_cpus is None else options.num_cpus, each)
+
+
+def told(options: RayConfig, needs: Needs) -> str:
+    """What a run's actors are and take, for people."""
+    where = f"the Ray cluster at {options.address}" if options.address else "a Ray cluster of this machine alone"
+    count = (
+        "as many actors as there is room for" if needs.actors is None else f"{needs.actors} actor{'s' * (needs.actors > 1)}"
+    )
+    gpus = "1 GPU where it has GPUs" if needs.gpus is None else f"{needs.gpus:g} GPUs"
+    each = [f"{needs.cpus:g} CPUs", gpus, *(f"{number:g} {name}" for name, number in options.resources.items())]
+    held = "no memory set aside" if options.memory is None else f"{options.memory / (1 << 30):.2f} GiB of memory set aside"
+    return f"made by {count} of {where}, no more than a generation has parts; each takes {', '.join([*each, held])}"
+
+
+def free_gpus(placed: Placement) -> list[str]:
+    """GPUs of this machine that do not train."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count()) if f"cuda:{i}" not in placed.train]
+
+
+def threads_each(options: RayConfig, placed: Placement) -> int:
+    """CPU threads of an actor of this machine."""
+    return max(1, (placed.rollout_threads or 1) // (options.actors or 1))
+
+
 class Cluster:
     """What actors run on.
 
@@ -131,29 +192,14 @@ class Cluster:
         self.gpus = options.num_gpus if options.num_gpus is not None else float(there.get("GPU", 0) > 0)
         self.cpus = options.num_cpus if options.num_cpus is not None else 1.0
         if self.local and options.num_cpus is None and not self.gpus:
-            self.cpus = float(self._threads_each(placed))
+            self.cpus = float(threads_each(options, placed))
         self.node = self.ray.get_runtime_context().get_node_id()
-
-    def _threads_each(self, placed: Placement) -> int:
-        return max(1, (placed.rollout_threads or 1) // (self.options.actors or 1))
 
     def _start(self, placed: Placement, token: str) -> None:
         options = self.options
-        free = [f"cuda:{i}" for i in range(torch.cuda.device_count()) if f"cuda:{i}" not in placed.train]
-        each = options.num_gpus if options.num_gpus is not None else float(bool(free))
-        if options.num_gpus is None and not free and torch.cuda.device_count():
-            raise UserError(
-                "Every GPU of this machine trains, so that actors of a Ray cluster of its own would generate on the CPU.",
-                "Set placement.ray.address, or leave placement.rollout auto: they then take turns.",
-            )
-        if each * (options.actors or 1) > len(free):
-            raise UserError(
-                f"placement.ray asks for {options.actors or 1} actors of {each:g} GPUs on this machine, and {len(free)} of "
-                "its GPUs do not train.",
-                "Lower actors or num_gpus, or set placement.ray.address.",
-            )
-        count = options.actors or (int(len(free) / each) if each else 1)
-        cpus = options.num_cpus if options.num_cpus is not None else self._threads_each(placed)
+        free, needs = free_gpus(placed), needs_of(options, placed, local=True)
+        count = needs.actors or 1
+        cpus = options.num_cpus if options.num_cpus is not None else threads_each(options, placed)
         self._keeper = subprocess.Popen([sys.executable, "-c", KEEPER, token], stdin=subprocess.PIPE, start_new_session=True)
         # SPT_NOENV: processes that give themselves a title keep their environment where the keeper can read it.
         with _environment({MARK: token, "SPT_NOENV": "1"} | private() | visible_gpus(free)):

@@ -21,9 +21,10 @@ from npd.config import Config, PlacementConfig
 from npd.errors import NpdError, RunError, UserError, foreign
 from npd.generations.generation import Generations
 from npd.generations.producer import Beside, Workshop
-from npd.generations.ray_cluster import INSTALL, MEMORY, Actor, Cluster, imported, trainers_gpus
+from npd.generations.ray_cluster import INSTALL, MEMORY, Actor, Cluster, Needs, imported, needs_of, told, trainers_gpus
 from npd.generations.ray_parcels import Parcel, carried, files_of, pack, sizes_of
 from npd.observe.events import Events, SpanName
+from npd.placement import Placement
 from npd.store import REFERENCE, explained_disk, opened
 from npd.store.files import beside
 from npd.store.names import LOG, PROGRESS
@@ -66,6 +67,19 @@ class Ray(Beside):
     def check_config(cls, config: Config) -> None:
         imported()
 
+    @classmethod
+    def check_placed(cls, config: Config, placed: Placement) -> None:
+        cls._needs(config, placed)
+
+    @classmethod
+    def _needs(cls, config: Config, placed: Placement) -> Needs:
+        local = config.placement.ray.address is None and not imported().is_initialized()
+        return needs_of(config.placement.ray, placed, local=local)
+
+    @classmethod
+    def plan(cls, config: Config, placed: Placement) -> str:
+        return told(config.placement.ray, cls._needs(config, placed))
+
     # -- asked by the trainer
 
     def open(self) -> None:
@@ -73,6 +87,8 @@ class Ray(Beside):
         shop = self.shop
         self.cluster = Cluster(shop.config, shop.placement, self.token)
         self.ray = self.cluster.ray
+        if not self.cluster.local and not self.cluster.gpus and shop.config.placement.ray.num_gpus is None:
+            shop.display.say("No node of the Ray cluster has a GPU now, so that its actors generate on CPUs.")
         actor = importlib.import_module("npd.generations.ray_actor")
         self._kind = self.ray.remote(actor.Refresher)
         self._messages = actor
