@@ -318,7 +318,7 @@ def sync(source: str, target: str) -> None:
     synchronise(source, target, Display())
 
 
-@main.command(epilog=EPILOG, short_help="Compare four ways to train, on a toy task, in minutes.")
+@main.command(epilog=EPILOG, short_help="Compare five ways to train, on a toy task, in minutes.")
 @click.option("--out", default="runs/demo", show_default=True, help="Directory for the demo's runs; must be new or empty.")
 @click.option("--seed", default=0, show_default=True, help="Another seed gives other problems, samples and batches.")
 def demo(out: str, seed: int) -> None:

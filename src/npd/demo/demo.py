@@ -1,4 +1,4 @@
-"""`npd demo`: four ways to go on from one checkpoint, on a toy task, in one table."""
+"""`npd demo`: five ways to go on from one checkpoint, on a toy task, in one table."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run_demo(out: Path, seed: int, display: Display) -> list[Arm]:
     def config(name: str, **sections: Any) -> Config:
         return _config(out, name, seed, sections)
 
-    display.say("\n1/5  Warm-up: an untrained student learns from the references.")
+    display.say("\n1/6  Warm-up: an untrained student learns from the references.")
     warm_up = config(
         "warm-up",
         student={"model": str(out / "untrained")},
@@ -68,20 +68,25 @@ def run_demo(out: Path, seed: int, display: Display) -> list[Arm]:
     )
     start = _run("warm-up", "sft", warm_up, display)
 
-    display.say("\n2/5  NPD: two generations of the student's own responses, five passes each.")
+    display.say("\n2/6  NPD: two generations of the student's own responses, five passes each.")
     npd = _run("NPD", "distill", config("npd"), display)
     same_steps = {"max_steps": npd.steps}
 
-    display.say(f"\n3/5  More SFT on the same references, for the same {npd.steps} steps.")
+    display.say(f"\n3/6  More SFT on the same references, for the same {npd.steps} steps.")
     more = config("sft", data={"train": str(out / "references.jsonl")}, schedule={"passes": 1000}, training=same_steps)
     sft = _run("more SFT", "sft", more, display)
 
-    display.say("\n4/5  Sequence-level KD: SFT on the teacher's answers to NPD's prompts, for the same steps.")
+    display.say("\n4/6  Sequence-level KD: SFT on the teacher's answers to NPD's prompts, for the same steps.")
     answers = config("kd", data={"references": "teacher"}, schedule={"passes": 1000}, training=same_steps)
     kd = _run("sequence-level KD", "sft", answers, display)
 
+    display.say("\n5/6  NPD, mixed: no filter, 30% of the tokens the teacher's answers, for the same steps.")
+    schedule = {"references": 0.3, "passes": 3, "generations": 100}  # a pass is longer, unfiltered and mixed: as many updates
+    sections = {"schedule": schedule, "selection": {"rule": "none"}, "data": {"references": "teacher"}}
+    mixed = _run("NPD, mixed", "distill", config("mixed", **sections, training=same_steps), display)
+
     display.say(
-        f"\n5/5  Strict on-policy distillation: new responses at every step, until {npd.tokens:,} tokens are trained."
+        f"\n6/6  Strict on-policy distillation: new responses at every step, until {npd.tokens:,} tokens are trained."
     )
     # A step's tokens as NPD's on average: one batch of prompts, answered once and trained on once.
     first = Store(npd.run_dir).check_generation(0)
@@ -94,7 +99,7 @@ def run_demo(out: Path, seed: int, display: Display) -> list[Arm]:
     )
     on_policy = _run("strict on-policy", "distill", strict, display)
 
-    arms = [start, sft, kd, npd, on_policy]
+    arms = [start, sft, kd, npd, mixed, on_policy]
     _report(out, arms, config("npd"), display)
     display.say(f"\nRuns and students: {', '.join(str(arm.run_dir / 'student') for arm in arms)}.")
     display.say(f"Reports: report.html in each of them, and {_pages(out, arms)} for all side by side.")
