@@ -17,7 +17,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 # From the ground up: a room imports only from rooms of lower floors, and from itself.
 FLOORS = (
-    ("errors", "signals", "threads"),
+    ("errors", "ram", "signals", "threads"),
     ("inputs",),
     ("registry",),
     ("config",),

@@ -562,7 +562,7 @@ def test_the_dry_run_says_where_and_how_much(make_tree, tmp_path):
     config.write_text(yaml.safe_dump(mirrored(make_tree(), f"file://{tmp_path}/mirror")))
     said = CliRunner().invoke(cli.main, ["distill", str(config), "--dry-run"], catch_exceptions=False, env={"COLUMNS": "300"})
     assert "which holds no run yet" in said.output
-    assert "GiB copied" in said.output
+    assert "iB copied" in said.output
     assert not (tmp_path / "mirror").exists()
     npd.distill(config)
     shutil.rmtree(tmp_path / "run")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from npd.costs import case_of, known_lengths
@@ -14,9 +12,9 @@ from npd.forecast import HOST
 from npd.growth import gib
 from npd.hardware import GIB, Hardware
 from npd.preflight import Setup
+from npd.ram import main_memory
 from npd.train.memory import USABLE
 
-CGROUP = Path("/sys/fs/cgroup")
 SMALLEST = 0.005 * GIB  # of a part that is named
 
 
@@ -43,25 +41,13 @@ class Place(NamedTuple):
         return self.needed > self.usable
 
 
-def memory_of_cpu() -> tuple[float, float]:
-    """Bytes of main memory that are free, and that there are, as far as this process may have them."""
-    known = psutil.virtual_memory()
-    free, there = float(known.available), float(known.total)
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        try:
-            most, now = (float((CGROUP / name).read_text()) for name in (limit, used))
-        except (OSError, ValueError):  # "max", or no such group
-            continue
-        if most < there:
-            free, there = min(free, max(0.0, most - now)), most
-    return free, there
-
-
 def places(setup: Setup) -> list[Place]:
     """Every device of this machine that the run takes, and what it needs there."""
     placed = setup.placement
     train, turns = placed.train, placed.turns or not setup.generations.by_student
     roles = _by_role(setup, train[0], alone=len(train) == 1, turns=turns)
+    teacher = {"teacher": roles["teacher"]["weights"]}
+    wrote = not setup.generations.by_student and setup.config.data.references == "teacher"
     needed: dict[str, dict[str, float]] = {}
 
     def add(device: str, role: str, parts: dict[str, float], *, instead: bool = False) -> None:
@@ -74,6 +60,8 @@ def places(setup: Setup) -> list[Place]:
         else:
             needed[device] = dict(Counter(there) + Counter(parts))
 
+    if asks_teacher(setup) and not placed.shared_gpu and not (wrote and placed.teacher in train):
+        roles["training"] = roles.get("training", {}) | teacher  # it stays once it was asked
     for device in train:
         add(device, "", roles["each"]) if "each" in roles else add(device, "training", roles["training"])
     if turns and "generating" in roles:  # on one GPU each leaves it to the other
@@ -84,20 +72,28 @@ def places(setup: Setup) -> list[Place]:
         add(worker.rollout, f"refresh {number}", parts)
         if apart:
             add(worker.teacher, f"refresh {number}", apart)
-    if not setup.generations.by_student and setup.config.data.references == "teacher":
-        add(
-            placed.teacher,
-            "references",
-            {"teacher": roles["teacher"]["weights"]},
-            instead=placed.teacher in train and placed.teacher != "cpu",
-        )
+    if wrote:
+        add(placed.teacher, "references", teacher, instead=placed.teacher in train and placed.teacher != "cpu")
+    if placed.shared_gpu:
+        states = {name: roles["training"].get(name, 0.0) for name in ("weights", "AdamW")}
+        if asks_teacher(setup):  # beside the student that it is compared with
+            add(train[0], "evaluating", states | teacher, instead=True)
+        if "generating" in roles or wrote:
+            add("cpu", "what leaves the GPU", states | teacher)  # for a moment both do
     return [Place(device, parts, *_memory(device)) for device, parts in needed.items()]
+
+
+def asks_teacher(setup: Setup) -> bool:
+    """Is a teacher asked where the student is evaluated while it is trained?"""
+    config = setup.config
+    compared = setup.held_out is not None and config.has_teacher and config.evaluation.kl_prompts > 0
+    return compared or (config.evaluation.teacher and bool(setup.tasks))
 
 
 def _memory(device: str) -> tuple[float, float]:
     """Bytes of a device that are free, and that there are."""
     if device == "cpu":
-        return memory_of_cpu()
+        return main_memory()
     free, there = torch.cuda.mem_get_info(torch.device(device))
     return float(free), float(there)
 

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from npd.config import Config
+from npd.errors import UserError
 from npd.placement import engine_beside_training
 from npd.preflight import Setup
 from npd.registry import ENGINES
-from npd.store import REFERENCE, disk_usage
+from npd.store import REFERENCE, Store, disk_usage
 
 GIB = 1 << 30
 
@@ -28,10 +29,12 @@ REPORT = 4 << 20  # report.html
 
 
 class Growth(NamedTuple):
-    """Bytes; both at most."""
+    """Bytes; all at most."""
 
     disk: float
     """Of the run directory at its peak."""
+    left: float
+    """By which the run directory still grows, from where the run is now."""
     copied: float
     """To a mirror, over the whole run."""
 
@@ -62,23 +65,43 @@ def growth(setup: Setup, steps: int, generations: int, held: float, adapters: fl
     # What is in use: by the oldest checkpoint, by this generation and by the next one; what is older has `keep`.
     in_use = 2 + -(-(keep + 1) * every // per_generation)
     kept = generations if config.schedule.kl_budget is not None else min(generations, keep + in_use)
-    count = len(contents.parts(0)) * kept + (len(contents.parts(REFERENCE)) if contents.mixed else 0)
     files = FILES + TOKENIZER * len(setup.tokens.tokenizer)
-    disk = kept * rows + references + PART * count
-    disk += rows + references  # the trainer's copy of a generation's kept samples and of the references
-    snapshots = (min(generations, kept + 1) + 1 if contents.by_student else 0) + 1  # the first one, and student/
-    disk += snapshots * (held + adapters + files)
-    disk += adapters + FILES * config.student.adapts  # adapter/
-    if _evaluates_files(setup):
-        disk += held + adapters + files
-    # One is written before the oldest goes; it has the weights and two moments of what learns.
+    # It has the weights and two moments of what learns.
     checkpoint = held + adapters + 2 * learns + FILES
-    disk += min(keep + 1, steps // every) * checkpoint
-    disk += setup.prompts.table.nbytes + FILES
-    copied = generations * (rows + PART * len(contents.parts(0))) + references + (steps // every) * checkpoint
+
+    def checkpoints_of(steps: int) -> int:
+        """How many are written; one comes before each evaluation that takes long."""
+        long = any(task.slow for task in setup.tasks)
+        return min(steps, steps // every + long * generations * config.schedule.passes)
+
+    def most(generations: int, steps: int, checkpoints: int, first: int) -> float:
+        """Of so many generations and steps, with so many checkpoints at once and the `first` snapshot or without."""
+        stay = min(generations, kept)
+        count = len(contents.parts(0)) * stay + (len(contents.parts(REFERENCE)) if contents.mixed else 0)
+        disk = stay * rows + references + PART * count
+        disk += rows + references  # the trainer's copy of a generation's kept samples and of the references
+        snapshots = (min(generations, kept + 1) + first if contents.by_student else 0) + 1  # and student/
+        disk += snapshots * (held + adapters + files)
+        disk += adapters + FILES * config.student.adapts  # adapter/
+        if _evaluates_files(setup):
+            disk += held + adapters + files
+        disk += min(checkpoints, checkpoints_of(steps)) * checkpoint
+        disk += setup.prompts.table.nbytes + FILES  # type: ignore[union-attr]
+        return disk + STEP * steps + (REPORT if config.tracking.report else 0)
+
+    copied = generations * (rows + PART * len(contents.parts(0))) + references + checkpoints_of(steps) * checkpoint
     copied += (2 + (generations - 1) * contents.by_student) * (held + adapters + files) + setup.prompts.table.nbytes
-    disk += STEP * steps + (REPORT if config.tracking.report else 0)
-    return Growth(disk, copied)
+    disk = most(generations, steps, keep + 1, first=1)  # one is written before the oldest goes
+    store = Store(config.run_dir)
+    done = store.checkpoints()
+    try:
+        generation = min(store.current, store.resumed_generation())
+    except UserError:  # what is damaged is told by who goes on from it
+        generation = 0
+    if not done:
+        return Growth(disk, disk, copied)
+    left = most(max(1, generations - generation), max(every, steps - done[-1]), max(1, keep + 1 - len(done)), first=0)
+    return Growth(disk, min(disk, left), copied)
 
 
 def response_lengths(config: Config, prompts: pa.Table, *, given: bool) -> np.ndarray:
@@ -109,18 +132,25 @@ class Room(NamedTuple):
     """That it has already, where it began before."""
     free: int | None
     """None: not known."""
+    left: float = float("inf")
+    """By which it still grows, at most."""
+
+    @property
+    def more(self) -> float:
+        """Bytes beside those that are there."""
+        return max(0.0, min(self.needed - self.there, self.left))
 
     @property
     def lacking(self) -> float:
         """Bytes that are not there."""
-        return 0.0 if self.free is None else max(0.0, self.needed - self.there - self.free)
+        return 0.0 if self.free is None else max(0.0, self.more - self.free)
 
 
-def room_for(run_dir: str, needed: float) -> Room:
-    """What there is for a run that needs so many bytes at its peak."""
+def room_for(run_dir: str, needed: float, left: float = float("inf")) -> Room:
+    """What there is for a run that needs so many bytes at its peak, and from now on no more than `left` of them."""
     path = Path(run_dir)
     usage = disk_usage(path)
-    return Room(needed, _size(path), None if usage is None else usage.free)
+    return Room(needed, _size(path), None if usage is None else usage.free, left)
 
 
 def _size(folder: Path) -> int:
@@ -137,7 +167,7 @@ def _size(folder: Path) -> int:
 def disk_row(run_dir: str, room: Room) -> str:
     """For a table: what is needed, and what there is."""
     needs = f"needs at most {gib(room.needed)} at its peak"
-    there = f" ({gib(room.there)} of it are there)" if room.there else ""
+    there = f" ({gib(room.there)} are there, at most {gib(room.more)} are to come)" if room.there else ""
     return f"{needs}{there}, {'what is free is not known' if room.free is None else f'{gib(room.free)} free'} at {run_dir}"
 
 
@@ -146,11 +176,13 @@ def disk_note(run_dir: str, room: Room) -> str:
     if not room.lacking:
         return ""
     return (
-        f"Warning: the disk of {run_dir} may not do: the run needs at most {gib(room.needed)} at its peak, if every response "
-        f"is as long as it may be, and {gib(room.lacking)} of that are not free. Free them, choose another run_dir, or lower "
-        "checkpoint.keep; a run that fills the disk stops, and goes on once there is room."
+        f"Warning: the disk of {run_dir} may not do: the run needs at most {gib(room.more)}{' more' * bool(room.there)}, if "
+        f"every response is as long as it may be, and {gib(room.lacking)} of that are not free. Free them, choose another "
+        "run_dir, or lower checkpoint.keep; a run that fills the disk stops, and goes on once there is room."
     )
 
 
 def gib(size: float) -> str:
-    return f"{size / GIB:,.2f} GiB"
+    """A number of bytes for people: in GiB, or in a smaller unit where that would say nothing."""
+    unit, name = next(((u, n) for u, n in ((GIB, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")) if size >= u / 10), (1, ""))
+    return f"{size / unit:,.2f} {name}" if name else f"{size:.0f} bytes"

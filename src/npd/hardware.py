@@ -5,7 +5,6 @@ Figures are peaks. What npd reaches of them is in `EFFICIENCY`, each share with 
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable
@@ -15,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from npd.errors import UserError, foreign
+from npd.ram import main_memory
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -180,7 +180,7 @@ def this_device() -> tuple[Hardware, int]:
         flops, bandwidth = _rates("cuda", torch.bfloat16, 8192, 1 << 28)
         return Hardware(there.name, flops, bandwidth, float(there.total_memory), 32e9, "measured here"), count
     flops, bandwidth = _rates("cpu", torch.float32, 1024, 1 << 25)
-    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    _, memory = main_memory()
     threads = torch.get_num_threads()
     name = f"CPU, {threads} thread{'s' * (threads > 1)}"
     return Hardware(name, flops, bandwidth, memory, bandwidth, "measured here", kind="cpu"), 1

@@ -53,6 +53,8 @@ class Plan:
     sharding: Sharding
     disk_bytes: float
     """At most."""
+    disk_left: float
+    """Of these, those by which the run directory still grows at most."""
     copied_bytes: float
     """To a mirror, over the whole run; at most."""
     limits: list[str] = field(default_factory=list)
@@ -91,6 +93,7 @@ def make_plan(setup: Setup) -> Plan:
         step=step,
         sharding=sharded,
         disk_bytes=size.disk,
+        disk_left=size.left,
         copied_bytes=size.copied,
         limits=limits,
     )
@@ -215,7 +218,7 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
         ["training arithmetic", {"no": "float32", "bf16": "bfloat16"}[resolve_precision(config)]],
         [
             "student in training",
-            f"{plan.student_parameters:,} parameters, {plan.training_bytes / GIB:.2f} GiB before activations",
+            f"{plan.student_parameters:,} parameters, {gib(plan.training_bytes)} before activations",
         ],
         *_activations(plan),
         *_shares(config, plan, len(setup.placement.train)),
@@ -223,16 +226,16 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
     ]
     rows += [["evaluation", task.plan] for task in setup.tasks if task.plan]
     if contents.by_student:
-        rows.append(["student in rollout", f"{plan.inference_bytes / GIB:.2f} GiB"])
+        rows.append(["student in rollout", gib(plan.inference_bytes)])
     reads = contents.by_student or config.data.references == "teacher"
     for key, teacher in config.all_teachers.items() if reads else ():
         name = "teacher" if key is None else f"teachers.{key}"
         rows.append([name, _reader(setup, key, teacher_kind(teacher).plan(teacher, setup.tokens.teachers[key]))])
-    room = room_for(config.run_dir, plan.disk_bytes)
+    room = room_for(config.run_dir, plan.disk_bytes, plan.disk_left)
     rows.append(["disk", f"at most {gib(room.needed)}" if setup.on_paper else disk_row(config.run_dir, room)])
     if config.checkpoint.mirror is not None:
         there = mirror_plan(setup.given, setup.command)
-        rows.append(["mirror", f"{there}; at most {plan.copied_bytes / GIB:.2f} GiB copied in all"])
+        rows.append(["mirror", f"{there}; at most {gib(plan.copied_bytes)} copied in all"])
     return rows if setup.on_paper else rows + _places(setup)
 
 
@@ -306,7 +309,7 @@ def plan_notes(setup: Setup, plan: Plan | None = None) -> list[str]:
     if (
         plan is not None
         and not setup.on_paper
-        and (short := disk_note(config.run_dir, room_for(config.run_dir, plan.disk_bytes)))
+        and (short := disk_note(config.run_dir, room_for(config.run_dir, plan.disk_bytes, plan.disk_left)))
     ):
         notes.append(short)
     return notes
@@ -321,5 +324,5 @@ def begins_without_room(setup: Setup) -> str:
         steps = min(steps, config.training.max_steps)
     held = models.parameter_count(known, trust_remote_code=config.student.trust_remote_code)
     held *= models.resolve_dtype(config.student, trained=True).itemsize
-    needed = growth(setup, steps, generations, held, models.adapter_bytes(known, config.student)).disk
-    return disk_note(config.run_dir, room_for(config.run_dir, needed))
+    needed = growth(setup, steps, generations, held, models.adapter_bytes(known, config.student))
+    return disk_note(config.run_dir, room_for(config.run_dir, needed.disk, needed.left))

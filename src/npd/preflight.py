@@ -35,7 +35,7 @@ from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data,
 from npd.registry import ENGINES, RULES
 from npd.scoring import Question, check_asked, teacher_kind
 from npd.scoring.contexts import teacher_contexts
-from npd.store import Store, explained_disk
+from npd.store import Store, check_writable, explained_disk
 from npd.store.provenance import in_rows
 from npd.train.memory import memory_of, sharding
 from npd.train.sharding import check_launch
@@ -135,6 +135,8 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
         half = resolve_precision(config) == "bf16"
         sharding(config, tokens.student, processes, memory_of(models.device()), bfloat16=half)
     finished = Store(config.run_dir).finished
+    if command != EVAL and not finished and not on_paper:
+        check_writable(Path(config.run_dir))
     # What is not trained any more need not be there any more.
     seen: list[str] = []
     if command != EVAL and not finished:

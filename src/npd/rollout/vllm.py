@@ -22,6 +22,7 @@ from transformers import PreTrainedConfig
 from npd.config import Config, ModelConfig, Sampling, StudentConfig
 from npd.errors import RunError, UserError
 from npd.models import ADAPTER, load_model_config, resolve_dtype
+from npd.ram import main_memory
 from npd.rollout import Engine, EngineSetting, Pace, Progress, Request, Weights
 from npd.schedule import derive_seed
 from npd.store.schema import add_answers
@@ -336,14 +337,12 @@ def _allowed_rank(rank: int) -> int:
 
 def _cpu_cache_bytes(model_config: PreTrainedConfig, context: int, sequences: int, dtype: torch.dtype) -> int:
     """A KV cache for as many sequences at once as were asked for, as far as there is memory for it."""
-    import psutil
-
     config = model_config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     blocks = -(-context // 128) * 128  # vLLM's blocks on a CPU
     wanted = 2 * config.num_hidden_layers * heads * width * dtype.itemsize * blocks * (sequences + 1)
-    return max(1 << 26, min(wanted, int(CPU_SHARE * psutil.virtual_memory().available)))
+    return max(1 << 26, min(wanted, int(CPU_SHARE * main_memory()[0])))
 
 
 @contextmanager

@@ -41,6 +41,27 @@ def check_places(run_dir: Path) -> None:
             _check(path, directory=False)
 
 
+def check_writable(run_dir: Path) -> None:
+    """See, as far as that is known without writing, that a run can be begun or go on in a directory, which need not be there.
+
+    Raises:
+        UserError: it can't: something else stands in its way, or nothing may be written there.
+    """
+    place = next(place for place in (run_dir.absolute(), *run_dir.absolute().parents) if os.path.lexists(place))
+    remedy = "Mend that, or choose another run_dir."
+    if place.is_symlink() and not place.exists():
+        raise UserError(
+            f"run_dir {run_dir} cannot be written: {place} is a link to {os.readlink(place)}, which is not there.", remedy
+        )
+    if not place.is_dir():
+        raise UserError(f"run_dir {run_dir} cannot be written: {place} is a file; choose a directory elsewhere.")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(
+            f"run_dir {run_dir} cannot be written: this user may write nothing in {place}, or its filesystem is read-only.",
+            remedy,
+        )
+
+
 def _numbered_directories(run_dir: Path) -> Iterator[Path]:
     for folder, kind in (("policy", SNAPSHOT), ("checkpoints", CHECKPOINT), ("generations", GENERATION)):
         for _, path in kind.within(run_dir / folder):
