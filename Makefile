@@ -25,7 +25,7 @@ EVIDENCE_SEEDS ?= 5
 SMOLLM2_SEEDS ?= 0
 FUZZ_PROCESSES ?= 2
 CHAINS_SEEDS ?= 0 1
-CHAINS := --prompts 300 --batch-tokens 3200 --held-out 200 --every 2 --name chains
+CHAINS := --prompts 600 --batch-tokens 3200 --held-out 200 --every 2 --name chains
 
 .PHONY: demo test families cluster fuzz bench evidence smollm2 smollm2-quick grpo vllm-cpu check-gpu lint clean
 
