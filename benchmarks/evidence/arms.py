@@ -17,7 +17,7 @@ Sections = dict[str, dict[str, Any]]
 
 LONGER = 1.5
 """How many times the steps of the others the cheaper arms take."""
-PASSES = 5
+PASSES = 7
 ENDLESS = 10_000
 
 
@@ -30,7 +30,7 @@ class Arm:
     longer: bool = False
     solved: bool = False
     """Does it read only prompts that have a reference?"""
-    every: int = 2
+    every: int = 4
     """Passes between two evaluations; a step is a pass of strict on-policy."""
 
 
@@ -75,39 +75,39 @@ ARMS: dict[str, Arm] = {
     "npd": Arm("NPD, paper's settings", "distill", _near("delta_ifd")),
     "npd-adaptive": Arm("NPD, adaptive", "distill", _near("adaptive")),
     "npd-none": Arm("NPD, no filter", "distill", _near()),
-    "npd-mixed": Arm("NPD, no filter, 30% references", "distill", _near(schedule={"references": 0.3}), every=1),
-    "strict": Arm("strict on-policy", "distill", _strict, every=20),
+    "npd-mixed": Arm("NPD, no filter, 30% references", "distill", _near(schedule={"references": 0.3}), every=2),
+    "strict": Arm("strict on-policy", "distill", _strict, every=50),
 }
 
 ABLATIONS: dict[str, Arm] = {
-    "updates-0": Arm("no update: 10 passes over one generation", "distill", _near(generations=1, passes=40)),
-    "updates-2": Arm("2 updates, after 4 passes each", "distill", _near(passes=4)),
-    "updates-4": Arm("4 updates, after 2 passes each", "distill", _near(passes=2)),
-    "passes-10": Arm("half the prompts a generation, 10 passes", "distill", lambda task: _half(task), every=4),
+    "updates-0": Arm("no update: every pass over one generation", "distill", _near(generations=1, passes=40)),
+    "updates-2": Arm("2 updates, after 5 passes each", "distill", _near(passes=5)),
+    "updates-4": Arm("4 updates, after 3 passes each", "distill", _near(passes=3)),
+    "passes-10": Arm("half the prompts a generation, 14 passes", "distill", lambda task: _half(task), every=8),
     "ppl-fixed": Arm(
-        "Δ-IFD of perplexities, fixed band", "distill", _near("delta_ifd", selection={"ifd": "perplexity_ratio"})
+        "Δ-IFD of perplexities, fixed band", "distill", _near("delta_ifd", selection={"ifd": "perplexity_ratio"}), every=20
     ),
-    "right": Arm("only right responses (the verifier filters)", "distill", _near("verified")),
+    "right": Arm("only right responses (the verifier filters)", "distill", _near("verified"), every=8),
     "wrong": Arm("only wrong responses", "distill", _near("refuted")),
-    "low-half": Arm("the half with the lowest Δ", "distill", _near("low_half")),
-    "high-half": Arm("the half with the highest Δ", "distill", _near("high_half")),
-    "random-half": Arm("any half", "distill", _near("random_half")),
+    "low-half": Arm("the half with the lowest Δ", "distill", _near("low_half"), every=8),
+    "high-half": Arm("the half with the highest Δ", "distill", _near("high_half"), every=8),
+    "random-half": Arm("any half", "distill", _near("random_half"), every=8),
     "lambda-0.5": Arm("λ 0.5", "distill", _near(loss={"kd_weight": 0.5})),
     "lambda-1": Arm("λ 1", "distill", _near(loss={"kd_weight": 1.0})),
     "k-1": Arm("k 1", "distill", _near(scoring={"top_k": 1})),
     "k-3": Arm("k 3", "distill", _near(scoring={"top_k": 3})),
     "renormalize": Arm("mass renormalised", "distill", _near(loss={"top_k_mass": "renormalize"})),
     "tail": Arm("mass of the rest as one symbol", "distill", _near(loss={"top_k_mass": "tail"})),
-    "mixed-0.6": Arm("60% references", "distill", _near(schedule={"references": 0.6}), every=1),
+    "mixed-0.6": Arm("60% references", "distill", _near(schedule={"references": 0.6}), every=2),
     "mixed-teacher": Arm(
-        "30% teacher text", "distill", _near(schedule={"references": 0.3}, data={"references": "teacher"}), every=1
+        "30% teacher text", "distill", _near(schedule={"references": 0.3}, data={"references": "teacher"}), every=2
     ),
 }
 """Each is `npd-none` but for one thing; run on the tuning tasks alone."""
 
 
 def _half(task: Task) -> Sections:
-    return _near(passes=10, schedule={"prompts": task.prompts // 2})(task)
+    return _near(passes=14, schedule={"prompts": task.prompts // 2})(task)
 
 
 EVERY_ARM: dict[str, Arm] = ARMS | ABLATIONS

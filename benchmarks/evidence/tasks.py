@@ -53,8 +53,8 @@ class Task:
     prompts: int = 720
     batch_tokens: int = 2048
     """Of a step of every arm."""
-    steps: int = 150
-    """About ten passes over all prompts with their responses."""
+    steps: int = 200
+    """About thirteen passes over all prompts with their responses."""
     learning_rate: float = 3e-4
     """Constant, so that any point of a run is one at which it could have ended; that of the warm-up's end. 1e-3, the first
     choice, set every arm back on sums, SFT too: benchmarks/results/evidence/rate-1e-3 has the cells that showed it."""
@@ -64,7 +64,7 @@ class Task:
     @property
     def per_pass(self) -> int:
         """Steps of a pass, about."""
-        return max(1, self.steps // 10)
+        return max(1, round(self.steps / 13))
 
     @property
     def kind(self) -> Family:
@@ -81,18 +81,19 @@ TASKS: dict[str, Task] = {
         "chains",
         held_out=False,
         teacher=Training(80_000, 0),
-        warm_up=Training(1200, 400),
+        warm_up=Training(8000, 1000),
         size=MIDDLE,
         teacher_size=LARGE,
         prompts=480,
+        asked=300,
     ),
-    "sorting": Task("sorting", held_out=False, teacher=Training(20_000, 800), warm_up=Training(2400, 800), batch_tokens=1792),
+    "sorting": Task("sorting", held_out=False, teacher=Training(20_000, 800), warm_up=Training(2400, 600), batch_tokens=1792),
     "sums-strong": replace(_SUMS, warm_up=Training(20_000, 2000)),
     # held out
     "coins": _COINS,
-    "mixed": Task("mixed", held_out=True, teacher=Training(20_000, 1000), warm_up=Training(1200, 400), batch_tokens=1024),
+    "mixed": Task("mixed", held_out=True, teacher=Training(20_000, 1000), warm_up=Training(4000, 800), batch_tokens=1024),
     "palindromes": Task(
-        "palindromes", held_out=True, teacher=Training(20_000, 500), warm_up=Training(1200, 400), batch_tokens=896
+        "palindromes", held_out=True, teacher=Training(20_000, 500), warm_up=Training(4000, 800), batch_tokens=896
     ),
     "coins-large": replace(_COINS, size=MIDDLE),
 }
