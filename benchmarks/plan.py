@@ -144,7 +144,7 @@ def paper() -> None:
         for engine, batch in (("vllm", 256), ("vllm", 64), (ENGINES.default, 64)):
             load = Load(2, 5, float("inf"), 1_200_000, 200.0, float(response), 1.0, 1172, 1.0, 131_072, 32_768, batch, 4096,
                         8192, True)  # fmt: skip
-            of = rates(load, student, Reader(student, 2), Reader(teacher, 2), device, ENGINES[engine].pace)
+            of = rates(load, student, Reader(student, 2), [Reader(teacher, 2)], device, ENGINES[engine].pace)
             tokens = 2 * load.response_tokens
             row = {
                 "response": response,

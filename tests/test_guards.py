@@ -108,6 +108,20 @@ def test_a_top_k_that_holds_little(tmp_path):
     assert looked_at(tmp_path / "d", sharp, 0) == ([], "")
 
 
+@pytest.mark.parametrize("sharp", [0.3, 6.0])
+def test_positions_that_an_alignment_leaves_empty_are_no_lack_of_mass(sharp):
+    whole = part_read(np.random.default_rng(2), 60, 20, written=True, sharp=sharp)
+    rows = np.array(whole["topk_logprobs"].to_pylist()).reshape(60, 20, K)
+    rows[:, 1::2] = -np.inf
+    rows[:, 1::4, 0] = -3.0  # the label's own probability
+    holed = whole.set_column(3, "topk_logprobs", pa.array(rows.reshape(60, -1).tolist(), pa.list_(pa.float32())))
+    found = measured(holed, V, aligned=True)
+    assert found is not None
+    p = np.exp(np.array(whole["topk_logprobs"].to_pylist())).reshape(60, 20, K)[:, ::2].sum(-1)
+    assert found.mass == pytest.approx(p.mean(), rel=1e-5)
+    assert (found.mass < LEAST_MASS) == (sharp < 1)
+
+
 def config_of(**sections: object) -> Config:
     tree = {"run_dir": "r", "student": {"model": "s"}, "teacher": {"model": "t"}, "data": {"train": "d"}}
     return load_config(tree | sections)

@@ -108,7 +108,7 @@ def test_generations_made_elsewhere_need_nothing_here(gpus, lead):
         ({"train": cuda(0, 1)}, "placement.train"),
         ({"rollout": "cuda:2"}, "placement.rollout"),
         ({"rollout": ["cuda:1", "mps"]}, "placement.rollout"),
-        ({"rollout": ["external"]}, "placement.rollout"),
+        ({"rollout": ["external"]}, "placement.rollout: external"),
         ({"teacher": "cuda:-1"}, "placement.teacher"),
         ({"teacher": cuda(0, 1), "rollout": "cuda:1"}, "placement.teacher"),
         ({"train": "cuda:0", "processes": 2}, "placement.train"),

@@ -23,6 +23,10 @@ def test_verified_takes_strings_messages_and_rows_of_every_kind():
     assert rewards.verified(None, completions) == [None] * 6
 
 
+def test_an_empty_answer_is_none():
+    assert rewards.verified(None, ["", "x", ""], answer=["", ["", "x"], [" ", "x"]]) == [None, 1.0, 0.0]
+
+
 def test_verified_asks_the_verifiers_of_reasoning_gym():
     import reasoning_gym
 

@@ -18,7 +18,7 @@ from together import together
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 from transformers import Qwen2Config
 
@@ -258,6 +258,34 @@ def test_checkpoints_are_read_by_any_number_of_processes(tree_of):
         assert apart(sharded[0].weights, wanted.weights) <= RELATIVE, f"{kept} by shards"
 
 
+def killed_writing(tree: dict[str, Any]) -> None:
+    """The main process is killed when shards of the second checkpoint are written, and what lists them is not."""
+    real, count = FileSystemWriter.finish, 0
+
+    def finish(self: FileSystemWriter, *args: Any, **options: Any) -> None:
+        nonlocal count
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, *args, **options)
+
+    FileSystemWriter.finish = finish  # type: ignore[method-assign,assignment]
+    learn(tree, STEPS, keep=True)
+
+
+def test_a_checkpoint_that_was_cut_short_is_none(tree_of):
+    """Shards that a killed process has left stand in nobody's way; two begin it, one goes on, four end it."""
+    wanted = learn(tree_of("wanted", shard="none"))
+    tree = tree_of("killed")
+    together(2, killed_writing, tree, die=True)
+    assert Store(tree["run_dir"]).checkpoints() == [1]
+    learn(tree, 2, keep=True)
+    assert Store(tree["run_dir"]).checkpoints() == [1, 2]
+    found = together(4, learn, tree)
+    assert [len(one.figures) for one in found] == [1] * 4
+    assert apart(found[0].weights, wanted.weights) <= RELATIVE
+
+
 # -- whole runs
 
 
@@ -471,3 +499,36 @@ def test_what_does_not_go_with_shards_is_refused_at_the_start(tree_of, monkeypat
     with pytest.raises(UserError, match="sharded over 2 processes") as caught:
         prepare(config, DISTILL)
     assert "training.compile: false" in (caught.value.remedy or "")
+
+
+# -- what accelerate's own configuration says
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "name"),
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "ParallelismConfig"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "TorchDynamo"),
+    ],
+)
+def test_a_launcher_that_lays_models_out_is_refused(tree_of, monkeypatch, variable, value, name):
+    config = load_config(tree_of("run"))
+    monkeypatch.setenv(variable, value)
+    for start in (lambda: prepare(config, DISTILL), lambda: make_accelerator(config, Store(config.run_dir))):
+        with pytest.raises(UserError, match=rf"accelerate is set to .*{name}") as caught:
+            start()
+        assert "training.shard" in str(caught.value)
+    for harmless in ("false", "no") if variable.startswith("ACCELERATE_USE") else ("no", "NO"):
+        monkeypatch.setenv(variable, harmless)
+        prepare(config, DISTILL)
+
+
+def test_a_launchers_accumulation_does_not_scale_gradients(tree_of, monkeypatch):
+    """The loss of a step is a sum over its micro-batches already."""
+    wanted = learn(tree_of("plain", shard="none"), 1)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    assert_alike(learn(tree_of("accumulating", shard="none"), 1), wanted)

@@ -37,9 +37,8 @@ from npd.verifying import Judge, Unjudged
 # The patterns as one would write them, which take quadratic time; runs of white space longer than nine aside.
 SLOW = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
-    re.compile(r"\\boxed\{([^{}]*)\}"),
     re.compile(r"(?:#{4}\s*|#(?=[^\s#]))([^\n#]+)"),
-    re.compile(r"(?<![</])answer(?:\s+is)?\s*[:=]?\s*\**([^\n*]+)", re.IGNORECASE),
+    re.compile(r"(?<![</\w])answer(?!\w)(?:\s+is)?\s*[:=]?\s*\**([^\n*]+)", re.IGNORECASE),
 )
 PIECES = [
     "<answer>",
@@ -61,8 +60,26 @@ PIECES = [
 ]
 
 
+def boxed(text: str) -> str | None:
+    """The box that is closed last, each brace's partner looked for by itself."""
+    found: list[tuple[int, int]] = []
+    for start in (match.end() for match in re.finditer(r"\\boxed ?\{", text)):
+        depth = 1
+        for at in range(start, len(text)):
+            if text[at] in "{}" and text[at - 1] != "\\":
+                depth += 1 if text[at] == "{" else -1
+            if depth == 0:
+                found.append((at, start))
+                break
+    return text[max(found)[1] : max(found)[0]] if found else None
+
+
 def slowly(text: str) -> str:
-    for pattern in SLOW:
+    if tagged := SLOW[0].findall(text):
+        return str(tagged[-1]).strip()
+    if (box := boxed(text)) is not None:
+        return box.strip()
+    for pattern in SLOW[1:]:
         if found := pattern.findall(text):
             return str(found[-1]).strip()
     lines = text.strip().splitlines()
@@ -240,7 +257,7 @@ def test_a_summary_counts_them_and_a_generation_without_any_left_says_why():
     result = summary.result()
     assert (result.verified, result.correct) == (2, 1)
     assert (result.sources["b"].verified, result.sources["b"].correct) == (None, None)
-    with pytest.raises(RunError, match=r"1 wrong by their verifiers.*choose selection\.reward any"):
+    with pytest.raises(RunError, match=r"1 wrong by their verifiers.*none\. Choose selection\.reward any, or warm"):
         check_some_kept(result, config)
 
 

@@ -384,6 +384,22 @@ def test_a_run_in_turns_with_adapters(vllm_tree):
     assert all(check["mean_abs_difference"] < 1e-3 for check in checks)
 
 
+def test_the_adapter_that_a_run_leaves_loads_over_the_base(vllm_tree):
+    """RUN/adapter as a LoRARequest answers as RUN/student does, whose weights have it merged, and not as the base."""
+    tree = vllm_tree(student={"lora": {"r": 4}}, training={"learning_rate": 0.05}, rollout={"engine": "transformers"})
+    npd.distill(tree)
+    home, base = Path(tree["run_dir"]), Path(tree["student"]["model"])
+    assert (home / "adapter" / "adapter_config.json").exists()
+    engine = engine_for(StudentConfig(model=str(base), lora=LoraConfig(r=4)), base=base)
+    try:
+        engine.take(Files(home))
+        answers = [row["response_ids"] for row in engine.answer(table_of(PROMPTS), GREEDY).to_pylist()]
+    finally:
+        engine.close()
+    assert answers == [row["response_ids"] for row in by_transformers(home / "student", table_of(PROMPTS))]
+    assert answers != [row["response_ids"] for row in by_transformers(base, table_of(PROMPTS))]
+
+
 def test_wrong_weights_raise_the_alarm(vllm_tree, monkeypatch):
     """An engine that goes on with the snapshot before is seen, recorded and shown."""
     real = VllmEngine.take

@@ -253,25 +253,32 @@ def damage(file: Path) -> None:
 # -- runs
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, teacher_dir, student_dir) -> Tree:
-    """A run of a second: three generations of three parts, two passes each, the last one overlapped."""
-    data = write_jsonl(tmp_path_factory.mktemp("jobs") / "data.jsonl", PROMPTS)
+ONE_THREAD = {"train_threads": 1, "rollout_threads": 1, "teacher_threads": 1}
+
+
+def three_parts(data: Path, student: Path, teacher: Path, *, lead: float) -> Tree:
+    """The configuration of three generations of three parts, without a run directory; the prompts are written to `data`."""
     return {
-        "student": {"model": str(student_dir)},
-        "teacher": {"model": str(teacher_dir)},
-        "data": {"train": str(data), "eval": str(data), "max_prompt_tokens": 16},
-        "schedule": {"generations": 3, "passes": 2, "lead": 1.0},
+        "student": {"model": str(student)},
+        "teacher": {"model": str(teacher)},
+        "data": {"train": str(write_jsonl(data, PROMPTS)), "max_prompt_tokens": 16},
+        "schedule": {"generations": 3, "passes": 2, "lead": lead},
         "rollout": {"max_new_tokens": 8, "batch_size": 4, "part_size": 2},
         "scoring": {"top_k": 3, "batch_tokens": 64, "free": "always"},
         "selection": {"rule": "none"},
         "packing": {"length": 24},
         "training": {"batch_tokens": 48, "learning_rate": 1e-2},
         "checkpoint": {"every_steps": 3, "keep": 3, "restarts": 3},
-        "evaluation": {"kl_prompts": 2, "every_passes": 2},
-        "placement": {"train_threads": 1, "rollout_threads": 1, "teacher_threads": 1},
         "tracking": {"trackers": [], "report": False},
     }
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, teacher_dir, student_dir) -> Tree:
+    """A run of a second: three generations of three parts, two passes each, the last one overlapped."""
+    tree = three_parts(tmp_path_factory.mktemp("jobs") / "data.jsonl", student_dir, teacher_dir, lead=1.0)
+    tree["data"]["eval"] = tree["data"]["train"]
+    return tree | {"evaluation": {"kl_prompts": 2, "every_passes": 2}, "placement": dict(ONE_THREAD)}
 
 
 @pytest.fixture

@@ -81,6 +81,19 @@ def locked(file: Path) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def claimed(file: Path) -> Iterator[bool]:
+    """Is this process the only one that has it? It does not wait."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w") as held:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
 def measure(cell: Cell, task: Task, shelf: Shelf) -> dict[str, Any]:
     """Run a cell; its entry."""
     with locked(shelf.folder / "lock" / task.family):

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.evidence.cells import Cell, Results, measure
+from benchmarks.evidence.cells import Cell, Results, claimed, measure
 from benchmarks.evidence.tasks import Shelf, Task
 from npd.errors import NpdError
 
@@ -35,7 +32,7 @@ class Work:
             os.sched_setaffinity(0, {core})
             torch.set_num_threads(1)
         for cell in self.wanted:
-            with self._mine(cell) as mine:
+            with claimed(self.shelf.folder / "lock" / str(cell).replace("/", "-")) as mine:
                 standing = self.results.read() if mine else {}
                 if not mine or (cell in standing and not self.anew):
                     continue
@@ -51,19 +48,6 @@ class Work:
                 if cell in standing:
                     print(f"{cell} was: {said(standing[cell])}")
                 print(f"{cell}: {said(entry)}", flush=True)
-
-    @contextmanager
-    def _mine(self, cell: Cell) -> Iterator[bool]:
-        """Does no other process run it?"""
-        file = self.shelf.folder / "lock" / str(cell).replace("/", "-")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with file.open("w") as held:
-            try:
-                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            yield True
 
     @staticmethod
     def _seconds(cell: Cell, standing: dict[Cell, dict[str, Any]]) -> float:

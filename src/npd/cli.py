@@ -302,6 +302,22 @@ report.epilog = EPILOG
 main.add_command(report)
 
 
+@main.command(epilog=EPILOG, short_help="Copy a run to a mirror, or bring it down from there.")
+@click.argument("source")
+@click.argument("target")
+def sync(source: str, target: str) -> None:
+    """Copy a run directory to a mirror, or bring the run in a mirror down to an empty directory: what it needs to go on, or
+    a finished run's student and record.
+
+    Of SOURCE and TARGET one is a directory here and one a URI, such as s3://BUCKET/runs/first or file:///mnt/disk/first.
+    A run with checkpoint.mirror does both by itself.
+    """
+    from npd.mirror.syncing import synchronise
+
+    end_in_order()
+    synchronise(source, target, Display())
+
+
 @main.command(epilog=EPILOG, short_help="Compare four ways to train, on a toy task, in minutes.")
 @click.option("--out", default="runs/demo", show_default=True, help="Directory for the demo's runs; must be new or empty.")
 @click.option("--seed", default=0, show_default=True, help="Another seed gives other problems, samples and batches.")

@@ -7,20 +7,22 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pyarrow.compute as pc
-import torch
 
 from npd import models
-from npd.config import Config, ModelConfig
+from npd.config import Config, ModelConfig, PlacementConfig
+from npd.errors import UserError
 from npd.forecast import Load, Rates, Reader, model_of, rates
+from npd.generations.itself import follows_snapshots, is_base
 from npd.hardware import EFFICIENCY, GIB, Hardware
 from npd.observe.console import CostTable
+from npd.placement import names_producer
 from npd.preflight import Setup
 from npd.prompts import count_sources
 from npd.registry import ENGINES
 from npd.scoring import teacher_kind
 from npd.selection import wants_free
 from npd.splits import Case, Split
-from npd.store import Store
+from npd.store import REFERENCE, Store
 from npd.train.memory import USABLE, step_memory
 
 ASSUMED = 0.5
@@ -59,12 +61,15 @@ class Costs:
     case: Case
     devices: int
     best: Split
+    """Of no more than these."""
     lengths: Lengths
     measured: Measured | None
     others: dict[str, float]
     """Engine -> hours, of those that the configuration did not choose."""
     reason: str = ""
     """Why the rates are what they are."""
+    notes: tuple[str, ...] = ()
+    """What of the configuration is not in the figures."""
 
 
 def known_lengths(config: Config, said: float | None = None) -> Lengths:
@@ -118,13 +123,31 @@ def estimate(
             found = replace(found, **scaled)
         case = replace(case, rates=found)
         reason = f"measured here{', and scaled by the peaks' * (found is not measured.rates)}: {measured.said}"
-    others = {}
+    others: dict[str, float] = {}
     if engine is None and measured is None and case.load.written and device.kind != "cpu":
         for other in ENGINES:
             if other != chosen and other in BUILT_IN:
-                there = estimate(setup, device, devices, response_tokens=response_tokens, engine=other)
-                others[other] = there.best.times.whole / HOURS
-    return Costs(case, devices, case.best(devices), lengths, measured, others, reason)
+                there = _case(setup, device, lengths, other).best(devices)
+                others |= {other: there.times.whole / HOURS} if there is not None else {}
+    best = case.best(devices)
+    if best is None:
+        size, beside = case.engine_devices, config.schedule.lead > 0
+        raise UserError(
+            f"rollout.{chosen} takes {size} devices for an engine, and {'one more' if beside else 'others'} must train, but "
+            f"--on has {devices:,}{'' if beside else ' and schedule.lead is 0, so that nothing generates beside training'}.",
+            "Give more devices, a lower tensor_parallel_size, or a schedule.lead above 0.",
+        )
+    return Costs(case, devices, best, lengths, measured, others, reason, _not_counted(setup))
+
+
+def _not_counted(setup: Setup) -> tuple[str, ...]:
+    config, contents = setup.config, setup.generations
+    found = []
+    if setup.on_paper and not names_producer(config.placement) and config.placement != PlacementConfig():
+        found.append("placement is not taken: it names devices of one machine, and the split here is the best of all.")
+    if (contents.mixed or not contents.by_student) and config.data.references == "teacher":
+        found.append("The time that the teacher takes to write references is not counted.")
+    return tuple(found)
 
 
 def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case:
@@ -133,13 +156,13 @@ def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case
     half = device.half and config.training.precision != "float32"
     known = setup.tokens.student
     student = model_of(known, trust_remote_code=config.student.trust_remote_code)
-    step = step_memory(config, known, bfloat16=half)
-    held = student.parameters * models.resolve_dtype(config.student, trained=True).itemsize
-    adapters = models.adapter_bytes(known, config.student) if config.student.adapts else 0
+    step = step_memory(config, known, bfloat16=half, half=device.half)
+    held = student.parameters * models.resolve_dtype(config.student, trained=True, half=device.half).itemsize
+    adapters = models.adapter_bytes(known, config.student, half=device.half)
     prompts = pc.list_value_length(setup.prompts.table["prompt_ids"]).to_numpy()
     options, kind = config.rollout, ENGINES[engine]
     named = engine == options.engine
-    writer, teacher = Reader(student, _itemsize(config.student, device)), _teacher(setup, device)
+    writer, teachers = Reader(student, _itemsize(config.student, device)), _teachers(setup, device)
     size = kind.devices(options.engine_options if named else {}) if contents.by_student else 1
     waits = engine == ENGINES.default and (options.batching == "static" or models.expected_continuing(known) is not None)
     static = options.max_new_tokens / lengths.response if waits else 1.0
@@ -161,9 +184,11 @@ def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case
         free=wants_free(config.selection, config.scoring.free),
         written=contents.by_student,
         static=static,
+        mixed=config.schedule.references if contents.mixed else 0.0,
+        references=contents.responses(REFERENCE) if contents.mixed else 0,
     )
     load = replace(load, most_steps=_most_steps(config, load))
-    of = rates(load, student, writer, teacher, device, kind.pace, size)
+    of = rates(load, student, writer, teachers, device, kind.pace, size)
     passes = min(load.most_steps / load.pass_steps, float(load.generations * load.passes))
     asked = config.training.gradient_checkpointing
     return Case(
@@ -171,7 +196,7 @@ def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case
         rates=of,
         student=student,
         writer=writer,
-        teacher=teacher,
+        teachers=teachers,
         step=step,
         held=held,
         adapters=adapters,
@@ -181,7 +206,7 @@ def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case
         engine_devices=size,
         checkpointing=(None if device.kind != "cpu" else False) if asked == "auto" else asked,
         checkpoints=passes * load.pass_steps / config.checkpoint.every_steps,
-        sharding=not config.student.adapts,
+        shard={"full": True, "auto": False if config.training.compile else None}.get(config.training.shard, False),
         together=not kind.takes_first_gpus,
     )
 
@@ -190,30 +215,29 @@ def _most_steps(config: Config, load: Load) -> float:
     training = config.training
     limits = [math.inf if training.max_steps is None else float(training.max_steps)]
     if training.max_tokens is not None:
-        a_pass = load.responses * load.kept * load.response
+        a_pass = load.responses * load.kept * load.response / (1 - load.mixed)
         limits.append(training.max_tokens / a_pass * load.pass_steps)
     return min(limits)
 
 
 def _itemsize(config: ModelConfig, device: Hardware) -> int:
     """Bytes of a weight that only reads or writes there."""
-    if config.dtype == "auto":
-        return 2 if device.half else 4
-    dtype: torch.dtype = getattr(torch, config.dtype)
-    return dtype.itemsize
+    return models.resolve_dtype(config, trained=False, half=device.half).itemsize
 
 
-def _teacher(setup: Setup, device: Hardware) -> Reader | None:
-    """The largest teacher that is loaded where generations are made; None where all are elsewhere."""
+def _teachers(setup: Setup, device: Hardware) -> tuple[Reader, ...]:
+    """Teachers that are loaded where generations are made: each stays once it was asked."""
     config, found = setup.config, []
     assert setup.prompts is not None, "only what trains is planned"
-    asked = {config.teacher_of(source) for source in count_sources(setup.prompts.table)}
+    counts = count_sources(setup.prompts.table)
     for key, teacher in config.all_teachers.items():
         known = setup.tokens.teachers.get(key)
-        if key in asked and known is not None and known.config is not None and not teacher_kind(teacher).elsewhere:
+        asked = sum(n for source, n in counts.items() if config.teacher_of(source) == key)
+        if asked and known is not None and known.config is not None and not teacher_kind(teacher).elsewhere:
             model = model_of(known.config, trust_remote_code=teacher.trust_remote_code)
-            found.append(Reader(model, _itemsize(teacher, device)))
-    return max(found, key=lambda reader: reader.weights, default=None)
+            own = not is_base(config, key) and not follows_snapshots(config, key)
+            found.append(Reader(model, _itemsize(teacher, device), asked / len(setup.prompts), own))
+    return tuple(found)
 
 
 # -- for people
@@ -242,7 +266,8 @@ def cost_rows(costs: Costs, price: float | None) -> list[list[str]]:
         whole = sum(parts.values())
         told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items() if size >= 0.005 * GIB)
         how = f" (shares weights among {best.shards})" * (best.shards > 1) + ", checkpointing" * best.checkpointing
-        rows.append([f"memory, {role}", f"{whole / GIB:.1f} of {USABLE * device.memory / GIB:.1f} GiB: {told}"
+        least = "at least " * (case.step.activations is None and role != "generating")  # a model that can't be counted
+        rows.append([f"memory, {role}", f"{least}{whole / GIB:.1f} of {USABLE * device.memory / GIB:.1f} GiB: {told}"
                      + how * (role != "generating")])  # fmt: skip
     if costs.measured is not None:
         rows.append(["memory at the trial's peak", f"{costs.measured.memory / GIB:.1f} GiB, of one process here"])
@@ -280,17 +305,19 @@ def _split(costs: Costs) -> str:
     best, load = costs.best, costs.case.load
     if costs.devices == 1:
         return "one device: training and generation take turns on it"
+    rest = costs.devices - best.devices
+    rests = f"; the other {rest:,} would rest" * (rest > 0)
     if not load.written:
-        return f"all {best.train} train"
-    if best.turns and best.train < costs.devices:
+        return (f"all {best.train:,} train" if not rest else f"{best.train:,} train") + rests
+    if best.turns and rest and not costs.case.together:
         return (
             "training and generation take turns on one device, and the others rest: this engine shares a process with one "
             "trainer only; give schedule.lead above 0"
         )
     if best.turns:
         why = "" if load.lead else " (schedule.lead 0)"
-        return f"all {best.train} train and generate in turns{why}"
-    beside = f"{best.train} train, {best.generate} generate and score beside them"
+        return f"{f'all {best.train:,}' if not rest else f'{best.train:,}'} train and generate in turns{why}{rests}"
+    beside = f"{best.train:,} train, {best.generate:,} generate and score beside them{rests}"
     return f"{beside}; `accelerate launch --num_processes {best.train}`"
 
 
@@ -326,9 +353,16 @@ def _next(costs: Costs) -> str:
     if full > 1:
         lacking = (full - 1) * USABLE * device.memory / GIB
         told = f"memory: it does not fit. {lacking:.1f} GiB are lacking where there is {role}, most of it {largest}."
-        return f"{told} {_mend(largest)}"
-    micro = max(1, math.ceil(min(case.load.step_tokens, case.load.pass_tokens) / case.load.micro_tokens))
-    if full < 0.8 and micro <= best.train < costs.devices:
+        return f"{told} {_mend(largest, case)}"
+    count, engines = case.load.parts, (best.generate or best.train) // case.engine_devices
+    writes = case.load.written and best.times.generated > best.times.trained
+    if full < 0.8 and writes and count <= engines and (count < engines or best.devices < costs.devices):
+        return (
+            f"parts: a generation has {count:,} (rollout.part_size), so no more than {count:,} engines can write; memory is "
+            f"{100 * full:.0f}% full"
+        )
+    micro = case.micro_batches
+    if full < 0.8 and not writes and micro <= best.train < costs.devices:
         return (
             f"micro-batches: a step has {micro} (training.batch_tokens, packing.length), so no more than {micro} devices can "
             f"train; memory is {100 * full:.0f}% full"
@@ -340,12 +374,15 @@ def _next(costs: Costs) -> str:
     return told
 
 
-def _mend(part: str) -> str:
+def _mend(part: str, case: Case) -> str:
+    shares = "More devices that share the weights, or student.lora."
+    if case.shard is False:
+        shares = "training.shard: full over several devices (without training.compile), or student.lora."
     return {
         "activations": "Lower packing.length or training.micro_batch_rows, or set training.gradient_checkpointing.",
-        "weights": "More devices that share the weights, or student.lora.",
-        "gradients": "More devices that share the weights, or student.lora.",
-        "AdamW": "More devices that share the weights, or student.lora.",
+        "weights": shares,
+        "gradients": shares,
+        "AdamW": shares,
         "key-value cache": "Lower rollout.batch_size or rollout.max_new_tokens.",
         "teacher": "A teacher behind a server, or one of fewer bits.",
     }.get(part, "Take devices with more memory.")
@@ -360,4 +397,4 @@ def cost_notes(costs: Costs) -> list[str]:
         notes.append(f"Shares of the peaks: {said}. --measure times this machine instead.")
     for engine, hours in costs.others.items():
         notes.append(f"With rollout.engine {engine} it would take {_time(hours * HOURS)}.")
-    return notes
+    return [*notes, *costs.notes]

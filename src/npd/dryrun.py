@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import click
 
 from npd.config import Config
 from npd.errors import UserError
 from npd.observe.display import Display
+
+
+class Number(click.FloatRange):
+    """A range of numbers, which nan and infinity are not."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        found = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no number that can be reckoned with.", param, ctx)
+        return found
+
 
 DRY_RUN = (
     click.Option(["--dry-run"], is_flag=True, help="Check everything that can be checked, print the plan, and stop."),
@@ -15,7 +29,7 @@ DRY_RUN = (
         metavar="NxDEVICE",
         help="With --dry-run: memory, split, hours and cost on such devices (8xH100, 16xA100-80GB, this, ...).",
     ),
-    click.Option(["--price"], type=click.FloatRange(min=0), help="With --on: what a device costs an hour."),
+    click.Option(["--price"], type=Number(min=0), help="With --on: what a device costs an hour."),
     click.Option(
         ["--measure"],
         is_flag=True,
@@ -23,7 +37,7 @@ DRY_RUN = (
     ),
     click.Option(
         ["--response-tokens"],
-        type=click.FloatRange(min=1),
+        type=Number(min=1),
         help="With --on: mean tokens of a response [default: as an earlier generation in run_dir, or half of the most]",
     ),
 )
@@ -63,11 +77,12 @@ def dry_run(
         UserError: what is wrong with the configuration, its data or its models; a device that nobody knows.
     """
     from npd.dataview import show_data
+    from npd.hardware import names_others
     from npd.observe.console import show_plan
     from npd.plan import make_plan, plan_notes, plan_rows
     from npd.preflight import prepare
 
-    setup = prepare(config, command)
+    setup = prepare(config, command, on_paper=on is not None and not measure and names_others(on))
     show_data(config, command, setup.chat, display, lambda: (setup.prompts, setup.held_out), told=True)
     plan = make_plan(setup)
     costs = None

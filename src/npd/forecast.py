@@ -7,6 +7,8 @@ replaces what is computed here.
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ from npd.train.memory import StepMemory
 
 HOST = 0.64e9
 """Bytes of a process on a CPU before any model, measured: Python, torch, transformers and Arrow."""
+BLIND = "linear_attention", "mamba", "recurrent", "conv"
 READING = 12
 """Bytes a token and unit of width that a forward pass holds at once beside the weights, in numbers of two bytes."""
 
@@ -28,8 +31,7 @@ class Model(NamedTuple):
 
     parameters: int
     matrices: int
-    """Parameters that every token is multiplied with: embeddings and head aside. Of experts all count, as if all were
-    chosen."""
+    """Parameters that tokens are multiplied with: embeddings and head aside."""
     head: int
     """Elements of the head."""
     layers: int
@@ -38,11 +40,38 @@ class Model(NamedTuple):
     hidden: int
     vocabulary: int
     cache: int
-    """Numbers that a token leaves in the key-value cache."""
+    """Numbers that a token leaves in the key-value cache, in all layers."""
+    experts: int = 0
+    """Parameters of all experts."""
+    chosen: float = 1.0
+    """Share of the experts that a token goes through."""
+    near: int = 0
+    """Layers that see no more than `window` tokens."""
+    window: int = 0
+    blind: int = 0
+    """Layers that keep a state, and no keys and values."""
+
+    @property
+    def active(self) -> float:
+        """Parameters that each token is multiplied with."""
+        return self.matrices - self.experts * (1 - self.chosen)
+
+    def seen(self, context: float) -> float:
+        """Tokens that one attends to, in all layers together, behind so many."""
+        return (self.layers - self.near - self.blind) * context + self.near * min(context, self.window)
 
     def forward(self, tokens: float, heads: float, context: float) -> float:
-        """Operations of reading `tokens`, with the head on `heads` of them; each sees `context` tokens on average."""
-        return tokens * (2 * self.matrices + 4 * context * self.width * self.layers) + 2 * heads * self.head
+        """Operations of reading `tokens`, with the head on `heads` of them; each behind `context` of them."""
+        return tokens * (2 * self.active + 4 * self.seen(context) * self.width) + 2 * heads * self.head
+
+    @property
+    def each(self) -> float:
+        """Numbers that a token leaves in the cache of a layer that has one."""
+        return self.cache / max(1, self.layers - self.blind)
+
+    def read(self, sequences: float) -> float:
+        """Parameters that a step of decoding so many sequences reads: of experts those that any of them goes through."""
+        return self.parameters - self.experts * (1 - self.chosen) ** sequences
 
 
 def model_of(known: PreTrainedConfig, *, trust_remote_code: bool = False) -> Model:
@@ -55,8 +84,26 @@ def model_of(known: PreTrainedConfig, *, trust_remote_code: bool = False) -> Mod
     each = getattr(text, "head_dim", None) or text.hidden_size // heads
     keys = getattr(text, "num_key_value_heads", None) or heads
     layers = text.num_hidden_layers
-    matrices = max(0, count - head * (1 if tied else 2))
-    return Model(count, matrices, head, layers, heads * each, text.hidden_size, text.vocab_size, 2 * layers * keys * each)
+    kinds = Counter(getattr(text, "layer_types", None) or ())
+    window = getattr(text, "sliding_window", None) or getattr(text, "attention_chunk_size", None) or 0
+    near = kinds["sliding_attention"] + kinds["chunked_attention"] if kinds else layers * bool(window)
+    blind = sum(kinds[name] for name in BLIND)
+    experts, chosen = models.expert_parameters(known, trust_remote_code=trust_remote_code)
+    return Model(
+        parameters=count,
+        matrices=max(0, count - head * (1 if tied else 2)),
+        head=head,
+        layers=layers,
+        width=heads * each,
+        hidden=text.hidden_size,
+        vocabulary=text.vocab_size,
+        cache=2 * (layers - blind) * keys * each,
+        experts=experts,
+        chosen=chosen,
+        near=near * bool(window),
+        window=window,
+        blind=blind,
+    )
 
 
 class Reader(NamedTuple):
@@ -65,10 +112,14 @@ class Reader(NamedTuple):
     model: Model
     itemsize: int
     """Bytes of a weight."""
+    share: float = 1.0
+    """Of the responses that it reads."""
+    own: bool = True
+    """Has it weights of its own in memory?"""
 
     @property
     def weights(self) -> float:
-        return float(self.model.parameters * self.itemsize)
+        return float(self.model.parameters * self.itemsize) if self.own else 0.0
 
 
 @dataclass(frozen=True)
@@ -105,11 +156,15 @@ class Load:
     """By the student? Else nothing is generated."""
     static: float = 1.0
     """Steps of decoding for each that a response needs, where a batch waits for its longest."""
+    mixed: float = 0.0
+    """Share of the response tokens of a pass that are references'."""
+    references: int = 0
+    """Reference responses that the teacher reads before the first generation."""
 
     @property
     def pass_tokens(self) -> float:
-        """Prompt and response tokens of a pass."""
-        return self.responses * self.kept * (self.prompt + self.response)
+        """Prompt and response tokens of a pass; references are taken to be as long as responses."""
+        return self.responses * self.kept * (self.prompt + self.response) / (1 - self.mixed)
 
     @property
     def pass_steps(self) -> int:
@@ -142,7 +197,7 @@ def rates(
     load: Load,
     student: Model,
     writer: Reader,
-    teacher: Reader | None,
+    teachers: Sequence[Reader],
     device: Hardware,
     pace: Pace,
     engine_devices: int = 1,
@@ -154,20 +209,21 @@ def rates(
 
     Args:
         writer: the student as the engine holds it.
-        teacher: None where it is elsewhere.
+        teachers: those that are not elsewhere.
         engine_devices: devices of one engine, which share its weights, cache and work.
     """
     sample = load.prompt + load.response
     training = 3 * student.forward(sample, load.response, sample / 2) / sample
     reading = 0.0
-    if teacher is not None:
-        reading += teacher.model.forward(sample, load.response, sample / 2)
-        reading += teacher.model.forward(load.response, load.response, load.response / 2) * load.free
+    for teacher in teachers:
+        reading += teacher.share * teacher.model.forward(sample, load.response, sample / 2)
+        reading += teacher.share * teacher.model.forward(load.response, load.response, load.response / 2) * load.free
     reading += student.forward(load.response, load.response, load.response / 2) * load.free
     context = load.prompt + load.response / 2
     launches = 0.0 if device.kind == "cpu" else student.layers * pace.layer_seconds
     step = max(
-        (writer.weights + load.at_once * context * student.cache * writer.itemsize)
+        (student.read(load.at_once) + load.at_once * student.seen(context) * student.each)
+        * writer.itemsize
         / (engine_devices * device.bandwidth * pace.bandwidth),
         load.at_once * student.forward(1, 1, context) / (engine_devices * device.flops * efficiency("decoding", device)),
         launches,
@@ -183,47 +239,40 @@ def rates(
 # -- memory
 
 
-def training_bytes(
-    step: StepMemory, held: float, adapters: float, student: Model, *, shards: int, checkpointing: bool, half: bool
-) -> dict[str, float]:
-    """Bytes of a training device by part.
+def training_bytes(step: StepMemory, held: float, adapters: float, *, shards: int, checkpointing: bool) -> dict[str, float]:
+    """Bytes of a training device by part; their sum is the step's `total`.
 
     Args:
         held: of the student's weights, adapters aside.
         adapters: of adapters, which alone learn; 0 where all weights do.
         shards: training devices that share weights, gradients and the optimiser's moments: 1 where each has all of them.
-        half: products in bfloat16.
     """
-    learns = adapters or held
+    learns, step = adapters or held, step.over(shards)
     found = {
         "weights": (held + adapters) / shards,
         "gradients": learns / shards,
         "AdamW": 2 * learns / shards,
-        "activations": step.activations.bytes(step.tokens, checkpointing=checkpointing) if step.activations else 0.0,
+        "activations": step.kept(checkpointing=checkpointing),
         "logits": step.loss,
     }
-    if shards > 1:
-        # Whole while they are used: a layer and the next one, fetched ahead, and the embeddings; a gradient beside each.
-        layer = student.matrices / student.layers
-        found["gathered layers"] = (2 * layer + student.head) * ((2 if half else 4) + 4)
-    return found
+    return found | ({"gathered layers": step.gathered} if shards > 1 else {})
 
 
 def generating_bytes(
-    load: Load, writer: Reader, teacher: Reader | None, *, own_copy: bool, engine_devices: int
+    load: Load, writer: Reader, teachers: Sequence[Reader], *, own_copy: bool, engine_devices: int
 ) -> dict[str, float]:
     """Bytes of a device that generates, by part.
 
     Args:
         own_copy: has the engine weights beside the model that reads?
     """
-    largest = max([writer, *([teacher] if teacher else [])], key=lambda reader: reader.model.parameters)
+    largest = max([writer, *teachers], key=lambda reader: reader.model.parameters)
     tokens, model = load.read_tokens, largest.model
     found = {
         "student": writer.weights,
         "engine": writer.weights / engine_devices if own_copy else 0.0,
         "key-value cache": load.at_once * load.longest * writer.model.cache * writer.itemsize / engine_devices,
-        "teacher": teacher.weights if teacher else 0.0,
+        "teacher": sum(teacher.weights for teacher in teachers),
         "reading": tokens * model.hidden * READING * largest.itemsize / 2 + min(tokens, 4096) * model.vocabulary * 8.0,
     }
     return {name: size for name, size in found.items() if size}

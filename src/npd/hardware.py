@@ -20,6 +20,8 @@ GIB = 1 << 30
 MIB = 1 << 20
 MOST = 100_000  # devices of one run on paper
 THIS = "this"
+NAMED = re.compile(r"\s*(?:(\d{1,7})\s*[x×*]\s*)?(.+?)\s*", re.IGNORECASE)
+NEAR = 0.1  # how far what is called so many gigabytes may be from what its driver reports
 
 
 @dataclass(frozen=True)
@@ -111,26 +113,57 @@ def named_devices(text: str) -> tuple[Hardware, int]:
     Raises:
         UserError: there is no such device in the table, or not so many of anything.
     """
-    match = re.fullmatch(r"\s*(?:(\d{1,7})\s*[x×*]\s*)?(.+?)\s*", text, re.IGNORECASE)
+    match = NAMED.fullmatch(text)
     count, name = (int(match[1] or 0), match[2]) if match else (0, text)
+    if match and match[1] is not None and not 1 <= count <= MOST:
+        raise UserError(f"--on asks for {count:,} devices; give 1 to {MOST:,}.")
     if name.lower() == THIS:
         here, there = this_device()
         return here, count or there
-    wanted = _plain(name)
-    found = next((device for device in DEVICES if _plain(device.name) == wanted), None)
-    if found is None:
+    found = called(name)
+    if len(found) > 1:
+        raise UserError(
+            f"--on names {foreign(name, 60)!r}, which may be {' or '.join(d.name for d in found)}.",
+            f"Say which, such as {count or 8}x{found[0].name}.",
+        )
+    if not found:
         raise UserError(
             f"--on names {foreign(name, 60)!r}, which is not in the table of devices ({', '.join(d.name for d in DEVICES)}).",
             "Name one of these, such as 8xH100, or `this` for the machine at hand; a device like it in memory and bandwidth "
             "gives the best guess.",
         )
-    if match and match[1] is not None and not 1 <= count <= MOST:
-        raise UserError(f"--on asks for {count:,} devices; give 1 to {MOST:,}.")
-    return found, count or 1
+    return found[0], count or 1
 
 
-def _plain(name: str) -> str:
-    return re.sub(r"[\s_-]|nvidia|geforce|rtx|huawei|sxm\d?|hbm\d?e?", "", name.lower())
+def names_others(text: str) -> bool:
+    """Does `--on` mean other devices than this machine's?
+
+    Raises:
+        UserError: as `named_devices`.
+    """
+    match = NAMED.fullmatch(text)
+    if match and match[2].lower() == THIS:
+        return False
+    named_devices(text)
+    return True
+
+
+def called(name: str) -> list[Hardware]:
+    """Devices of the table that people and drivers call so: with or without their makers' words, and with as much memory as
+    is named, if any is."""
+    wanted, size = _plain(name)
+    return [
+        device
+        for device in DEVICES
+        if _plain(device.name)[0] == wanted and (size is None or abs(size * GIB / device.memory - 1) < NEAR)
+    ]
+
+
+def _plain(name: str) -> tuple[str, int | None]:
+    """A name without makers' words and separators, and the gigabytes that it ends with."""
+    plain = re.sub(r"[\s_-]|nvidia|geforce|rtx|huawei|ascend|sxm\d?|hbm\d?e?", "", name.lower())
+    match = re.fullmatch(r"(.*[a-z]\d{1,3}[a-z]?|\d{4}|\d{3}[a-z])(\d{2,3})gi?b?", plain)
+    return (match[1], int(match[2])) if match else (plain, None)
 
 
 def this_device() -> tuple[Hardware, int]:
@@ -141,9 +174,8 @@ def this_device() -> tuple[Hardware, int]:
     if torch.cuda.is_available():
         there = torch.cuda.get_device_properties(0)
         count = torch.cuda.device_count()
-        for device in DEVICES:
-            near = 0.9 < there.total_memory / device.memory < 1.1
-            if near and _plain(device.name).split("80gb")[0].split("40gb")[0] in _plain(there.name):
+        for device in called(there.name):
+            if abs(there.total_memory / device.memory - 1) < NEAR:
                 return replace(device, memory=float(there.total_memory)), count
         flops, bandwidth = _rates("cuda", torch.bfloat16, 8192, 1 << 28)
         return Hardware(there.name, flops, bandwidth, float(there.total_memory), 32e9, "measured here"), count

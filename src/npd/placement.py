@@ -194,10 +194,11 @@ def assign_devices(
     elif schedule.lead and not external and "cpu" in used and cpus < 2:
         why = "there is one CPU core"
     turns = not external and (schedule.lead == 0 or bool(why))
+    away = producer is not None and not PRODUCERS[producer].uses_cores(config)
     mine, each, first = config.train_threads, config.rollout_threads, config.rollout_threads
     if not turns:
         on_gpu = all("cuda" in device for device in train)
-        mine = mine or (None if on_gpu or external else max(1, -(-cpus // 2)))
+        mine = mine or (None if on_gpu or away else max(1, -(-cpus // 2)))
         first = first or max(1, cpus // max(1, len(workers)))
         each = each or max(1, (cpus - (mine or 0)) // max(1, len(workers)))
     return Placement(
@@ -226,6 +227,11 @@ def _devices(name: str, value: str | list[str], gpus: int) -> list[str]:
             continue
         match = re.fullmatch(r"cuda:(\d+)", device)
         if not match and name == "rollout" and device in PRODUCERS:
+            if isinstance(value, list) and PRODUCERS[device].elsewhere:
+                raise UserError(
+                    f"placement.rollout lists {device!r}, which makes all generations by itself and stands beside nothing "
+                    f"else; set placement.rollout: {device}, or name devices."
+                )
             raise UserError(
                 f"placement.rollout names the producer {device!r}, which takes devices of this machine: the machine and "
                 "schedule.lead choose it. Name devices, or leave it auto."

@@ -16,6 +16,7 @@ from npd import models
 from npd.config import Config
 from npd.generations.generation import Generations
 from npd.generations.itself import follows_snapshots, is_base, itself
+from npd.mirror import mirror_plan
 from npd.placement import engine_beside_training
 from npd.preflight import Setup
 from npd.prompts import Prompts, count_sources
@@ -60,6 +61,8 @@ class Plan:
     sharding: Sharding
     disk_bytes: float
     """At most."""
+    copied_bytes: float
+    """To a mirror, over the whole run; at most."""
     limits: list[str] = field(default_factory=list)
     """What ends the run earlier."""
 
@@ -108,8 +111,11 @@ def make_plan(setup: Setup) -> Plan:
     if _evaluates_files(setup):
         disk += held + adapters + files
     # One is written before the oldest goes; it has the weights and two moments of what learns.
-    disk += min(keep + 1, steps // every) * (held + adapters + 2 * learns + FILES)
+    checkpoint = held + adapters + 2 * learns + FILES
+    disk += min(keep + 1, steps // every) * checkpoint
     disk += setup.prompts.table.nbytes + FILES
+    copied = generations * (rows + PART * len(contents.parts(0))) + references + (steps // every) * checkpoint
+    copied += (2 + (generations - 1) * contents.by_student) * (held + adapters + files) + setup.prompts.table.nbytes
     disk += STEP * steps + (REPORT if config.tracking.report else 0)
     return Plan(
         generations=config.schedule.generations,
@@ -123,6 +129,7 @@ def make_plan(setup: Setup) -> Plan:
         step=step,
         sharding=sharded,
         disk_bytes=disk,
+        copied_bytes=copied,
         limits=limits,
     )
 
@@ -267,7 +274,10 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
         name = "teacher" if key is None else f"teachers.{key}"
         rows.append([name, _reader(setup, key, teacher_kind(teacher).plan(teacher, setup.tokens.teachers[key]))])
     rows.append(["disk", f"at most {plan.disk_bytes / GIB:.2f} GiB"])
-    return rows + _places(setup)
+    if config.checkpoint.mirror is not None:
+        there = mirror_plan(setup.given, setup.command)
+        rows.append(["mirror", f"{there}; at most {plan.copied_bytes / GIB:.2f} GiB copied in all"])
+    return rows if setup.on_paper else rows + _places(setup)
 
 
 def _privileged(prompts: Prompts) -> str:

@@ -13,13 +13,14 @@ import numpy as np
 import pyarrow.compute as pc
 
 from npd import models
-from npd.config import Config, LossConfig, load_config
+from npd.config import Config, LossConfig, PlacementConfig, load_config
 from npd.errors import UserError, foreign
 from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind, benchmarks
 from npd.generations import guards
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.itself import itself
 from npd.generations.models import Tokens, load_tokenizers
+from npd.generations.producer import producer_kind
 from npd.losses import check_divergence, divergence_of
 from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
 from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data
@@ -28,6 +29,7 @@ from npd.scoring import Question, teacher_kind
 from npd.store import Store, explained_disk
 from npd.store.provenance import in_rows
 from npd.train.memory import memory_of, sharding
+from npd.train.sharding import check_launch
 from npd.train.trainer import resolve_precision
 from npd.verifiers import check_entries
 
@@ -59,6 +61,8 @@ class Setup:
     """The same, as teachers read it."""
     notes: list[str] = field(default_factory=list)
     """What the user should know before it begins."""
+    on_paper: bool = False
+    """Planned for devices that need not be here? Then `placement` is nobody's."""
 
     @property
     def generations(self) -> Generations:
@@ -73,12 +77,13 @@ def as_config(config: AnyConfig) -> Config:
     return config if isinstance(config, Config) else load_config(config)
 
 
-def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
+def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: bool = False) -> Setup:
     """Load configuration, tokenizers and data, and check all that can be checked without weights, servers among it.
 
     Args:
         command: distill, sft or eval.
         take_turns: nothing runs beside this process, and it does not train: `npd refresh`.
+        on_paper: it is planned for other devices: what this machine lacks of devices and engines does not matter.
 
     Raises:
         UserError: whatever is wrong with what the user gave.
@@ -92,22 +97,29 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
     if needs_teacher and not config.has_teacher:
         raise UserError(f"`npd {command}` needs a teacher; set teacher.model.")
     processes = _processes()
+    if command != EVAL and not take_turns:
+        check_launch()
     generates = command == DISTILL
     placed = resolve_placement(
-        config, take_turns=take_turns or command == EVAL, processes=processes, generates=generates or command == EVAL
+        config.model_copy(update={"placement": PlacementConfig()}) if on_paper else config,
+        take_turns=take_turns or command == EVAL,
+        processes=processes,
+        generates=(generates or command == EVAL) and not on_paper,
     )
     if generates:
-        check_engine(config, placed, processes, trains=not take_turns)
+        if not on_paper:
+            producer_kind(placed).check_config(config)
+            check_engine(config, placed, processes, trains=not take_turns)
         if config.loss.kd_weight:
             check_divergence(config.loss.divergence, config.loss.top_k_mass, config.loss.options)
-    elif config.evaluation.tasks or config.data.eval is not None or needs_teacher:
+    elif not on_paper and (config.evaluation.tasks or config.data.eval is not None or needs_teacher):
         beside = engine_beside_training(config, placed, processes, trains=command != EVAL)
         ENGINES[beside].check(config)
     models.use_device(placed.train[int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else 0])
-    if config.training.compile and command != EVAL:
+    if config.training.compile and command != EVAL and not on_paper:
         models.check_compiler()
     tokens = load_tokenizers(config)
-    if config.training.compile and command != EVAL and not take_turns:
+    if config.training.compile and command != EVAL and not take_turns and not on_paper:
         half = resolve_precision(config) == "bf16"
         sharding(config, tokens.student, processes, memory_of(models.device()), bfloat16=half)
     finished = Store(config.run_dir).finished
@@ -158,7 +170,9 @@ def prepare(given: Config, command: str, *, take_turns: bool = False) -> Setup:
         notes += teacher_kind(teacher).check(teacher, tokens.teachers[key], question)
     if command != EVAL:
         Store(config.run_dir).check(given, command)
-    return Setup(config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, read_by_teacher, notes)
+    return Setup(
+        config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, read_by_teacher, notes, on_paper
+    )
 
 
 def divergence_notes(loss: LossConfig) -> list[str]:

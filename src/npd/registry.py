@@ -118,6 +118,7 @@ PRODUCERS = Registry(
         "turns": "npd.generations.producer:Turns",
         "workers": "npd.generations.workers:Workers",
         "external": "npd.generations.follower:External",
+        "ray": "npd.generations.ray_producer:Ray",
     },
 )
 RULES = Registry(

@@ -27,6 +27,7 @@ from npd.generations.pipeline import Pipeline
 from npd.generations.producer import Producer, Workshop, producer_kind
 from npd.generations.reselect import reselect as reselect_generation
 from npd.measures import ModelWeights, StudentMeasures, room_for_a_refresh
+from npd.mirror import Mirror, arrive
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName, read_events, seconds_by_role
 from npd.observe.trackers import start_trackers
@@ -50,6 +51,7 @@ class Run:
     """One process's part in a run, from its checks to its result; holds the run's lock while entered."""
 
     def __init__(self, config: Config, command: str, display: Display | None = None, *, take_turns: bool = False) -> None:
+        arrive(config, command, display if display is not None else Display(quiet=True))
         self.setup: Setup = prepare(config, command, take_turns=take_turns)
         self.trains = not take_turns
         self.config, self.store = self.setup.config, Store(config.run_dir)
@@ -76,6 +78,10 @@ class Run:
             self.accelerator.wait_for_everyone()
             assert self.setup.prompts is not None, "what trains has prompts"
             kept = self.store.keep_prompts(self.setup.prompts) if self.main and not self.frozen else None
+            if self.main and not self.frozen and self.config.checkpoint.mirror is not None:
+                mirror = Mirror(self.config, self.display, self.events)
+                mirror.begin()
+                stack.push(lambda _, error, __: mirror.close(error))
             self.accelerator.wait_for_everyone()
             self.setup.prompts = kept or (self.setup.prompts if self.frozen else self.store.prompts())
             for note in [*self.setup.notes, *self.store.mended]:
@@ -89,7 +95,7 @@ class Run:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.resources.close()
+        self.resources.__exit__(*error)
 
     def _workshop(self) -> Workshop:
         """What generations are made with in this process."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -106,6 +106,8 @@ class Split(NamedTuple):
     shards: int
     checkpointing: bool
     times: Times
+    busy: float
+    """Seconds of all devices together in which they train or generate."""
     memory: dict[str, dict[str, float]]
     """Bytes of a device by its role, and there by part."""
     turns: bool
@@ -117,13 +119,16 @@ class Split(NamedTuple):
     def wasted(self, devices: int) -> float:
         """Share of the time of so many devices in which they do nothing."""
         whole = devices * self.times.whole
-        busy = self.train * self.times.trained + (self.generate or self.train) * self.times.generated
-        return max(0.0, 1 - busy / whole) if whole else 0.0
+        return max(0.0, 1 - self.busy / whole) if whole else 0.0
 
     def fullest(self, device: Hardware) -> tuple[str, float]:
         """The role whose memory is fullest, and what share of what can be used it takes."""
         role = max(self.memory, key=lambda name: sum(self.memory[name].values()))
         return role, sum(self.memory[role].values()) / (USABLE * device.memory)
+
+    def lacking(self) -> list[float]:
+        """Bytes of a device by role, the most first: of splits that do not fit the least comes nearest."""
+        return sorted((sum(parts.values()) for parts in self.memory.values()), reverse=True)
 
     def fits(self, device: Hardware) -> bool:
         return self.fullest(device)[1] <= 1
@@ -137,7 +142,7 @@ class Case:
     rates: Rates
     student: Model
     writer: Reader
-    teacher: Reader | None
+    teachers: tuple[Reader, ...]
     step: StepMemory
     held: float
     adapters: float
@@ -149,44 +154,53 @@ class Case:
     """None: where a step would not fit otherwise."""
     checkpoints: float = 0.0
     """How often a checkpoint is written."""
-    sharding: bool = True
-    """May weights be sharded where they do not fit?"""
+    shard: bool | None = None
+    """Are weights shared among several devices that train? None: where they do not fit otherwise."""
     together: bool = True
     """Can the engine stand in each of several processes that train, so that all devices take turns?"""
 
     def split(self, train: int, generate: int) -> Split:
         """One split; `generate` 0: all devices take turns."""
         load, device, turns = self.load, self.device, generate == 0
-        ways = [False, True] if self.checkpointing is None else [self.checkpointing]
-        sharded = [1, *([train] if self.sharding and train > 1 else [])]
-        found = None
-        for shards in sharded:
-            for again in ways:
-                found = self._memory(train, turns, shards, again)
-                if max(sum(parts.values()) for parts in found.values()) <= USABLE * device.memory:
-                    break
-            else:
-                continue
-            break
-        assert found is not None, "there is one way at least"
+        shards, again = self._laid_out(train)
+        found = self._memory(train, turns, shards, again)
         learns = self.adapters or self.held
         gathered = self.student.parameters * (2 if self.half else 4)
         each = pass_seconds(load, self.rates, learns, gathered, device, devices=train, shards=shards)
         engines = max(1, (generate or train) // self.engine_devices)
         part = load.response_tokens * (self.rates.write + self.rates.read) / load.parts
-        generating = math.ceil(load.parts / engines) * part if load.written else 0.0  # a part is one engine's
+        rounds = math.ceil(load.parts / engines)
+        generating = rounds * part if load.written else 0.0  # a part is one engine's
         made = times(load, each, generating, turns=turns, per_generation=self.rates.snapshot)
-        whole = made.whole + self.rates.fixed + self.checkpoints * self.rates.checkpoint
-        return Split(train, generate, shards, again, made._replace(whole=whole), found, turns)
+        read = load.references * load.response * self.rates.read / engines
+        whole = made.whole + read + self.rates.fixed + self.checkpoints * self.rates.checkpoint
+        micro = self.micro_batches
+        busy = made.trained * micro / math.ceil(micro / train)
+        busy += (made.generated * load.parts / rounds + read * engines) * self.engine_devices
+        return Split(train, generate, shards, again, made._replace(whole=whole), busy, found, turns)
+
+    @property
+    def micro_batches(self) -> int:
+        """Of a step: no more devices can train."""
+        return max(1, math.ceil(min(self.load.step_tokens, self.load.pass_tokens) / self.load.micro_tokens))
+
+    def _laid_out(self, train: int) -> tuple[int, bool]:
+        """Devices that share the states, and whether activations are computed again: as training does it by itself."""
+        memory, again = self.device.memory, self.checkpointing is not False
+        full = self.shard
+        if full is None:
+            full = self.device.kind != "cpu" and self.step.needs_shards(memory, checkpointing=again)
+        shards = train if full else 1
+        if self.checkpointing is not None:
+            return shards, self.checkpointing
+        return shards, self.step.over(shards).needs_checkpointing(memory)
 
     def _memory(self, train: int, turns: bool, shards: int, checkpointing: bool) -> dict[str, dict[str, float]]:
-        training = training_bytes(
-            self.step, self.held, self.adapters, self.student, shards=shards, checkpointing=checkpointing, half=self.half
-        )
+        training = training_bytes(self.step, self.held, self.adapters, shards=shards, checkpointing=checkpointing)
         if not self.load.written:
             return {"training": training}
         generating = generating_bytes(
-            self.load, self.writer, self.teacher, own_copy=self.own_copy, engine_devices=self.engine_devices
+            self.load, self.writer, self.teachers, own_copy=self.own_copy, engine_devices=self.engine_devices
         )
         if not turns or (train == 1 and self.device.kind != "cpu"):  # on one GPU each leaves it to the other
             return {"training": training, "generating": generating}
@@ -201,26 +215,39 @@ class Case:
         return {"each": host | first | second}
 
     def splits(self, devices: int) -> Iterator[Split]:
-        """Every split of so many devices: turns, and where there is a lead each number that trains."""
-        yield self.split(devices if self.together or not self.load.written else 1, 0)
-        if not self.load.written or not self.load.lead or self.device.kind == "cpu":
+        """Every split of so many devices or fewer: turns, and where there is a lead each number that trains, with as many
+        others generating as a generation has parts. None where an engine takes more devices than there are."""
+        load, size = self.load, self.engine_devices
+        # An engine of one process alone: beside a trainer it has one device.
+        most = devices if self.together or not load.written else int(size == 1)
+        for train in self._counts(most, load.parts if load.written else 0):
+            if train >= size or not load.written:
+                yield self.split(train, 0)
+        if not load.written or not load.lead or self.device.kind == "cpu":
             return
-        for train in _counts(devices - 1):
-            generate = (devices - train) // self.engine_devices * self.engine_devices
+        for train in self._counts(devices - 1, 0):
+            generate = min((devices - train) // size, load.parts) * size
             if generate:
                 yield self.split(train, generate)
 
-    def best(self, devices: int) -> Split:
-        """The split that ends first of those that fit, of equals the smaller trainer; else the one with most room."""
+    def best(self, devices: int) -> Split | None:
+        """The split that ends first of those that fit, of equals the one of fewest devices, then of fewest that train; else
+        the one that comes nearest to fitting. Of more devices it takes no longer."""
         found = list(self.splits(devices))
         fitting = [split for split in found if split.fits(self.device)]
         if fitting:
-            return min(fitting, key=lambda split: (split.times.whole, split.train))
-        return min(found, key=lambda split: split.fullest(self.device)[1])
+            return min(fitting, key=lambda split: (split.times.whole, split.devices, split.train))
+        return min(found, key=lambda split: (split.lacking(), split.times.whole), default=None)
+
+    def _counts(self, most: int, engines: int) -> list[int]:
+        """Numbers of devices up to `most`, the same for every `most`: all of a few, some thirty a power of ten, and each with
+        which a step or a generation has a round less."""
+        grid = {*range(1, 129), *(round(10 ** (k / 30)) for k in range(63, 151))}
+        counts = grid | _rounds(self.micro_batches) | {count * self.engine_devices for count in _rounds(engines)}
+        return sorted(count for count in counts if count <= most)
 
 
-def _counts(most: int) -> Sequence[int]:
-    """From 1 to `most`: all of a few, and of many some thirty a power of ten."""
-    if most <= 128:
-        return range(1, most + 1)
-    return sorted({*range(1, 65), *(round(10 ** (k / 30)) for k in range(54, int(30 * math.log10(most)) + 1)), most})
+def _rounds(pieces: int) -> set[int]:
+    """For each number of rounds that so many pieces can take, the fewest hands with which they take no more."""
+    root = math.isqrt(pieces)
+    return {-(-pieces // rounds) for rounds in range(1, root + 2)} | set(range(1, root + 2)) if pieces else set()

@@ -18,7 +18,7 @@ from npd.config import Config
 from npd.costs import Costs, Lengths, Measured, estimate, known_lengths
 from npd.errors import NpdError, UserError
 from npd.forecast import Rates
-from npd.hardware import THIS, Hardware, named_devices, this_device
+from npd.hardware import THIS, Hardware, named_devices, names_others, this_device
 from npd.observe.display import Display
 from npd.observe.events import SpanName, own_seconds, read_events
 from npd.placement import names_producer
@@ -31,6 +31,7 @@ SECONDS = 25.0
 MOST_TOKENS = 256  # of a response in a trial, and no less than that where more are allowed
 ROUNDS = 3  # of rollout.batch_size: so that places are filled again, as in a long run
 STEPS = 4  # the first of which warms up
+ALONE = 0.85  # of the time on one core at least: a trial by itself on a CPU
 MICRO_BATCHES = 8  # of a step, at most
 
 
@@ -50,7 +51,7 @@ def costs_on(
     device, devices = named_devices(on or THIS)
     if not measure:
         return estimate(setup, device, devices, response_tokens=response_tokens)
-    here = this_device()[0] if on is not None and on.strip().lower() != THIS else device
+    here = this_device()[0] if on is not None and names_others(on) else device
     if here.kind != device.kind:
         raise UserError(
             f"--measure times this machine, which has none, and that says nothing of {device.name}. Leave it out, or "
@@ -75,13 +76,24 @@ def measure_here(setup: Setup, here: Hardware, display: Display) -> Measured:
         display.say(f"Timing {size} prompts with up to {most} tokens each, for about a minute ...")
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
+        began, worked = time.perf_counter(), time.process_time()
         try:
             run.distill(config)
         except NpdError as error:
             raise UserError(f"--measure: the trial failed. {error.what}", error.remedy) from error
         seconds = time.perf_counter() - began
-        return _judge(setup.config, config, seconds, guess.rates)
+        found = _judge(setup.config, config, seconds, guess.rates)
+        share = (time.process_time() - worked) / seconds
+        return found._replace(said=found.said + disturbed(share)) if here.kind == "cpu" else found
+
+
+def disturbed(share: float) -> str:
+    """What to make of rates that were timed while the process had a core for such a share of the time."""
+    if share >= ALONE:
+        return ""
+    return (
+        f"; others computed here meanwhile (this process had a core {100 * share:.0f}% of the time): it may be faster alone"
+    )
 
 
 def trial_config(config: Config, guess: Rates, prompt: float, response: float, folder: Path) -> Config:

@@ -4,6 +4,7 @@ from npd.config.base import KindOf, Sampling, Section
 from npd.config.harness import HarnessConfig, HarnessTaskConfig
 from npd.config.loading import as_begun, config_tree, differing_keys, flat, leaves, load_config, section_of
 from npd.config.models import LoraConfig, ModelConfig, StudentConfig, TeacherConfig
+from npd.config.ray import RayConfig
 from npd.config.sections import (
     CheckpointConfig,
     Config,
@@ -35,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "PackingConfig",
     "PlacementConfig",
+    "RayConfig",
     "RolloutConfig",
     "Sampling",
     "ScheduleConfig",

@@ -16,6 +16,11 @@ LONGEST_TEXT = 1 << 24  # tokens: more than any model reads
 LONGEST_NAME = 255  # bytes of a file's name, as file systems have it
 _USERINFO = re.compile(r"(?<![a-z0-9+.-])[a-z][a-z0-9+.-]*://[^/?#]*@", re.IGNORECASE)
 _SECRET = re.compile(r"(api[_-]?key|password|passwd|secret|(access|auth|hf)[_-]?token)$", re.IGNORECASE)
+_SECRET_OPTION = re.compile(  # of a URL
+    r"://[^?#\s]*\?([^#\s]*&)?"
+    r"(sig|[^=&#]*(secret|passw|credential|signature)[^=&#]*|[^=&#]*((access|account|api|storage)[_-]?key|token))=",
+    re.IGNORECASE,
+)
 
 
 def _secrets(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
@@ -31,6 +36,8 @@ def _secrets(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _secrets(inner, f"{name}{i}.")
     elif isinstance(value, str) and _USERINFO.search(value):
         yield name.removesuffix("."), "a user's name or password in a URL (in front of @)"
+    elif isinstance(value, str) and _SECRET_OPTION.search(value):
+        yield name.removesuffix("."), "a key or a password in a URL (behind ?)"
 
 
 def check_without_secrets(options: Any) -> None:
@@ -86,8 +93,18 @@ def _warm(temperature: float) -> float:
     return temperature
 
 
+def _mirror(uri: str) -> str:
+    """A URI with a scheme, or an absolute path."""
+    scheme, there, rest = uri.partition("://")
+    if not (there and rest and re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme)) and not uri.startswith("/"):
+        raise ValueError("must be a URI of a directory, such as s3://BUCKET/runs/first, or an absolute path")
+    return uri
+
+
 Place = Annotated[str, AfterValidator(_named)]
 """A path, or whatever else may be looked for as one."""
+MirrorURI = Annotated[str, AfterValidator(_mirror)]
+"""Where a mirror lies, for pyarrow."""
 Temperature = Annotated[float, Field(ge=0, le=1000), AfterValidator(_warm)]
 
 

@@ -15,6 +15,7 @@ from npd.config.base import (
     VLLM_FREE,
     DivergenceName,
     EngineName,
+    MirrorURI,
     Place,
     RuleName,
     Sampling,
@@ -23,6 +24,7 @@ from npd.config.base import (
 )
 from npd.config.harness import HarnessConfig
 from npd.config.models import StudentConfig, TeacherConfig
+from npd.config.ray import RayConfig
 from npd.registry import DIVERGENCES, ENGINES, RULES
 
 MOST_PROMPTS = 100 * MANY
@@ -235,9 +237,11 @@ class PlacementConfig(Section):
     GPU (the first as many as there are processes)."""
     rollout: str | list[str] = "auto"
     """Devices of the background refresh, one process each. auto: every GPU that does not train, else the trainer's, taking
-    turns with it; without a GPU the CPU. external: none here, `npd refresh --follow` makes the generations elsewhere."""
+    turns with it; without a GPU the CPU. external: none here, `npd refresh --follow` makes the generations elsewhere. ray:
+    actors of a Ray cluster make them (`placement.ray`; pip install 'npd[ray]')."""
     teacher: str | list[str] = "auto"
-    """Devices of the teacher, one for each of `rollout` or one for all. auto: beside the rollout."""
+    """Devices of the teacher, one for each of `rollout` or one for all; of actors, among their own. auto: beside the
+    rollout."""
     train_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of the trainer while a refresh runs beside it; null: half of the cores, all where it has its own GPU."""
     rollout_threads: int | None = Field(default=None, ge=1, le=1024)
@@ -245,6 +249,8 @@ class PlacementConfig(Section):
     generation 0, which the trainer waits for."""
     teacher_threads: int | None = Field(default=None, ge=1, le=1024)
     """CPU threads of a refresh while it scores; null: as rollout_threads."""
+    ray: RayConfig = RayConfig()
+    """The cluster and its actors, where rollout is ray."""
 
 
 class CheckpointConfig(Section):
@@ -254,6 +260,9 @@ class CheckpointConfig(Section):
     """Newest checkpoints, student snapshots and generations kept, besides the first snapshot and whatever is still read."""
     restarts: int = Field(default=3, ge=0, le=MANY)
     """How often a background refresh that died is started again; one that finishes a part in between starts afresh."""
+    mirror: MirrorURI | None = None
+    """Where else to keep the run, so that it outlives this machine: s3://BUCKET/PATH, gs://, abfs://, or a path of another
+    disk. With an empty run_dir the run that is there goes on here. Keys come from the environment (docs/guide.md)."""
 
 
 class TaskConfig(Section):

@@ -48,6 +48,8 @@ class Gap(NamedTuple):
     tokens: int
     exact: bool
     """Is `kl` the KL itself, or, with a teacher that gives its top-k alone, a lower bound?"""
+    reverse: float | None = None
+    """KL(student || teacher), nats summed over the same tokens; None with a teacher that gives its top-k alone."""
 
 
 class Lent(NamedTuple):
@@ -198,10 +200,10 @@ def benchmarks(setting: BenchmarkSetting) -> list[Benchmark]:
 
 
 class DistanceToTeacher:
-    """KL(teacher || student), in nats per token, and how often both rank the same token first.
+    """KL(teacher || student) and KL(student || teacher), in nats per token, and how often both rank the same token first.
 
     Measured on the student's own samples at temperature 1, over the token ids that both models have. A teacher that gives
-    its top-k alone leaves a lower bound of the KL, and it is called so.
+    its top-k alone leaves a lower bound of the first KL, which is called so, and nothing of the other.
     """
 
     slow = only_at_end = False
@@ -216,7 +218,10 @@ class DistanceToTeacher:
         answered = student.write(self.prompts, sampling, seed, "evaluate distance to the teacher")
         gap = student.gap(answered)
         name = "kl_to_teacher" if gap.exact else "kl_to_teacher_at_least"
-        return {name: gap.kl / gap.tokens, "top1_agreement": gap.agreed / gap.tokens, "kl_tokens": gap.tokens}
+        figures = {name: gap.kl / gap.tokens}
+        if gap.reverse is not None:
+            figures["reverse_kl_to_teacher"] = gap.reverse / gap.tokens
+        return figures | {"top1_agreement": gap.agreed / gap.tokens, "kl_tokens": gap.tokens}
 
 
 Measure = Benchmark | DistanceToTeacher

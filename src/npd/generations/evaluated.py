@@ -70,6 +70,7 @@ class Evaluated:
         keys = [config.teacher_of(source) for source in answered["source"].to_pylist()]
         student = self.models.prefill(model, self.autocast)
         kl, agreed, tokens, exact = 0.0, 0, 0, True
+        reverse: list[float | None] = []
         training = model.training
         model.eval()
         for key in dict.fromkeys(keys):
@@ -82,8 +83,10 @@ class Evaluated:
             )
             for piece in pieces:
                 kl, agreed, tokens = kl + piece.kl, agreed + piece.agreed, tokens + piece.tokens
+                reverse.append(piece.reverse)
         model.train(training)
-        return Gap(kl, agreed, tokens, exact)
+        known = [value for value in reverse if value is not None]
+        return Gap(kl, agreed, tokens, exact, sum(known) if len(known) == len(reverse) else None)
 
 
 class AskedTeacher:
@@ -97,7 +100,7 @@ class AskedTeacher:
             return self.models.teacher(None).write(table, sampling, seed, advance)
 
     def gap(self, answered: pa.Table) -> Gap:
-        return Gap(0.0, len(answered), len(answered), True)
+        return Gap(0.0, len(answered), len(answered), True, 0.0)
 
     @contextmanager
     def lend(self, title: str, total: int, unit: str, *, files: bool) -> Iterator[Lent]:

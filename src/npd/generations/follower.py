@@ -146,7 +146,7 @@ def follow(
     changes = [c for c in differing_keys(config_tree(theirs), config_tree(config)) if not ELSEWHERE.match(c)]
     if changes:
         raise UserError(f"A run is followed as it is, but here {'; '.join(changes)}. Leave that out.")
-    shop = _workshop(config, placement, rank, world, display)
+    shop = workshop_of(config, placement, rank, world, display)
     shop.events.write(SpanName.LOAD, began or time.time(), time.time())
     try:
         with explained_run(run_dir):
@@ -157,8 +157,15 @@ def follow(
         raise
 
 
-def _workshop(config: Config, placement: Placement | None, rank: int, world: int, display: Display) -> Workshop:
-    """What makes the generations of a run from its directory alone, on devices of this machine."""
+def workshop_of(config: Config, placement: Placement | None, rank: int, world: int, display: Display) -> Workshop:
+    """What makes the generations of a run from its directory alone, on devices of this machine.
+
+    Args:
+        placement: None: as the configuration says for this machine.
+
+    Raises:
+        UserError: tokenizers or prompts can't be loaded, or the engine can't stand here.
+    """
     store = Store(config.run_dir)
     store.joined = True
     config = in_rows(config) if store.began_in_rows else config

@@ -96,7 +96,8 @@ def look_at(generation: int, config: Config, store: Store, events: Events, displ
         return
     if table["topk_logprobs"].null_count or table["teacher_nll"].null_count:
         return
-    found = measured(table, store.vocabulary_size)
+    aligned = any(teacher.align for teacher in config.all_teachers.values())
+    found = measured(table, store.vocabulary_size, aligned=aligned)
     if found is None or found.tokens < ENOUGH:
         return
     if generation == REFERENCE and config.data.references == "given" and found.surprise > found.entropy + FOREIGN:
@@ -132,11 +133,14 @@ class Measured(NamedTuple):
     """What the teacher's own would cost: at most the entropy of its distributions there, the rest outside the top-k spread
     evenly. What it writes itself (at temperature 1 or below) costs no more, on average."""
     mass: float
-    """Of its probability, in its top-k."""
+    """Of its probability, in its top-k; of a teacher with another tokenizer where it is more than the label's own."""
 
 
-def measured(table: pa.Table, vocabulary: int) -> Measured | None:
-    """Figures of a part with columns response_ids, teacher_nll and topk_logprobs; None where there is no top-k."""
+def measured(table: pa.Table, vocabulary: int, *, aligned: bool = False) -> Measured | None:
+    """Figures of a part with columns response_ids, teacher_nll and topk_logprobs; None where there is no top-k.
+
+    With `aligned`, positions of which nothing or the label alone could be carried tell nothing of a top-k's mass.
+    """
     lengths: npt.NDArray[np.int64] = np.array([len(ids) for ids in table["response_ids"].to_pylist()], np.int64)
     tokens = int(lengths.sum())
     flat = table["topk_logprobs"].combine_chunks().flatten().to_numpy(zero_copy_only=False).astype(np.float64)
@@ -150,4 +154,6 @@ def measured(table: pa.Table, vocabulary: int) -> Measured | None:
         inside = np.where(p > 0, -p * logp, 0.0).sum(axis=1)
         outside = np.where(rest > 0, -rest * (np.log(rest) - math.log(others)), 0.0)
     surprise = float((table["teacher_nll"].to_numpy().astype(np.float64) * lengths).sum() / tokens)
-    return Measured(tokens, surprise, float((inside + outside).mean()), float(np.minimum(p.sum(axis=1), 1.0).mean()))
+    told = (p > 0).sum(axis=1) >= min(2, logp.shape[1]) if aligned else np.ones(tokens, bool)
+    mass = float(np.minimum(p[told].sum(axis=1), 1.0).mean()) if told.any() else 1.0
+    return Measured(tokens, surprise, float((inside + outside).mean()), mass)

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from npd.config import Config
+from npd.config import Config, PlacementConfig
 from npd.errors import UserError
 from npd.generations.books import Books
 from npd.generations.generation import Generations
@@ -105,6 +105,19 @@ class Producer(ABC):
     def suits(cls, placed: Placement) -> bool:
         """Is a producer of this kind meant, where placement.rollout does not name one?"""
         return False
+
+    @classmethod
+    def uses_cores(cls, config: PlacementConfig) -> bool:
+        """Do its generations take cores of this machine beside the trainer, though no devices are named?"""
+        return False
+
+    @classmethod
+    def check_config(cls, config: Config) -> None:
+        """What can be known before a run begins; nothing is started.
+
+        Raises:
+            UserError: it can't work so.
+        """
 
     def open(self) -> None:
         """Begin to work: called once, by the main process, before the trainer's own models are loaded."""

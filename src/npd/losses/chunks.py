@@ -45,31 +45,33 @@ def in_place(
     slope_CV = terms.after_head.slope(z_CV) if terms.after_head is not None and dtype is not None else 1.0
     z_label_C, z_top_CK = z_CV.gather(1, labels_C), z_CV.gather(1, ids_CK)
     absent_CK = _absent(teacher_CS)
-    # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z.
-    u_rest_CV = z_CV.scatter(1, ids_CK, z_top_CK.where(absent_CK, -torch.inf)) if terms.rest_counts else None
+    # In one sweep over the logits: softmax(z) = u / s with u = exp(z - max), which takes the place of z. Where the rest
+    # counts it is softmax(z outside the top-k), with a maximum of its own: as a ratio of probabilities it would be 0 / 0
+    # where the student gives the rest less than float32 can hold.
+    if terms.rest_counts:
+        z_CV.scatter_(1, ids_CK, z_top_CK.where(absent_CK, -torch.inf))
     max_C = z_CV.amax(-1, keepdim=True)
     u_CV = z_CV.sub_(max_C).exp_()
     s_C = u_CV.sum(-1, keepdim=True)
     lse_C = max_C + s_C.log()
-    label_logprob_C = z_label_C - lse_C
-
     logp_rest_C = torch.full_like(s_C, torch.finfo(s_C.dtype).min)
-    if u_rest_CV is not None:
-        # The student's distribution outside the top-k, from logits with a maximum of their own: as a ratio of
-        # probabilities it would be 0 / 0 where the student gives the rest less than float32 can hold.
-        max_rest_C = u_rest_CV.amax(-1, keepdim=True)
-        s_rest_C = u_rest_CV.sub_(max_rest_C).exp_().sum(-1, keepdim=True)
-        logp_rest_C = max_rest_C + s_rest_C.log() - lse_C
-    student_CS = torch.cat((z_top_CK - lse_C, logp_rest_C), -1)
+    if terms.rest_counts:
+        lse_rest_C = lse_C
+        lse_C = torch.logaddexp(lse_rest_C, z_top_CK.masked_fill(absent_CK, -torch.inf).logsumexp(-1, keepdim=True))
+        logp_rest_C = lse_rest_C - lse_C
+    label_logprob_C, top_logprob_CK = z_label_C - lse_C, z_top_CK - lse_C
+    student_CS = torch.cat((top_logprob_CK, logp_rest_C), -1)
     value_CS, q_CS = _compared(terms, teacher_CS, absent_CK, student_CS, dtype)
     if q_CS is None:
         return label_logprob_C, value_CS, None
     # d loss / d z = mass * softmax(z) - q, where the rest's q is spread like softmax(z outside the top-k).
     q_CK, q_rest_C = q_CS[:, :K].contiguous(), q_CS[:, K:]
-    g_CV = u_CV.mul_(_mass(q_CK, q_rest_C, terms) * scale / s_C)
-    if u_rest_CV is not None:
-        g_CV.sub_(u_rest_CV.mul_(kd_weight * scale * q_rest_C / s_rest_C))
-    g_CV.scatter_add_(1, ids_CK, -kd_weight * scale * q_CK)
+    mass_C, top_CK = _mass(q_CK, q_rest_C, terms) * scale, -kd_weight * scale * q_CK
+    if terms.rest_counts:
+        top_CK += (mass_C * top_logprob_CK.exp()).masked_fill(absent_CK, 0)
+        mass_C = mass_C * logp_rest_C.exp() - kd_weight * scale * q_rest_C
+    g_CV = u_CV.mul_(mass_C / s_C)
+    g_CV.scatter_add_(1, ids_CK, top_CK)
     g_CV.scatter_add_(1, labels_C, torch.full_like(label_logprob_C, (kd_weight - 1) * scale))
     if terms.after_head is not None:
         g_CV.mul_(slope_CV)

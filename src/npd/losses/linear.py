@@ -185,7 +185,7 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
                 z_CV += bias_V
             if terms.after_head is not None:
                 z_CV = terms.after_head(z_CV)
-            teacher_CS = _teacher_sheet(logprobs_TK[rows].to(exact), top_k_mass, rest_exists=K < V)
+            teacher_CS = _teacher_sheet(logprobs_TK[rows].to(exact), top_k_mass, rest_exists=K < V, fine=not outside)
             sweep = in_two_sweeps if fused else in_place
             label_logprob_C, value_CS, g_CV = sweep(
                 z_CV, labels_C, ids_CK, teacher_CS, terms, hidden_TD.dtype if differentiate else None
@@ -221,13 +221,17 @@ class _SparseSoftCrossEntropy(torch.autograd.Function):
         return *(_scaled(grad, grads[0] * ctx.scale) for grad in ctx.saved_tensors), *([None] * 7)
 
 
-def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bool) -> Tensor:
-    """The teacher's log-probabilities [C, K+1] of its top-k and, last, of the rest."""
+def _teacher_sheet(logprobs_CK: Tensor, top_k_mass: TopKMass, *, rest_exists: bool, fine: bool = True) -> Tensor:
+    """The teacher's log-probabilities [C, K+1] of its top-k and, last, of the rest.
+
+    `fine`: of the rest, to whose logarithm the student's mass there is held, no digit is lost; else its mass alone counts.
+    """
     if top_k_mass == "renormalize":  # what has no entry stays so
         logprobs_CK = logprobs_CK.log_softmax(-1).nan_to_num(nan=-torch.inf, neginf=-torch.inf)
     rest_C = logprobs_CK.new_full((len(logprobs_CK), 1), -torch.inf)
     if top_k_mass == "tail" and rest_exists:
-        rest_C = (1 - logprobs_CK.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+        p_CK = (logprobs_CK.double() if fine else logprobs_CK).exp()
+        rest_C = (1 - p_CK.sum(-1, keepdim=True)).clamp(min=0).log().to(rest_C.dtype)
     return torch.cat((logprobs_CK, rest_C), -1)
 
 

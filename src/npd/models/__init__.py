@@ -17,7 +17,7 @@ from npd.models.loading import (
     snapshot_config,
     stop_ids_of,
 )
-from npd.models.memory import Activations, activations, block_parameters
+from npd.models.memory import Activations, activations, block_parameters, expert_parameters
 from npd.models.proof import prove_layout
 from npd.models.reading import (
     after_head_of,
@@ -79,6 +79,7 @@ __all__ = [
     "expected_continuing",
     "expected_mode",
     "expected_reading",
+    "expert_parameters",
     "fast_bfloat16",
     "finish_copies",
     "freeze_unread",

@@ -123,15 +123,18 @@ def with_adapters(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
     return wrapped
 
 
-def adapter_bytes(known: PreTrainedConfig, config: StudentConfig) -> int:
+def adapter_bytes(known: PreTrainedConfig, config: StudentConfig, *, half: bool | None = None) -> int:
     """Bytes of a student's adapters at most, from the model's configuration alone; 0 where it trains all weights.
+
+    Args:
+        half: as `resolve_dtype`.
 
     Raises:
         UserError: as `add_lora`.
     """
     if not config.adapts:
         return 0
-    dtype = resolve_dtype(config, trained=True)
+    dtype = resolve_dtype(config, trained=True, half=half)
     if config.continues:
         wrapped = _shape_with(config, known, read_adapter(config)[0], dtype)
     else:

@@ -30,8 +30,11 @@ def fast_bfloat16(on: str | None = None) -> bool:
     return torch.device(on or device()).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def resolve_dtype(config: ModelConfig, *, trained: bool, on: str | None = None) -> torch.dtype:
+def resolve_dtype(config: ModelConfig, *, trained: bool, on: str | None = None, half: bool | None = None) -> torch.dtype:
     """The type of a model's weights. `auto` takes bfloat16 only where the device is fast at it, so never on a CPU.
+
+    Args:
+        half: is it, of a device that is not here? None: as `on` is.
 
     What the optimiser updates is float32: steps of 1e-5 vanish in the rounding of bfloat16, and float16 overflows.
     """
@@ -40,7 +43,7 @@ def resolve_dtype(config: ModelConfig, *, trained: bool, on: str | None = None) 
         return torch.float32
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
-    return torch.bfloat16 if fast_bfloat16(on) else torch.float32
+    return torch.bfloat16 if (fast_bfloat16(on) if half is None else half) else torch.float32
 
 
 def to_host(tensor: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from npd.models.files import EXPERT_KEYS
 from npd.models.layout import decoder_names
 from npd.models.loading import shape_of
 from npd.models.reading import blocks
@@ -19,6 +22,7 @@ from npd.models.reading import blocks
 PROBED = 128, 256  # tokens; what grows between them is taken as what a token takes
 
 
+CHOSEN_KEYS = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts", "experts_per_token")
 COUNTED = "npd_counted"  # attention as a GPU's kernels keep it: without masks, and with each key once
 
 
@@ -31,6 +35,26 @@ def _counted(
 
 AttentionInterface.register(COUNTED, _counted)
 AttentionMaskInterface.register(COUNTED, lambda *args, **options: None)
+
+
+def _counted_experts(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """One expert for all tokens, each as often as it chooses one: the same products, without values to choose by."""
+
+    def through(tokens: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            weight = weight.to(torch.get_autocast_dtype("cpu"))  # all of it
+        return F.linear(tokens, weight[0].T if self.is_transposed else weight[0], None if bias is None else bias[0])
+
+    up = "gate_up_proj" if self.has_gate else "up_proj"
+    biases = (f"{up}_bias", "down_proj_bias") if self.has_bias else ("", "")
+    each = hidden_states.repeat_interleave(top_k_index.shape[-1], 0)
+    inside = through(each, getattr(self, up), getattr(self, biases[0], None))
+    inside = self._apply_gate(inside) if self.has_gate else self.act_fn(inside)
+    out = through(inside, self.down_proj, getattr(self, biases[1], None)) * top_k_weights.reshape(-1, 1)
+    return out.view(len(hidden_states), -1, out.shape[-1]).sum(1).to(hidden_states.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(COUNTED, _counted_experts)
 
 
 class Activations(NamedTuple):
@@ -62,6 +86,9 @@ def activations(known: PreTrainedConfig, *, bfloat16: bool, trust_remote_code: b
     """
     known = copy.deepcopy(known)
     known._attn_implementation = COUNTED
+    known._experts_implementation = COUNTED
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    said, log.disabled = log.disabled, True  # what cannot be counted is said by None
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             model = shape_of(known, trust_remote_code=trust_remote_code, on="cpu")
@@ -69,6 +96,8 @@ def activations(known: PreTrainedConfig, *, bfloat16: bool, trust_remote_code: b
             few, many = (_kept(decoder, tokens, bfloat16=bfloat16) for tokens in PROBED)
     except Exception:  # whatever a model does with values that are not there
         return None
+    finally:
+        log.disabled = said
     token = (many - few) / (PROBED[1] - PROBED[0])
     text = known.get_text_config()
     return Activations(token, max(0.0, few - token * PROBED[0]), text.num_hidden_layers, text.hidden_size)
@@ -82,6 +111,20 @@ def block_parameters(known: PreTrainedConfig, *, trust_remote_code: bool = False
     return max([0, *(sum(block.values()) for block in inside)]), sum(p.numel() for p in model.parameters()) - sum(
         every.values()
     )
+
+
+def expert_parameters(known: PreTrainedConfig, *, trust_remote_code: bool = False) -> tuple[int, float]:
+    """Parameters of a model's experts, and the share of them that a token goes through; 0 and 1 of a model without."""
+    text = known.get_text_config()
+    experts, chosen = (
+        next((n for key in keys if type(n := getattr(text, key, None)) is int and n > 0), 0)
+        for keys in (sorted(EXPERT_KEYS), CHOSEN_KEYS)
+    )
+    if not experts or not 0 < chosen < experts:
+        return 0, 1.0
+    model = shape_of(known, trust_remote_code=trust_remote_code)
+    inside = {id(p): p.numel() for name, p in model.named_parameters() if "experts" in name.split(".")}
+    return sum(inside.values()), chosen / experts
 
 
 def _kept(decoder: nn.Module, tokens: int, *, bfloat16: bool) -> int:

@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from npd.errors import UserError, foreign
+from npd.models.tokens import PROBES
 
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 SPACE = "▁"
 LEADS = ("", "\n", ".", "a", "0", "#")
 """What may stand before a text that a tokenizer would else put a space before; it must stay a token of its own."""
 TRIED = ("a", " a", "1", ".", "\n", "é", "你")
+SAMPLE = 200  # tokens whose bytes are compared with what the tokenizer itself writes
 
 
 class Span(NamedTuple):
@@ -48,11 +50,7 @@ class TokenBytes:
         size = 1 + max([*vocabulary.values(), *added])
         scheme = _scheme(tokenizer)
         if scheme is None:
-            raise UserError(
-                f"How the tokens of {self.name} become bytes is not known ({type(tokenizer).__name__}), so they can't be "
-                "aligned with those of another tokenizer.",
-                "Choose a model whose tokenizer is a byte-level or SentencePiece BPE, or a unigram, in tokenizer.json.",
-            )
+            raise self._unknown()
         self.words: list[str | None] = [None] * size
         for name_, id_ in vocabulary.items():
             self.words[id_] = name_
@@ -72,7 +70,43 @@ class TokenBytes:
             if piece:
                 self.id_of.setdefault(piece, id_)
         self._longest = max(map(len, self.id_of), default=0)
+        self._lead = ""
+        if not self._writes_these(set(added)):
+            raise self._unknown()
         self._lead = self._find_lead()
+
+    def _unknown(self) -> UserError:
+        return UserError(
+            f"How the tokens of {self.name} become bytes is not known ({type(self.tokenizer).__name__}), so they can't be "
+            "aligned with those of another tokenizer.",
+            "Choose a model whose tokenizer is a byte-level or SentencePiece BPE, or a unigram, in tokenizer.json.",
+        )
+
+    def _writes_these(self, added: set[int]) -> bool:
+        """Are the pieces what the tokenizer itself makes of tokens? In front it may leave spaces out."""
+        plain = [
+            id_ for id_, piece in enumerate(self.pieces)
+            if piece and id_ not in added and is_text(piece) and not BYTE.fullmatch(self.words[id_] or "")
+        ]  # fmt: skip
+        sample = plain[:: 1 + len(plain) // SAMPLE]
+        for ids in (sample, *self._ids(list(PROBES))):
+            ids = [id_ for id_ in ids if id_ < len(self.pieces) and self.pieces[id_] and id_ not in added]
+            theirs = str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            if self.join(ids).decode("utf-8", "replace").lstrip(" ") != theirs.lstrip(" "):
+                return False
+        return True
+
+    def changes(self, texts: Sequence[str]) -> list[bool]:
+        """Does the tokenizer by itself read something else in the place of a text (lower case, another Unicode form)?
+
+        What it has no token for, and reads as nothing known, is not changed.
+        """
+        written = [self.join(ids).strip().removeprefix(self._lead.strip().encode()) for ids in self._ids(list(texts))]
+        return [bool(found) and not found.endswith(text.encode()) for found, text in zip(written, texts, strict=True)]
+
+    def alphabet(self) -> list[str]:
+        """The characters that its ordinary tokens are made of, in order."""
+        return sorted({char for piece in self.pieces if piece and is_text(piece) for char in piece.decode()})
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -182,6 +216,15 @@ class TokenBytes:
         return best
 
 
+def is_text(piece: bytes) -> bool:
+    """Is it UTF-8, and not cut within a character?"""
+    try:
+        piece.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 def _moved(spans: Iterable[Span], by: int) -> Iterator[Span]:
     return (Span(span.token, span.start + by, span.end + by) for span in spans)
 
@@ -193,11 +236,12 @@ def _scheme(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return "spaces" if hasattr(tokenizer, "sp_model") else None
     parts = json.loads(backend.to_str())
     kinds = {kind for name in ("decoder", "pre_tokenizer", "normalizer") for kind in _kinds(parts[name])}
+    decoders = set(_kinds(parts["decoder"]))
+    affixes = [parts["model"].get(name) for name in ("continuing_subword_prefix", "end_of_word_suffix")]
+    if decoders & {"WordPiece", "CTC", "BPEDecoder"} or any(affixes):
+        return None
     if "ByteLevel" in kinds:
         return "bytes"
-    decoders = set(_kinds(parts["decoder"]))
-    if decoders & {"WordPiece", "CTC", "BPEDecoder"} or parts["model"].get("continuing_subword_prefix"):
-        return None
     return "spaces" if {"Metaspace", "ByteFallback", "Replace"} & decoders else "text"
 
 

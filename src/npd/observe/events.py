@@ -40,6 +40,9 @@ class SpanName(StrEnum):
     WRITE = "write"
     EVALUATE = "evaluate"
     SAVE = "save"
+    MIRROR = "mirror"
+    """Files copied to checkpoint.mirror, beside the training: `files`, `bytes`, `deleted`, and `lag`, the most seconds that
+    one had been there before."""
     RESTART = "restart"
     """Of a background worker that died."""
     WARNING = "warning"

@@ -33,6 +33,7 @@ from npd.report.alignment import aligned_table
 from npd.report.arms import arm_table, arms_of
 from npd.report.cost import arm_points, cost_figures
 from npd.report.facts import INTERRUPTED, SIGNALLED, RunFacts, clock, gather
+from npd.report.mirrored import mirror_table
 from npd.report.output import check_output, write_output
 from npd.report.rightness import right_by_delta, right_comparison, right_table
 from npd.report.samples import MOST_SAMPLES, MOST_TOKENS, Browser, browse
@@ -170,7 +171,14 @@ def run_page(facts: RunFacts, browser: Browser) -> Page:
             figures=_some(pic.lengths(facts)),
             tables=[t for t in [generations, aligned_table(facts), tab.engine_table(facts)] if t],
         ),
-        Chapter("time", "Time", "Time", intro=[TIME] if facts.events else [], figures=_some(pic.timeline(facts))),
+        Chapter(
+            "time",
+            "Time",
+            "Time",
+            intro=[TIME] if facts.events else [],
+            figures=_some(pic.timeline(facts)),
+            tables=[t for t in [mirror_table(facts)] if t],
+        ),
         Chapter("samples", "Samples", "Samples", browser=bool(browser.samples)),
         Chapter("configuration", "Configuration and versions", "Configuration", codes=configuration(facts)),
     ]

@@ -258,6 +258,7 @@ COLOURS: dict[str, str] = {
     SpanName.STORE: "@sky",
     SpanName.CHECK: "@yellow",
     SpanName.FINISH: "@sky",
+    SpanName.MIRROR: "@sky",
 }
 
 

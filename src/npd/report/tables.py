@@ -122,7 +122,8 @@ def tiles(run: RunFacts) -> list[Tile]:
             continue
         ceiling = interval(run.teacher, key.replace("eval/", "teacher/", 1))
         beside = f"; teacher {ceiling}" if ceiling != "–" else ""
-        name = key.removeprefix("eval/").replace("kl_to_teacher", "KL to the teacher").replace("/accuracy", " accuracy")
+        name = key.removeprefix("eval/").replace("/accuracy", " accuracy")
+        name = name.replace("reverse_kl_to", "reverse KL to the").replace("kl_to_teacher", "KL to the teacher")
         if first is last:
             out.append(Tile(name, interval(last.figures, key), f"at step {last.step}{beside}"))
         else:

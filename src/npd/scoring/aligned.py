@@ -11,7 +11,7 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from npd.config import ModelConfig, Sampling, TeacherConfig
-from npd.errors import RunError, UserError
+from npd.errors import RunError, UserError, foreign
 from npd.models import (
     PROBES,
     Span,
@@ -22,6 +22,7 @@ from npd.models import (
     shared_vocabulary,
     stop_ids_of,
 )
+from npd.models.token_bytes import is_text
 from npd.prompts import turn_end
 from npd.scoring import Advance, Identity, Question, Teacher, TeacherSetting, teacher_kind
 from npd.scoring.alignment import NONE, align, carry, token_logprobs
@@ -81,7 +82,7 @@ class Bridge:
                     namesake = ours.id_of.get(piece, NONE)
                 if namesake != NONE:
                     self.image[id_], self.same[id_] = namesake, True
-                elif _is_text(piece):
+                elif is_text(piece):
                     spelled.append(id_)
         for id_, spans in zip(spelled, ours.encode([theirs.pieces[id_] or b"" for id_ in spelled]), strict=True):
             if spans and spans[0].start == 0:
@@ -195,13 +196,9 @@ class AlignedTeacher(Teacher):
                     "tokens, and some must be left for the rest. Lower scoring.top_k."
                 )
         assert identity.tokenizer is not None, "it has one of its own"
-        asked = replace(
-            question,
-            tokenizer=identity.tokenizer,
-            vocabulary=own,
-            own=True,
-        )
-        return teacher_kind(inner).check(inner, identity, asked)
+        lost = unreadable(TokenBytes(question.tokenizer), TokenBytes(identity.tokenizer, config.model))
+        asked = replace(question, tokenizer=identity.tokenizer, vocabulary=own, own=True)
+        return lost + teacher_kind(inner).check(inner, identity, asked)
 
     @classmethod
     def plan(cls, config: TeacherConfig, identity: Identity) -> str:
@@ -299,6 +296,37 @@ class _Scaled:
         self.told = now
 
 
+def unreadable(student: TokenBytes, teacher: TokenBytes) -> list[str]:
+    """See that a teacher can read what the student may write; what of it the teacher does not see, for the user.
+
+    Raises:
+        UserError: its tokenizer changes letters or digits, as one does that makes all text lower-case: it was never shown
+            what the student writes.
+    """
+    alphabet = student.alphabet()
+    plain = [char for char in alphabet if char.isascii() and char.isalnum()]
+    if changed := [char for char, other in zip(plain, teacher.changes(plain), strict=True) if other]:
+        raise UserError(
+            f"The tokenizer of {teacher.name} reads other letters than the student writes "
+            f"({foreign(' '.join(changed[:5]), 60)} and the like become something else, such as lower case), so what the "
+            "teacher says would not be of the student's text.",
+            "Choose a teacher whose tokenizer keeps a text as it is.",
+        )
+    read = teacher.encode([char.encode() for char in alphabet])
+    lost = [
+        char for char, spans in zip(alphabet, read, strict=True) if sum(s.end - s.start for s in spans) < len(char.encode())
+    ]
+    if not lost:
+        return []
+    lost.sort(key=lambda char: not (char.isascii() and (char.isprintable() or char.isspace())))  # common ones first
+    shown = foreign(", ".join(repr(char) for char in lost[:5]), 60)
+    return [
+        f"The tokenizer of {teacher.name} has no tokens for {len(lost):,} of the {len(alphabet):,} characters that the "
+        f"student may write ({shown}{', ...' if len(lost) > 5 else ''}): the teacher reads responses without them, and where "
+        "they stand the student learns from its own label alone."
+    ]
+
+
 def without_align(config: TeacherConfig) -> TeacherConfig:
     """The teacher that is wrapped."""
     plain = config.model_copy(update={"align": False})
@@ -328,11 +356,3 @@ def own_vocabulary(config: TeacherConfig, tokenizer: PreTrainedTokenizerBase) ->
     stops = sorted({int(token) for token in (tokenizer.eos_token_id, turn_end(tokenizer).token) if token is not None})
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     return Vocabulary(1 + max(tokenizer.get_vocab().values()), tuple(stops), int(start))
-
-
-def _is_text(piece: bytes) -> bool:
-    try:
-        piece.decode()
-    except UnicodeDecodeError:
-        return False
-    return True

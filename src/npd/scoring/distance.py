@@ -23,13 +23,15 @@ class Distance(NamedTuple):
     agreed: int
     """Tokens at whose position both rank the same token first."""
     tokens: int
+    reverse: float | None = None
+    """KL(student || teacher), nats, alike; None where the teacher gives its top-k alone."""
 
 
 @torch.no_grad()
 def exact(
     student: Prefill, teacher: Prefill, contexts: Lists, responses: Lists, told: Lists | None = None
 ) -> Iterator[Distance]:
-    """The KL itself, chunk by chunk; `told`: what the teacher reads in place of the contexts."""
+    """The KL itself, both ways, chunk by chunk; `told`: what the teacher reads in place of the contexts."""
     # Chunks follow from the vocabulary, which the two may pad differently; here they must agree.
     size, chunk = student.vocabulary.size, min(student.chunk_tokens, teacher.chunk_tokens)
     for packed in student.batches(contexts, responses, beside=[teacher.model]):
@@ -38,7 +40,9 @@ def exact(
         for (_, a_CV), (_, b_CV) in zip(ours, theirs, strict=True):
             log_s, log_t = a_CV[:, :size].log_softmax(-1), b_CV[:, :size].log_softmax(-1)
             same = int((log_s.argmax(-1) == log_t.argmax(-1)).sum())
-            yield Distance(float((log_t.exp() * (log_t - log_s)).sum()), same, len(log_s))
+            difference = log_t - log_s
+            forward, reverse = float((log_t.exp() * difference).sum()), -float((log_s.exp() * difference).sum())
+            yield Distance(forward, same, len(log_s), reverse)
 
 
 def _hidden(teacher: Prefill, contexts: Lists, responses: Lists, samples: Sequence[int]) -> torch.Tensor:

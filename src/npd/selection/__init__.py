@@ -178,9 +178,13 @@ def check_some_kept(summary: SelectionSummary, config: SelectionConfig) -> None:
     }
     what = ", ".join(f"{count} {reasons.get(verdict, verdict)}" for verdict, count in summary.verdicts.items())
     quantiles = ", ".join(f"{float(q):.0%}: {value:.3f}" for q, value in summary.delta_ifd_quantiles.items())
-    verified = "" if config.reward == "any" else ", choose selection.reward any"
+    ways = ["warm the student up with `npd sft`"]
+    if config.reward != "any" and {INCORRECT, UNANIMOUS, UNVERIFIED} & summary.verdicts.keys():
+        ways.insert(0, "choose selection.reward any")
+    if {DEGENERATE, DISCONNECT, UNDEFINED} & summary.verdicts.keys() or len(ways) == 1:
+        ways[:0] = ["widen the bound", "choose selection.rule none"]
+    remedy = ", ".join(ways[:-1]) + f", or {ways[-1]}."
     raise RunError(
         f"Selection dropped all {summary.rows} responses of this generation: {what}. Quantiles of delta: "
-        f"{quantiles or 'none'}. Widen the bound, choose selection.rule none{verified}, or warm the student up with "
-        "`npd sft`."
+        f"{quantiles or 'none'}. {remedy[0].upper()}{remedy[1:]}"
     )

@@ -12,7 +12,7 @@ from npd.store.names import CHECKPOINT, GENERATION, LOG, PART, PROGRESS, REFEREN
 
 DIRECTORIES = ("student", "adapter", "policy", "generations", "checkpoints", "cache", "logs", "trackers")
 FILES = (
-    *(".lock", "config.yaml", "events.jsonl", "metrics.jsonl", "prompts.arrow", "report.html"),
+    *(".lock", "config.yaml", "events.jsonl", "metrics.jsonl", "prompts.arrow", "report.html", "mirror.json"),
     *("policy/LATEST", "checkpoints/LATEST", "generations/CURRENT", "student/npd.json", "adapter/npd.json"),
 )
 

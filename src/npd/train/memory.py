@@ -36,14 +36,18 @@ class StepMemory(NamedTuple):
         """The same step on a device of so many that share the states."""
         return self._replace(shares=shares)
 
+    def kept(self, *, checkpointing: bool) -> float:
+        """Bytes of activations at most; 0 where they are not known."""
+        if self.activations is None:
+            return 0.0
+        kept = self.activations.bytes(self.tokens, checkpointing=checkpointing)
+        # Weights that are gathered are rounded already.
+        return kept if self.shares == 1 else kept - self.activations.fixed
+
     def total(self, *, checkpointing: bool) -> float:
         """Most at once, on one device."""
-        kept = self.activations.bytes(self.tokens, checkpointing=checkpointing) if self.activations else 0.0
-        if self.shares == 1:
-            return self.states + self.loss + kept
-        if self.activations:
-            kept -= self.activations.fixed  # weights that are gathered are rounded already
-        return self.states / self.shares + self.gathered + self.loss + kept
+        whole = self.gathered if self.shares > 1 else 0.0
+        return self.states / self.shares + whole + self.loss + self.kept(checkpointing=checkpointing)
 
     def needs_checkpointing(self, device_bytes: float) -> bool:
         """Must activations be computed again for a step to fit a device with so much memory?"""
@@ -54,16 +58,17 @@ class StepMemory(NamedTuple):
         return self.over(1).total(checkpointing=checkpointing) > USABLE * device_bytes
 
 
-def step_memory(config: Config, known: PreTrainedConfig, *, bfloat16: bool) -> StepMemory:
+def step_memory(config: Config, known: PreTrainedConfig, *, bfloat16: bool, half: bool | None = None) -> StepMemory:
     """What a step takes on a device that holds the whole student, from its own configuration.
 
     Args:
         bfloat16: the training arithmetic.
+        half: is bfloat16 fast on that device? None: as on this process's.
     """
     student = config.student
     count = models.parameter_count(known, trust_remote_code=student.trust_remote_code)
-    held = count * models.resolve_dtype(student, trained=True).itemsize
-    adapters = models.adapter_bytes(known, student)
+    held = count * models.resolve_dtype(student, trained=True, half=half).itemsize
+    adapters = models.adapter_bytes(known, student, half=half)
     text = known.get_text_config()
     V, D = text.vocab_size, text.hidden_size
     tokens = config.training.micro_batch_rows * config.packing.length

@@ -8,6 +8,7 @@ rounds what is reduced.
 from __future__ import annotations
 
 import copy
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -37,11 +38,39 @@ from transformers import PreTrainedConfig
 
 from npd import models
 from npd.config import Config
+from npd.errors import UserError
 from npd.models import quiet_transformers
 from npd.train.memory import memory_of, sharding
 
 SHARDS = "shards"
 """What a checkpoint of a sharded student keeps weights and moments in; one of a whole student is as accelerate writes it."""
+
+
+OTHERS = {
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a ParallelismConfig",
+}
+"""What `accelerate launch` says in the environment where its own configuration lays models out."""
+
+
+def check_launch() -> None:
+    """See that accelerate does not lay the student out as well, which would be done twice or not at all.
+
+    Raises:
+        UserError: its configuration, or an option of `accelerate launch`, asks for that.
+    """
+    found = [name for variable, name in OTHERS.items() if os.environ.get(variable, "false").lower() in ("true", "1", "yes")]
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        found.append("TorchDynamo")
+    if found:
+        raise UserError(
+            f"accelerate is set to {' and '.join(found)}, but npd decides by itself how a student lies on devices and if "
+            "it is compiled (training.shard, training.compile).",
+            "Launch it with `accelerate launch --multi_gpu --dynamo_backend no -m npd.cli ...`, which goes before what "
+            "accelerate's configuration file says, and set training.shard: full to share weights.",
+        )
 
 
 class Whole:

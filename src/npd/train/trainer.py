@@ -20,6 +20,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     DistributedType,
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
 )
@@ -45,7 +46,7 @@ from npd.store import DELETE_CHECKPOINT, Store
 from npd.train.batches import MicroBatch, micro_batches
 from npd.train.memory import checkpoints
 from npd.train.samples import Samples
-from npd.train.sharding import lay_out
+from npd.train.sharding import check_launch, lay_out
 
 T = TypeVar("T")
 
@@ -351,8 +352,10 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
     """accelerate with the run's precision and trackers, on the device that placement names.
 
     Raises:
-        UserError: a tracker that accelerate does not know or whose package is missing.
+        UserError: a tracker that accelerate does not know or whose package is missing; accelerate's own configuration lays
+            models out (`check_launch`).
     """
+    check_launch()
     AcceleratorState._reset_state()  # an earlier run in this process may have had another precision
     try:
         accelerator = Accelerator(
@@ -363,11 +366,15 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
                 DistributedDataParallelKwargs(gradient_as_bucket_view=True),
             ],
             mixed_precision=resolve_precision(config),
+            # A step's loss is scaled here: what accelerate's own configuration says would scale it once more.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=list(config.tracking.trackers) or None,
             project_config=ProjectConfiguration(project_dir=str(store.path), logging_dir=str(store.path / "trackers")),
         )
         missing = set(config.tracking.trackers) - {str(getattr(t, "value", t)) for t in accelerator.log_with}
     except ValueError as error:
+        if not config.tracking.trackers:
+            raise UserError(f"accelerate cannot be set up as its own configuration says: {error}") from None
         raise UserError(f"tracking.trackers {config.tracking.trackers} cannot be used: {error}") from None
     if missing:
         names = ", ".join(sorted(missing))
