@@ -1,6 +1,7 @@
 # make demo     install into .venv and run the demo
 # make test     install into .venv and run linters, type checker and tests, two at a time (JOBS=2)
 # make families install into .venv and try every family of docs/models.md through a whole run
+# make cluster  install into .venv and let four processes train with a Ray cluster of two nodes, killed and resumed; minutes
 # make smollm2  install into .venv and compare ways to distil a real model at equal seconds; over an hour
 # make smollm2-quick  distil it once, by examples/smollm2.yaml, within 20 minutes
 # make grpo     install TRL into .venv, and go on from a run on the demo's task with reinforcement learning, within ten minutes
@@ -26,7 +27,7 @@ FUZZ_PROCESSES ?= 2
 CHAINS_SEEDS ?= 0 1
 CHAINS := --prompts 300 --batch-tokens 3200 --held-out 200 --every 2 --name chains
 
-.PHONY: demo test families fuzz bench evidence smollm2 smollm2-quick grpo vllm-cpu check-gpu lint clean
+.PHONY: demo test families cluster fuzz bench evidence smollm2 smollm2-quick grpo vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
@@ -36,6 +37,9 @@ test: lint
 
 families: $(VENV)/installed-dev
 	$(BIN)/pytest -m families tests/test_families.py
+
+cluster: $(VENV)/installed-dev
+	$(BIN)/pytest -m cluster tests/test_ray_sharded.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

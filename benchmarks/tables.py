@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.common import RESULTS, spread
+from benchmarks.evidence.analysis import Mean
 
 PAGES = tuple(map(Path, ("docs/benchmarks.md", "docs/objectives.md", "docs/smollm2.md", "README.md")))
 Runs = list[dict[str, Any]]
@@ -515,6 +518,57 @@ def quoted(text: str) -> str:
     return re.sub(r"[^\w\s.,;:?'…-]", lambda m: f"&#{ord(m[0])};", line).replace("_", "&#95;").replace("www.", "www&#46;")
 
 
+def prefixes(results: dict[str, Any]) -> str:
+    """Whole responses and prefixes, at as many generated tokens and, between two points of a curve, at as many prompts."""
+    arms = list(grouped(results["runs"], "share").values())
+    whole = {run["seed"]: run for run in arms[0]}
+
+    def at(run: dict[str, Any], axis: str, x: float) -> float:
+        return 100 * float(np.interp(x, run[axis], run["accuracy"]))
+
+    def more(runs: Runs, axis: str, parts: Sequence[int]) -> str:
+        """Points above whole responses, where those are at these places of their curve."""
+        if runs is arms[0]:
+            return ""
+        each = [
+            statistics.fmean(at(run, axis, mine[axis][i]) - 100 * mine["accuracy"][i] for i in parts)
+            for run in runs
+            for mine in [whole[run["seed"]]]
+        ]
+        return f"{Mean.of(each):+.1f}"
+
+    rows, last = [], len(arms[0][0]["accuracy"]) - 1
+    for runs in arms:
+        first = runs[0]["first"]
+        rows.append(
+            [
+                f"first {first} tokens ({runs[0]['share']:.0%})" if first else "whole responses",
+                f"{statistics.fmean(run['generated'][-1] for run in runs) / 1000:.0f}",
+                f"{statistics.fmean(run['responses'][-1] for run in runs):,.0f}",
+                f"{statistics.fmean(run['steps'] for run in runs):.0f}",
+                f"{100 * statistics.fmean(run['accuracy'][0] for run in runs):.1f}",
+                ", ".join(f"{100 * run['accuracy'][-1]:.1f}" for run in runs),
+                more(runs, "generated", [last]),
+                more(runs, "generated", range(last // 2 + 1, last + 1)),
+                more(runs, "responses", [last]),
+                f"{Mean.of([100 * (run['long']['after'] - run['long']['before']) for run in runs]):+.1f}",
+            ]
+        )
+    heads = [
+        "loss on",
+        "thousand tokens generated",
+        "prompts",
+        "steps",
+        "accuracy before, %",
+        "after, by seed",
+        "to whole, at equal tokens",
+        "the same, second half of the curve",
+        "at equal prompts",
+        "gained on long problems",
+    ]
+    return table(heads, rows)
+
+
 def machine(results: dict[str, Any]) -> str:
     m = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
@@ -558,6 +612,7 @@ BLOCKS: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
     "divergences' speed": ("divergences", speed),
     "distance": ("divergences", distance),
     "profiles": ("floor", profiles),
+    "prefixes": ("prefixes", prefixes),
     "smollm2": ("smollm2", smollm2),
     "smollm2, problems": ("smollm2", smollm2_problems),
     "smollm2, samples": ("smollm2", smollm2_samples),

@@ -45,7 +45,7 @@ def train(options: argparse.Namespace, right: Callable[..., list[float | None]] 
     data = (
         rewards.dataset(options.run_dir, tokenizer)
         if options.data is None
-        else load_dataset("json", data_files=str(options.data), split="train")
+        else rewards.verifiable(load_dataset("json", data_files=str(options.data), split="train"))
     )
     out = options.out or options.run_dir / "grpo"
     trainer = GRPOTrainer(

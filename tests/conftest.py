@@ -104,7 +104,16 @@ def tokenizer():
     return build_tokenizer()
 
 
-def save_model(path: Path, *, seed: int, hidden: int = 32, layers: int = 2, vocabulary: int = 20, tied: bool = True) -> Path:
+def save_model(
+    path: Path,
+    *,
+    seed: int,
+    hidden: int = 32,
+    layers: int = 2,
+    vocabulary: int = 20,
+    tied: bool = True,
+    head_dim: int | None = None,
+) -> Path:
     """A random Llama with the demo's tokenizer; its initialisation is wide enough that its distributions are not flat."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -114,6 +123,7 @@ def save_model(path: Path, *, seed: int, hidden: int = 32, layers: int = 2, voca
         num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=1,
+        head_dim=head_dim,
         max_position_embeddings=128,
         tie_word_embeddings=tied,
         initializer_range=0.3,
@@ -126,10 +136,12 @@ def save_model(path: Path, *, seed: int, hidden: int = 32, layers: int = 2, voca
     return path
 
 
-UP_TO = """import sys, time, npd.cli, npd.train.trainer
-held, real = int(sys.argv.pop(1)), npd.train.trainer.Trainer.step
+UP_TO = """import os, sys, time, npd.cli, npd.train.trainer
+held, real, parent = int(sys.argv.pop(1)), npd.train.trainer.Trainer.step, os.getppid()
 def step(self, *args):
     while args[3] == held:
+        if os.getppid() != parent:  # nobody is left to kill it
+            os._exit(1)
         time.sleep(1)
     return real(self, *args)
 npd.train.trainer.Trainer.step = step

@@ -101,8 +101,15 @@ class FakeServer:
         if not self._allowed(handler):
             return
         if handler.path == "/tokenize":
-            if self.tokenizes:
-                reply(handler, {"tokens": self.tokenizer(body["prompt"])["input_ids"]})
+            if self.tokenizes and "messages" in body:
+                if self.tokenizer.chat_template:
+                    text = self.tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
+                    reply(handler, {"tokens": self.tokenizer(text, add_special_tokens=False)["input_ids"]})
+                else:
+                    reply(handler, {"error": {"message": "no chat template"}}, 400)
+            elif self.tokenizes:
+                options = {"add_special_tokens": False} if body.get("add_special_tokens") is False else {}
+                reply(handler, {"tokens": self.tokenizer(body["prompt"], **options)["input_ids"]})
             else:
                 reply(handler, {"detail": "Not Found"}, 404)
             return
@@ -184,7 +191,7 @@ class FakeServer:
             stopped = written[-1] in options["stop_token_ids"]
             reason = {"type": "stop", "matched": written[-1]} if stopped else {"type": "length", "length": limit}
             return {"output_ids": written[:-1] if stopped else written, "meta_info": {"finish_reason": reason}}
-        return {"choices": [{"text": "", "token_ids": written, "finish_reason": "stop"}]}
+        return {"choices": [{"text": "", "token_ids": written, "prompt_token_ids": ids, "finish_reason": "stop"}]}
 
 
 def reply(handler: Any, body: Any, status: int = 200, **headers: str) -> None:

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import multiprocessing
 import os
 import random
+import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import psutil
 import pytest
-import yaml
 from bench import config_of
-from conftest import HANG, killed_from_outside
+from conftest import HANG, save_model, write_jsonl
+from fake_ray import FakeRay, OutOfMemoryError, RayError
+from fake_server import serving
+from rich.console import Console
+from test_adapters import save_adapter
 from test_workers import ONE_THREAD, assert_same, state_of, three_parts
 
 import npd
 from npd.config import PlacementConfig, ScheduleConfig, load_config
+from npd.demo.task import make_problems
 from npd.errors import NpdError, RunError, UserError
-from npd.generations import ray_cluster
+from npd.generations import ray_cluster, ray_producer
 from npd.generations.producer import producer_kind
-from npd.generations.ray_cluster import MARK, imported, trainers_gpus
+from npd.generations.ray_cluster import MARK, WIDE, imported, reread, trainers_gpus
 from npd.generations.ray_parcels import CHUNK, carried, files_of, pack, sizes_of, sweep, unpack
 from npd.generations.ray_producer import Ray
 from npd.observe.display import Display
 from npd.observe.events import SpanName, read_events
 from npd.placement import assign_devices
+from npd.train.trainer import Trainer
 
 Tree = dict[str, Any]
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install 'npd[ray]'")
@@ -133,27 +142,7 @@ def test_folders_of_the_dead_are_swept(tmp_path):
     assert (living / "v000001").exists()
 
 
-# -- clusters
-
-
-def marked() -> list[str]:
-    """Processes of clusters that npd started, by what their command is."""
-    found = []
-    for process in Path("/proc").iterdir():
-        try:
-            if f"{MARK}=".encode() in (process / "environ").read_bytes():
-                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80])
-        except OSError:
-            continue
-    return found
-
-
-def left(seconds: float = 20.0) -> list[str]:
-    """Those that are still there after some time."""
-    deadline = time.monotonic() + seconds
-    while marked() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return marked()
+# -- without a cluster: actors in this process
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +151,74 @@ def base(tmp_path_factory, teacher_dir, student_dir) -> Tree:
     return three_parts(tmp_path_factory.mktemp("ray") / "data.jsonl", student_dir, teacher_dir, lead=0.0)
 
 
+def marked() -> dict[int, str]:
+    """Processes of clusters that npd started, with what their command is."""
+    found = {}
+    for process in Path("/proc").iterdir():
+        try:
+            if f"{MARK}=".encode() in (process / "environ").read_bytes():
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
+        except OSError:
+            continue
+    return found
+
+
+def left(seconds: float = 20.0) -> dict[int, str]:
+    """Those that are still there after some time."""
+    deadline = time.monotonic() + seconds
+    while marked() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return marked()
+
+
+def begin(tree: Tree, log: Path) -> None:
+    """A run in a process of its own, a fork of this one, that waits for ever before its second generation's first step."""
+    os.setsid()
+    with log.open("w") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    parent, real = os.getppid(), Trainer.step
+
+    def step(self: Trainer, *arguments: Any) -> Any:
+        while arguments[3] == 5:
+            if os.getppid() != parent:
+                os._exit(1)
+            time.sleep(0.1)
+        return real(self, *arguments)
+
+    setattr(Trainer, "step", step)  # noqa: B010
+    npd.distill(tree)
+
+
+@pytest.fixture(scope="module")
+def driver(base, tmp_path_factory) -> Iterator[tuple[BaseProcess, Tree, Path]]:
+    """A run with a cluster of its own that is to be killed. It goes on beside other tests, and begins before this process,
+    which it is a fork of, has one."""
+    folder = tmp_path_factory.mktemp("driver")
+    ray = {"actors": 1, "object_store_memory": STORE}
+    tree = base | {"run_dir": str(folder / "run"), "placement": ONE_THREAD | {"rollout": "ray", "ray": ray}}
+    process = multiprocessing.get_context("fork").Process(target=begin, args=(tree, folder / "log"), daemon=True)
+    process.start()
+    yield process, tree, folder / "log"
+    process.kill()
+
+
+@pytest.fixture(scope="module")
+def killed(driver) -> Tree:
+    """A run whose process was killed, with a cluster of its own, while its second generation was made."""
+    process, tree, log = driver
+    deadline = time.monotonic() + HANG
+    while not (Path(tree["run_dir"]) / "generations/g001/part-00000.parquet").exists() and time.monotonic() < deadline:
+        assert process.is_alive(), log.read_text()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert left() == {}
+    return tree
+
+
 @pytest.fixture
-def make(base, tmp_path) -> Callable[..., Tree]:
+def make(base, driver, tmp_path) -> Callable[..., Tree]:
     def make(name: str = "run", ray: Tree | None = None, **sections: Any) -> Tree:
         placement = ONE_THREAD | ({} if ray is None else {"rollout": "ray", "ray": ray})
         changed = {k: base.get(k, {}) | v if isinstance(v, dict) else v for k, v in sections.items()}
@@ -180,104 +235,18 @@ def in_turns(base, tmp_path_factory) -> dict[str, Any]:
     return state_of(run_dir)
 
 
-class Nodes:
-    """A cluster of this machine: a head that takes no actors, and nodes that come and go."""
+@pytest.fixture
+def fake(monkeypatch) -> Callable[..., FakeRay]:
+    def fake(*arguments: Any) -> FakeRay:
+        ray = FakeRay(*arguments)
+        monkeypatch.setitem(sys.modules, "ray", ray)
+        return ray
 
-    def __init__(self) -> None:
-        from ray.cluster_utils import Cluster
-
-        head = {"num_cpus": 0, "include_dashboard": False, "object_store_memory": STORE}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes: list[Any] = []
-
-    def add(self) -> None:
-        self.nodes.append(self.cluster.add_node(num_cpus=1, resources={"rollout": 1}, object_store_memory=STORE))
-
-    def kill(self) -> None:
-        self.cluster.remove_node(self.nodes.pop(0), allow_graceful=False)
-
-    @property
-    def options(self) -> Tree:
-        return {"address": self.cluster.address, "resources": {"rollout": 1}}
-
-
-@pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(npd.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        imported()
-        found = Nodes()
-        found.add()
-        yield found
-        found.cluster.shutdown()
-
-
-@needs_ray
-def test_nodes_and_actors_that_come_and_go(make, nodes, in_turns, monkeypatch, capsys):
-    """At some moment a node joins, one is killed at work, and later an actor is: each costs the part that it was at."""
-    handed = 0
-    killed = False
-    real = Ray._hand_out
-
-    def hand_out(self: Ray) -> None:
-        nonlocal handed, killed
-        before = {actor.task for actor in self.actors}
-        real(self)
-        busy = [actor for actor in self.actors if actor.task is not None and actor.task not in before]
-        for _ in busy:
-            handed += 1
-            if handed == 1:
-                wanted.append("a node")
-            if handed == 2:
-                nodes.kill()
-        if busy and self._deaths and not killed:  # the node's loss is known: these actors live
-            killed = True
-            os.kill(busy[0].process, signal.SIGKILL)
-
-    def check(self: Ray) -> None:  # in the main thread, which alone can begin nodes
-        while wanted:
-            wanted.pop()
-            nodes.add()
-        checked(self)
-
-    wanted: list[str] = []
-    checked = Ray.check
-    monkeypatch.setattr(Ray, "check", check)
-    monkeypatch.setattr(Ray, "_hand_out", hand_out)
-    tree = make(ray=nodes.options)
-    npd.distill(tree, display=Display())
-    said = capsys.readouterr().out
-    assert killed
-    assert said.count("while it made part") >= 2, said  # which of both a socket that is closed means, Ray may not know yet
-    assert_same(state_of(tree["run_dir"]), in_turns)
-    events = list(read_events(Path(tree["run_dir"]) / "events.jsonl"))
-    assert len([e for e in events if e.name == SpanName.RESTART]) >= 2
-    assert {e.role for e in events if e.name == SpanName.GENERATE} <= {"refresh-0", "refresh-1"}
-    stored = [(e.facts["generation"], e.facts["part"]) for e in events if e.name == SpanName.STORE]
-    assert sorted(stored) == [(g, part) for g in range(3) for part in range(3)]
-
-
-@needs_ray
-def test_an_object_store_that_is_too_small_spills(nodes, tmp_path):
-    """A parcel of three times what a node's store takes arrives whole."""
-    import ray
-
-    folder = tmp_path / "there"
-    folder.mkdir()
-    (tmp_path / "big").write_bytes(random.Random(0).randbytes(1 << 20) * (3 * STORE >> 20))
-    ray.init(address=nodes.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    try:
-        parcel = pack("big", files_of(tmp_path / "big"), ray.put)
-        carry = ray.remote(num_cpus=1)(lambda: unpack(parcel, folder, ray.get).stat().st_size)
-        assert ray.get(carry.remote(), timeout=HANG) == 3 * STORE
-    finally:
-        ray.shutdown()
-    assert (folder / "big").read_bytes() == (tmp_path / "big").read_bytes()
+    monkeypatch.setattr(ray_producer, "RECRUIT", 0.0)
+    return fake
 
 
 PLUGIN = """
-import os
 import npd.rollout.transformers as t
 from npd.errors import UserError
 from npd.registry import ENGINES
@@ -287,9 +256,8 @@ class Fails(t.TransformersEngine):
         def looked():
             for request in requests:
                 if request.number == 1:
-                    if self.setting.config.rollout.options["how"] == "die":
-                        os._exit(9)
-                    raise UserError("Its prompts are wrong.", "Mend them.")
+                    kind = {"say": UserError, "raise": RuntimeError}[self.setting.config.rollout.options["how"]]
+                    raise kind("Its prompts are wrong.", "Mend them.")
                 yield request
         return super().stream(looked(), sampling, progress)
 
@@ -297,50 +265,98 @@ ENGINES.register("fails", Fails)
 """
 
 
-@needs_ray
-@pytest.mark.parametrize("how", ["die", "say"])
-def test_a_part_that_fails_ends_the_run(make, nodes, tmp_path, how):
-    """The plug-in goes to the actor as well. One that dies is named with its part; what npd says of itself comes through."""
+@pytest.mark.parametrize("how", ["say", "raise"])
+def test_a_part_that_fails_ends_the_run(make, fake, tmp_path, capsys, how):
+    """The plug-in goes to the actor as well. What npd says of itself comes through; what else is raised is tried again."""
+    ray = fake()
     plugin = tmp_path / "fails.py"
     plugin.write_text(PLUGIN)
     rollout = {"engine": "fails", "options": {"how": how}, "check_samples": 0}
-    tree = make(ray=nodes.options, rollout=rollout, plugins=[str(plugin)], checkpoint={"restarts": 0})
+    tree = make(ray={"actors": 1}, rollout=rollout, plugins=[str(plugin)], checkpoint={"restarts": 2})
     with pytest.raises(NpdError) as caught:
-        npd.distill(tree)
+        npd.distill(tree, display=Display())
     assert caught.value.role == "refresh-0"
-    assert "\n" not in str(caught.value)
     assert (Path(tree["run_dir"]) / "generations" / "g000" / "part-00000.parquet").exists()
     if how == "say":
         assert isinstance(caught.value, UserError)
         assert str(caught.value) == "Its prompts are wrong. Mend them."
+        assert ray.begun == 1
     else:
         assert isinstance(caught.value, RunError)
-        assert "died while it made part 1 of generation 0" in caught.value.what
-        assert "OOM" in caught.value.what  # Ray's reason
+        assert "failed while it made part 1 of generation 0: RuntimeError: (" in caught.value.what
+        assert caught.value.what.endswith("That makes 3 in a row (checkpoint.restarts 2).")
+        assert capsys.readouterr().out.count("It is made again by another one.") == 2
+        assert ray.begun == 3
 
 
-@needs_ray
-def test_a_driver_that_is_stopped_or_killed_leaves_nobody(make, in_turns, tmp_path):
-    """With a cluster of its own: stopped by Ctrl-C, then killed, then run to its end."""
-    tree = make(ray={"actors": 1, "object_store_memory": STORE})
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(tree))
-    run_dir = Path(tree["run_dir"])
-    command = [sys.executable, "-m", "npd", "distill", str(file)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    deadline = time.monotonic() + HANG
-    while not (run_dir / "generations" / "g000").exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: Ray's processes hear it as well
-    said = process.communicate(timeout=HANG)[0]
-    assert process.returncode == 130, said
-    assert "Traceback" not in said
-    assert marked() == []
-    killed_from_outside("distill", str(file), once=run_dir / "generations" / "g001" / "part-00000.parquet", before_step=12)
-    assert left() == []
-    npd.distill(tree)
-    assert left(5) == []
-    assert_same(state_of(run_dir), in_turns)
+# As Ray 2.60 and 2.40 said it of actors that its memory monitor ended.
+OUT_OF_MEMORY = [
+    """1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 127.0.0.1, ID: dc1508) was \
+5.51GB used / 23.54GB limit (0.233854)
+OOM kill reason: Memory usage 5836771328B exceeded threshold of 5586106880B (22.1% of 25276502016B limit)
+Object store memory usage: [- objects spillable: 9
+Top 10 memory users: PID\tMEM(GB)\tCOMMAND
+11142\t3.51\tray::Refresher
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io. Set max_restarts and \
+max_task_retries to enable retry when the task crashes due to OOM.""",
+    """Task was killed due to the node running low on memory.
+Memory on the node (IP: 127.0.0.1, ID: 0df1a5) where the task (actor ID: 25015a, name=npd refresh-0:A.__init__, pid=31156, \
+memory used=2.16GB) was running was 5.51GB / 23.54GB (0.156508), which exceeds the memory usage threshold of 0.156. Ray \
+killed this worker (ID: 09bdb0) because it was the most recently scheduled task; to see more information about memory \
+usage on this node, use `ray logs raylet.out -ip 127.0.0.1`.  Top 10 memory users:
+PID\tMEM(GB)\tCOMMAND
+31156\t2.16\tray::A.eat
+Refer to the documentation on how to address the out of memory issue: https://docs.ray.io. Set max_restarts and \
+max_task_retries to enable retry when the task crashes due to OOM.""",
+]
+
+
+def test_a_part_that_takes_too_much_memory_is_given_up(make, fake, capsys):
+    """However often other parts are finished meanwhile; what is said names the memory and what to turn."""
+    deaths = [OutOfMemoryError(said) for said in OUT_OF_MEMORY]
+
+    def fails(method: str, task: Any) -> RayError | None:
+        return deaths.pop(0) if method == "make" and (task.generation, task.part) == (1, 1) else None
+
+    ray = fake(fails)
+    tree = make(ray={"actors": 2}, checkpoint={"restarts": len(deaths) - 1})
+    with pytest.raises(RunError) as caught:
+        npd.distill(tree, display=Display(Console(width=10_000)))
+    assert deaths == []
+    assert ray.begun == 2 + len(OUT_OF_MEMORY) - 1
+    (again,) = [line for line in capsys.readouterr().out.splitlines() if "It is made again by another one." in line]
+    for said in (again, caught.value.what):
+        assert "died while it made part 1 of generation 1: " in said
+        assert "node running low on memory" in said
+        assert "5.51GB" in said
+        assert "max_restarts" not in said
+        assert said.isprintable()
+    for option in ("placement.ray.actors", "rollout.batch_size", "RAY_memory_usage_threshold"):
+        assert option in caught.value.remedy
+
+
+def test_what_actors_make_is_what_turns_make(make, fake, tmp_path, monkeypatch, teacher_dir):
+    """With a served teacher that asks for a key, an adapter that is gone on with, and references."""
+    base_dir = save_model(tmp_path / "base", seed=2, tied=False)
+    rows = [{"prompt": p.prompt, "completion": p.completion[:6]} for p in make_problems(6, seed=7)]
+    monkeypatch.setenv("TEACHER_KEY", "sekrit")
+    with serving(teacher_dir, key="sekrit") as server:
+        options: Tree = {
+            "student": {"model": str(base_dir), "adapter": str(save_adapter(tmp_path / "adapter", base_dir))},
+            "teacher": {"server": server.url, "model": "big", "tokenizer": str(teacher_dir), "api_key_env": "TEACHER_KEY"},
+            "data": {"train": str(write_jsonl(tmp_path / "data.jsonl", rows)), "max_prompt_tokens": 32},
+            "schedule": {"generations": 2, "passes": 1, "references": 0.4},
+            "packing": {"length": 64},
+        }
+        npd.distill(make("turns", **options))
+        fake()
+        npd.distill(make("ray", ray={"actors": 2}, **options))
+    states = [state_of(tmp_path / name) for name in ("ray", "turns")]
+    for name, state in zip(("ray", "turns"), states, strict=True):
+        references = [*(tmp_path / name / "generations" / "references").glob("*")]
+        assert len(references) == 4
+        state |= {file.name: file.read_bytes() for file in references}
+    assert_same(*states)
 
 
 def test_limits_of_ray_are_explained():
@@ -362,6 +378,172 @@ def test_limits_of_ray_are_explained():
         assert isinstance(explained, RunError)
         assert "no room" in explained.what
         assert "object_store_memory" in explained.remedy
+
+
+# -- clusters
+
+
+class Nodes:
+    """A cluster of this machine: a head, and nodes that come and go, each with room for an actor."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        head = self.each | {"include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes: list[Any] = []
+
+    each: ClassVar[Tree] = {"num_cpus": 1, "resources": {"rollout": 1}, "object_store_memory": STORE}
+
+    def add(self) -> None:
+        self.nodes.append(self.cluster.add_node(**self.each))
+
+    def kill(self, actors: dict[str, int]) -> None:
+        """Kill a node, with the actor's process that is there, of processes by their nodes' ids."""
+        node = self.nodes.pop(0)
+        self.cluster.remove_node(node, allow_graceful=False)
+        os.kill(actors.pop(node.node_id), signal.SIGKILL)
+
+    @property
+    def options(self) -> Tree:
+        return {"address": self.cluster.address, "resources": {"rollout": 1}}
+
+
+@pytest.fixture(scope="module")
+def nodes(driver) -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(npd.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]))
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv(WIDE, "0")
+        reread(imported())
+        found = Nodes()
+        found.add()
+        yield found
+        found.cluster.shutdown()
+
+
+@needs_ray
+def test_nodes_and_actors_that_come_and_go(killed, nodes, in_turns, tmp_path, monkeypatch, capsys):
+    """Where two actors are at work, the node of one is killed, and the process of the other one; a node joins later.
+
+    The run is one whose driver was killed before.
+    """
+    at_work: dict[str, int] = {}
+    real, checked = Ray._hand_out, Ray.check
+
+    def hand_out(self: Ray) -> None:
+        idle = [actor for actor in self.actors if actor.doing is None]
+        if not at_work and len(idle) < 2 <= len([*self._wanted()]):  # the other one is still beginning
+            return
+        real(self)
+        busy = {actor.node: actor.process for actor in self.actors if actor.task is not None}
+        if len(busy) == 2 and not at_work:
+            at_work.update(busy)
+            nodes.kill(busy)
+            (other,) = busy.values()
+            os.kill(other, signal.SIGKILL)
+
+    def check(self: Ray) -> None:  # in the main thread, which alone can begin nodes
+        if at_work and not nodes.nodes:
+            nodes.add()
+        checked(self)
+
+    monkeypatch.setattr(Ray, "check", check)
+    monkeypatch.setattr(Ray, "_hand_out", hand_out)
+    run_dir = tmp_path / "run"
+    shutil.copytree(killed["run_dir"], run_dir)
+    placement = ONE_THREAD | {"rollout": "ray", "ray": nodes.options}
+    npd.distill(killed | {"run_dir": str(run_dir), "placement": placement}, display=Display())
+    said = capsys.readouterr().out
+    assert said.count("while it made part") == 2, said  # which of both a socket that is closed means, Ray may not know yet
+    assert_same(state_of(run_dir), in_turns)
+    events = list(read_events(run_dir / "events.jsonl"))
+    assert len([e for e in events if e.name == SpanName.RESTART]) == 2
+    assert {e.role for e in events if e.name == SpanName.GENERATE} <= {"refresh-0", "refresh-1"}
+    stored = [(e.facts["generation"], e.facts["part"]) for e in events if e.name == SpanName.STORE]
+    assert {*stored} == {(g, part) for g in range(3) for part in range(3)}
+
+
+@needs_ray
+def test_an_object_store_that_is_too_small_spills(nodes, tmp_path):
+    """A parcel of twice what a node's store takes arrives whole."""
+    import ray
+
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (tmp_path / "big").write_bytes(random.Random(0).randbytes(1 << 20) * (2 * STORE >> 20))
+    ray.init(address=nodes.cluster.address, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        parcel = pack("big", files_of(tmp_path / "big"), ray.put)
+        carry = ray.remote(num_cpus=1)(lambda: unpack(parcel, folder, ray.get).stat().st_size)
+        assert ray.get(carry.remote(), timeout=HANG) == 2 * STORE
+    finally:
+        ray.shutdown()
+    assert (folder / "big").read_bytes() == (tmp_path / "big").read_bytes()
+
+
+def answers(port: int) -> set[str]:
+    """How Ray's services at a port of this machine answer to who has no token."""
+    import grpc
+
+    calls = ["NodeInfoGcsService/CheckAlive", "NodeManagerService/GetNodeStats", "ObjectManagerService/Pull"]
+    calls += ["CoreWorkerService/GetCoreWorkerStats"]
+    found = set()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        for call in calls:
+            try:
+                channel.unary_unary(f"/ray.rpc.{call}")(b"", timeout=HANG)
+                found.add("OK")
+            except grpc.RpcError as error:
+                found.add(error.code().name)
+    return found - {"UNIMPLEMENTED"}
+
+
+def listening_of(pids: set[int]) -> set[tuple[str, int]]:
+    """Addresses and ports that processes listen on."""
+    found = set()
+    for pid in pids:
+        with suppress(psutil.Error):  # some come and go
+            for connection in psutil.Process(pid).net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add((connection.laddr.ip, connection.laddr.port))
+    return found
+
+
+@needs_ray
+def test_a_cluster_of_its_own_is_nobody_elses(killed, in_turns, tmp_path, monkeypatch, capfd):
+    """It listens on the loopback interface, refuses whoever has no token, and is gone after Ctrl-C."""
+    listening: set[tuple[str, int]] = set()
+    answered: dict[int, set[str]] = {}
+    real = Ray._hear
+
+    def hear(self: Ray) -> None:
+        real(self)
+        listening.update(listening_of({os.getpid(), *marked()}))
+        answered.update({port: answers(port) for _, port in listening if port not in answered})
+        if sum(codes != {"UNAVAILABLE"} for codes in answered.values()) >= 5:  # driver, GCS, two of a raylet, a worker
+            for pid in marked():  # as a terminal does
+                os.kill(pid, signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+            self._closing.wait()
+
+    shutil.copytree(killed["run_dir"], tmp_path / "run")
+    tree = killed | {"run_dir": str(tmp_path / "run")}
+    with monkeypatch.context() as patch:
+        patch.setattr(Ray, "_hear", hear)
+        patch.setenv("HOME", str(tmp_path))
+        patch.delenv(WIDE, raising=False)
+        before = {*os.environ}
+        with pytest.raises(KeyboardInterrupt):
+            npd.distill(tree)
+        assert not {name for name in {*os.environ} - before if name == WIDE or name.startswith("RAY_AUTH")}
+    assert marked() == {}
+    assert {address.removeprefix("::ffff:") for address, _ in listening} == {"127.0.0.1"}
+    assert all(codes <= {"UNAUTHENTICATED", "UNAVAILABLE"} for codes in answered.values())  # the latter: it speaks HTTP
+    assert not (tmp_path / ".ray").exists()
+    npd.distill(tree | {"placement": ONE_THREAD})
+    assert_same(state_of(tmp_path / "run"), in_turns)
+    assert "Traceback" not in "".join(capfd.readouterr())
 
 
 def test_the_example():

@@ -20,7 +20,18 @@ def test_verified_takes_strings_messages_and_rows_of_every_kind():
     completions = ["so #7", [{"role": "assistant", "content": "The answer is 8."}], "#7", "#7", "#9", "b"]
     answers = ["7", 8, "8", None, ["7", "9"], "a"]
     assert rewards.verified(None, completions, answer=answers, trainer_state=object()) == [1.0, 1.0, 0.0, None, 1.0, 0.0]
-    assert rewards.verified(None, completions) == [None] * 6
+    assert rewards.verified(None, completions, answer=[None] * 6) == [None] * 6
+    with pytest.raises(UserError, match="neither a column `answer` nor a column `reasoning_gym`, but solution"):
+        rewards.verified(None, completions, solution=answers)
+
+
+def test_rows_that_say_nothing_are_left_out():
+    from datasets import Dataset
+
+    data = Dataset.from_dict({"prompt": list("abcd"), "answer": [["7"], [" ", ""], None, []]})
+    assert list(rewards.verifiable(data)["prompt"]) == ["a"]
+    with pytest.raises(UserError, match="None of 3 rows has"):
+        rewards.verifiable(data.select([1, 2, 3]))
 
 
 def test_an_empty_answer_is_none():

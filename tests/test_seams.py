@@ -80,7 +80,7 @@ def test_a_teacher_is_read_with(make_tree, data_file, tmp_path):
         assert row["teacher_nll"] == pytest.approx(-np.mean(said), rel=1e-5)
         assert row["topk_ids"][:4] == np.argsort(-table[context[-1]])[:4].tolist()
     assert result.after["eval/kl_to_teacher_at_least"] >= 0
-    with pytest.raises(UserError, match=r"The teacher .*bigrams.json only reads"):
+    with pytest.raises(UserError, match=r"references: teacher has the teacher .*bigrams.json write, which a teacher of its"):
         npd.sft(tree | {"run_dir": str(tmp_path / "sft"), "data": tree["data"] | {"references": "teacher"}})
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import npd.scoring.server
 from npd.config import ModelConfig, Sampling, TeacherConfig, load_config
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary, load_model, load_tokenizer
+from npd.prompts import Chat
 from npd.scoring import Prefill, Question, ScoreTeacher, TeacherSetting
 from npd.scoring.routed import Routed
 from npd.scoring.served import ServedTeacher, check_server
@@ -316,6 +318,48 @@ def test_another_tokenizer(teacher_dir, student_dir):
         other.tokenizer = lambda text: {"input_ids": [*real(text)["input_ids"], 7]}
         with pytest.raises(UserError, match="into different ids"):
             checked(teacher_config(other), student_dir)
+
+
+def test_the_first_prompt_is_read_as_it_is_sent(student_dir, teacher_dir):
+    """A tokenizer that differs only in what the probes do not hold, also where a right one is named; and what is sent."""
+    question = Question(load_tokenizer(ModelConfig(model=str(student_dir))), VOCABULARY, 4, 20, 12, "")
+    with serving(teacher_dir) as other:
+        real = other.tokenizer
+        asked = replace(question, prompt_ids=tuple(real("12+34=")["input_ids"]))
+        assert check_server(teacher_config(other), asked) == []
+        assert other.bodies[-1]["prompt"] == [*asked.prompt_ids, 2]
+
+        def odd(text: str, **options: Any) -> Any:
+            ids = real(text, **options)["input_ids"]
+            return {"input_ids": [*ids, 7] if text == "12+34=" else ids}
+
+        other.tokenizer = odd
+        with pytest.raises(UserError, match=r"The student and big .* the same text '12\+34=' into different ids"):
+            check_server(teacher_config(other), asked)
+        with pytest.raises(UserError, match=r"teacher\.tokenizer .* and big .* '12\+34=' into different ids"):
+            check_server(teacher_config(other, tokenizer=str(teacher_dir)), asked)
+        other.tokenizer = real
+        other.faults = [changed(lambda answer: answer["choices"][0]["prompt_logprobs"][-1].clear())]
+        with pytest.raises(UserError, match="log-probabilities of other tokens"):
+            check_server(teacher_config(other), asked)
+        other.faults = [changed(lambda answer: answer["choices"][0]["prompt_token_ids"].append(1))]
+        with pytest.raises(UserError, match="read other tokens than were sent"):
+            served(other).write(pa.table({"prompt_ids": [[4, 5]]}), Sampling(3, temperature=0.0))
+
+
+def test_another_chat_template_on_the_server_is_told(student_dir, teacher_dir):
+    tokenizer = load_tokenizer(ModelConfig(model=str(student_dir)))
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}#{% endfor %}"
+    question = Question(tokenizer, VOCABULARY, 4, 20, 12, "", chat=Chat(tokenizer))
+    with serving(teacher_dir) as other:
+        assert check_server(teacher_config(other), question) == []  # a base model has none
+        other.tokenizer.chat_template = tokenizer.chat_template
+        assert check_server(teacher_config(other), question) == []
+        other.tokenizer.chat_template = tokenizer.chat_template.replace("#", ";")
+        (note,) = check_server(teacher_config(other), question)
+        assert "The chat template of big on " in note
+        assert "the student's writes '#" in note
+        assert ", the server's ';" in note
 
 
 def test_a_server_that_does_not_tokenize_is_mentioned(teacher_dir, student_dir):

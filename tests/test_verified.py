@@ -22,6 +22,7 @@ from npd.demo.tokenizer import build_tokenizer
 from npd.errors import RunError, UserError
 from npd.generations.reselect import reselect
 from npd.observe.display import Display
+from npd.preflight import prepare
 from npd.prompts import ENTRY
 from npd.records import INCORRECT, PROXIMAL, UNANIMOUS, UNVERIFIED
 from npd.report.facts import gather
@@ -38,7 +39,7 @@ from npd.verifying import Judge, Unjudged
 SLOW = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
     re.compile(r"(?:#{4}\s*|#(?=[^\s#]))([^\n#]+)"),
-    re.compile(r"(?<![</\w])answer(?!\w)(?:\s+is)?\s*[:=]?\s*\**([^\n*]+)", re.IGNORECASE),
+    re.compile(r"(?<![</\w])answer(?!\w)(?:\s+is)?\s*[:=]?[\s*]*((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)", re.IGNORECASE),
 )
 PIECES = [
     "<answer>",
@@ -81,7 +82,7 @@ def slowly(text: str) -> str:
         return box.strip()
     for pattern in SLOW[1:]:
         if found := pattern.findall(text):
-            return str(found[-1]).strip()
+            return str(found[-1]).strip().rstrip("* ")
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else ""
 
@@ -364,6 +365,8 @@ def test_a_run_without_rewards_cannot_be_judged_by_them(make_tree, tmp_path):
         ({"selection": {"reward": "contrast"}}, "samples_per_prompt is 1"),
         ({"selection": {"reward": "correct"}, "scoring": {"verify": False}}, "needs scoring.verify: true"),
         ({"selection": {"reward": "correct"}, "data": {"train": "bare.jsonl"}}, "no row of data.train has an `answer`"),
+        ({"selection": {"reward": "correct"}, "data": {"train": "blank.jsonl"}}, "entry (2 of their answers are empty)"),
+        ({"evaluation": {"tasks": ["answer"]}, "data": {"eval": "blank.jsonl"}}, "line 1 has no answer"),
         ({"data": {"train": "odd.jsonl"}}, 'task "no_task", which the installed reasoning-gym does not know'),
         ({"data": {"train": "shape.jsonl"}}, "line 1: `reasoning_gym` must be an entry of reasoning-gym"),
     ],
@@ -372,10 +375,18 @@ def test_what_cannot_be_verified_is_refused_at_the_start(make_tree, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     entry = {"question": "q", "answer": "7", "metadata": {"source_dataset": "no_task"}}
     write_jsonl(tmp_path / "bare.jsonl", [{"prompt": "1+1="}])
+    write_jsonl(tmp_path / "blank.jsonl", [{"prompt": f"{i}+1=", "answer": a} for i, a in enumerate((" ", ["", " "], None))])
     write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "1+1=", "reasoning_gym": entry}])
     write_jsonl(tmp_path / "shape.jsonl", [{"prompt": "1+1=", "reasoning_gym": {"answer": "7"}}])
     with pytest.raises(UserError, match=re.escape(words)):
         npd.distill(make_tree(**sections))
+
+
+def test_rows_that_nothing_verifies_are_counted_at_the_start(make_tree, tmp_path):
+    rows = [{"prompt": f"{i}+1=", "answer": answer} for i, answer in enumerate(("1", "", None, [" ", "4"]))]
+    tree = make_tree(selection={"reward": "correct"}, data={"train": str(write_jsonl(tmp_path / "some.jsonl", rows))})
+    notes = prepare(load_config(tree), "distill").notes
+    assert any("2 of 4 prompts have no answer: selection.reward correct drops" in note for note in notes)
 
 
 def test_the_example_runs(answered, tmp_path):

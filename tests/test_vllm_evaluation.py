@@ -196,14 +196,19 @@ def test_what_the_hub_has_is_read_from_its_cache(tmp_path, monkeypatch):
     assert directory_of(ModelConfig(model=str(folder / "snapshots" / "abc"))) == folder / "snapshots" / "abc"
 
 
-def test_a_file_that_the_engine_cannot_read_is_named(eval_tree, monkeypatch):
+def test_a_file_that_the_engine_cannot_read_is_named_before_anything_is_loaded(eval_tree, monkeypatch):
     tree = eval_tree()
     monkeypatch.setattr(npd.models, "whole_directory_of", lambda config: None)  # as of a GGUF file
-    with pytest.raises(npd.UserError, match=r"student is to write, but rollout.engine needs a directory of weights"):
-        npd.evaluate(tree)
+    words = r"student is to write, but rollout.engine vllm needs a directory of weights"
+    with pytest.raises(npd.UserError, match=words):
+        npd.preflight.prepare(load_config(tree), "eval")
+    words = words.replace("student", "The teacher .*teacher", 1)
     tree = eval_tree(data={"references": "teacher"}, evaluation={"tasks": [], "kl_prompts": 0})
-    with pytest.raises(npd.UserError, match=r"teacher is to write, but rollout.engine needs a directory of weights"):
-        npd.sft(tree)
+    npd.preflight.prepare(load_config(tree), "distill")
+    mixed = eval_tree(data={"references": "teacher"}, schedule={"references": 0.2}, evaluation={"tasks": []})
+    for command, asked in (("sft", tree), ("distill", mixed), ("distill", eval_tree(evaluation={"teacher": True}))):
+        with pytest.raises(npd.UserError, match=words):
+            npd.preflight.prepare(load_config(asked), command)
 
 
 def test_a_temperature_that_the_engine_does_not_take_is_refused(eval_tree):
@@ -213,7 +218,7 @@ def test_a_temperature_that_the_engine_does_not_take_is_refused(eval_tree):
         npd.distill(hot)
     assert not Path(hot["run_dir"]).exists()
     placed = npd.preflight.prepare(load_config(hot), "sft").placement
-    assert engine_beside_training(load_config(hot), placed, 1) == "transformers"
+    assert engine_beside_training(load_config(hot), placed, 1).name == "transformers"
     with pytest.raises(npd.UserError, match=r"temperature is 2.5, but vLLM .* up to 2"):
         npd.evaluate(hot)
     with pytest.raises(npd.UserError, match=r"rollout.temperature is 2.5"):
@@ -268,6 +273,7 @@ def test_beside_workers_the_default_engine_evaluates(eval_tree, asked, evaluated
     tree = eval_tree(schedule={"lead": 1.0}, evaluation={"teacher": True})
     result = npd.distill(tree)
     assert result.by_role.keys() == {"trainer", "refresh-0"}
+    assert "is written by transformers, not by rollout.engine vllm: that one stands where" in result.engine_note
     assert {kind for kind, _ in asked} == {BY_TRANSFORMERS}
     assert started == []
     assert len(evaluated) == 5

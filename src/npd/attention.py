@@ -110,6 +110,13 @@ def _capable() -> bool:
     return torch.cuda.get_device_capability() >= (8, 0)
 
 
+def without_kernel() -> str:
+    """Why no kernel of this process's GPU takes all samples at once; nothing where one does."""
+    if varlen_attn is None:
+        return f"PyTorch {torch.__version__} has no kernel for samples that lie end to end"
+    return "" if _capable() else "its kernel for samples that lie end to end needs a GPU of compute capability 8.0 or more"
+
+
 def _kernel(query: Tensor, value: Tensor, window: int | None, dropout: float) -> Callable[..., Tensor] | None:
     """What computes all samples at once, where something can."""
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or dropout:

@@ -110,12 +110,12 @@ def estimate(
     if not setup.generations.by_student and config.data.references == "given" and setup.prompts is not None:
         given = pc.fill_null(pc.list_value_length(setup.prompts.table["completion_ids"]), 0).to_numpy()
         lengths = Lengths(max(1.0, float(given.mean())), 1.0, "the data's own completions")
-    case = _case(setup, device, lengths, chosen)
+    case = case_of(setup, device, lengths, chosen)
     reason = "peaks and efficiencies"
     if measured is not None:
         found = measured.rates
         if here is not None and here != device:
-            mine = _case(setup, here, lengths, chosen).rates
+            mine = case_of(setup, here, lengths, chosen).rates
             scaled = {
                 name: getattr(found, name) * getattr(case.rates, name) / (getattr(mine, name) or 1.0)
                 for name in ("train", "write", "read")
@@ -127,7 +127,7 @@ def estimate(
     if engine is None and measured is None and case.load.written and device.kind != "cpu":
         for other in ENGINES:
             if other != chosen and other in BUILT_IN:
-                there = _case(setup, device, lengths, other).best(devices)
+                there = case_of(setup, device, lengths, other).best(devices)
                 others |= {other: there.times.whole / HOURS} if there is not None else {}
     best = case.best(devices)
     if best is None:
@@ -150,7 +150,8 @@ def _not_counted(setup: Setup) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _case(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case:
+def case_of(setup: Setup, device: Hardware, lengths: Lengths, engine: str) -> Case:
+    """A run on devices of a kind: all that a split, and its memory, are reckoned from."""
     config, contents = setup.config, setup.generations
     assert setup.prompts is not None, "only what trains is planned"
     half = device.half and config.training.precision != "float32"

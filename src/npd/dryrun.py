@@ -92,4 +92,10 @@ def dry_run(
 
         found = costs_on(setup, on, measure=measure, response_tokens=response_tokens, display=display)
         costs = cost_table(found, price)
-    show_plan(command, config.run_dir, plan_rows(setup, plan), plan_notes(setup), display, costs)
+    rows, notes = plan_rows(setup, plan), plan_notes(setup, plan)
+    if not setup.on_paper:
+        from npd.fits import memory_notes, memory_rows, places
+
+        there = places(setup)
+        rows, notes = rows + memory_rows(setup, there), notes + memory_notes(there)
+    show_plan(command, config.run_dir, rows, notes, display, costs)

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel
 
 from npd import models
 from npd.config import Config, ModelConfig
-from npd.errors import UserError
 from npd.evaluation import BenchmarkSetting, Evaluator, Measure, ahead
 from npd.generations.evaluated import AskedTeacher, Evaluated
 from npd.generations.producer import Workshop
@@ -132,10 +131,7 @@ class ModelWeights:
     def path(self) -> Path:
         path = models.whole_directory_of(self.config)
         if path is None:
-            raise UserError(
-                f"{self.config.model} is to write, but rollout.engine needs a directory of weights for that. Name one, or "
-                "choose another engine."
-            )
+            raise models.no_directory(self.config, "rollout.engine")
         if path != Path(self.config.model):  # of a Hub id only the configuration is sure to be in the cache
             self.model()
         return path

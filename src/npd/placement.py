@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -11,6 +14,8 @@ from npd.config import Config, PlacementConfig, ScheduleConfig
 from npd.errors import UserError
 from npd.registry import ENGINES, PRODUCERS
 from npd.threads import cores
+
+GPUS_OF_DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 @dataclass(frozen=True)
@@ -111,15 +116,46 @@ def check_engine(config: Config, placed: Placement, processes: int, *, trains: b
         engine.check_device(config, worker.rollout)
 
 
-def engine_beside_training(config: Config, placed: Placement, processes: int, *, trains: bool = True) -> str:
+class EngineHere(NamedTuple):
+    """The engine that writes in a process that evaluates or makes references."""
+
+    name: str
+    why: str = ""
+    """Why it is not the rollout's; nothing where it is."""
+
+    def note(self, config: Config) -> str:
+        """What a person should know of it; nothing where it is the one that was asked for."""
+        if not self.why:
+            return ""
+        return (
+            f"What is written in this process, as in evaluation, is written by {self.name}, not by rollout.engine "
+            f"{config.rollout.engine}: {self.why.rstrip('.')}."
+        )
+
+
+def engine_beside_training(config: Config, placed: Placement, processes: int, *, trains: bool = True) -> EngineHere:
     """The engine that writes in a process that evaluates or makes references: the rollout's where it can stand there."""
+    if config.rollout.engine == ENGINES.default:
+        return EngineHere(ENGINES.default)
+    if not placed.turns:
+        return EngineHere(ENGINES.default, "that one stands where generations are made, beside the training")
     try:
-        if placed.turns:
-            ENGINES[config.rollout.engine].check_shared(config, placed.rollout, processes=processes, trains=trains)
-            return config.rollout.engine
-    except UserError:
-        pass
-    return ENGINES.default
+        ENGINES[config.rollout.engine].check_shared(config, placed.rollout, processes=processes, trains=trains)
+    except UserError as error:
+        return EngineHere(ENGINES.default, error.what)
+    return EngineHere(config.rollout.engine)
+
+
+def unused_gpus() -> str:
+    """What a person should know of GPUs that are there, and that PyTorch does not use; nothing where there are none."""
+    there = len(list(GPUS_OF_DRIVER.glob("*"))) if GPUS_OF_DRIVER.is_dir() else 0
+    if not there or torch.cuda.is_available() or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return ""
+    built = "is built without CUDA" if torch.version.cuda is None else f"(for CUDA {torch.version.cuda}) can't use its driver"
+    return (
+        f"This machine has {there} NVIDIA GPU{'s' * (there > 1)}, but PyTorch {torch.__version__} {built}, so that all "
+        "runs on the CPU. Install a PyTorch that fits (https://pytorch.org), or set CUDA_VISIBLE_DEVICES= if that is meant."
+    )
 
 
 def names_producer(config: PlacementConfig) -> bool:

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedConfig
@@ -16,8 +15,9 @@ from npd import models
 from npd.config import Config
 from npd.generations.generation import Generations
 from npd.generations.itself import follows_snapshots, is_base, itself
+from npd.generations.producer import producer_kind
+from npd.growth import disk_note, disk_row, gib, growth, response_lengths, room_for
 from npd.mirror import mirror_plan
-from npd.placement import engine_beside_training
 from npd.preflight import Setup
 from npd.prompts import Prompts, count_sources
 from npd.registry import ENGINES, RULES
@@ -29,14 +29,6 @@ from npd.train.trainer import resolve_precision
 
 GIB = 1 << 30
 SAMPLE = 20_000  # responses of which steps are counted one by one; of a longer run they are counted in proportion
-
-# Bytes on disk of what has no length of its own; measured on runs whose student takes none.
-ROW = 192  # a response's identifiers and scalars
-PART = 24 << 10  # a part's schema and its columns' headers, and its entry in the manifest
-STEP = 2 << 10  # a step's metrics, spans and points of trackers
-TOKENIZER = 192  # a token in the tokenizer's files, which every snapshot has
-FILES = 64 << 10  # other small files beside weights
-REPORT = 4 << 20  # report.html
 
 
 @dataclass
@@ -72,8 +64,7 @@ def make_plan(setup: Setup) -> Plan:
     config, contents = setup.config, setup.generations
     assert setup.prompts is not None, "only what trains is planned"
     training, samples = config.training, contents.responses(0)
-    prompts = pc.list_value_length(setup.prompts.table["prompt_ids"]).to_numpy()
-    responses = _response_lengths(config, setup.prompts.table, given=contents.is_reference(0))
+    responses = response_lengths(config, setup.prompts.table, given=contents.is_reference(0))
     limits = []
     if training.max_steps is not None:
         limits.append(f"training.max_steps {training.max_steps:,}")
@@ -84,39 +75,10 @@ def make_plan(setup: Setup) -> Plan:
     student = models.parameter_count(known, trust_remote_code=config.student.trust_remote_code)
     held = student * models.resolve_dtype(config.student, trained=True).itemsize
     adapters = models.adapter_bytes(known, config.student)
-    learns = adapters or held
     half, train = resolve_precision(config) == "bf16", setup.placement.train
     step = step_memory(config, known, bfloat16=half)
     sharded = sharding(config, known, len(train), memory_of(torch.device(train[0])), bfloat16=half, step=step)
-    scored = contents.by_student or contents.mixed
-    # Ids, log-probabilities of who wrote them, and the teacher's top-k in 4 + 2 bytes.
-    wide = 4 + 4 * contents.by_student + 6 * config.scoring.top_k * scored
-    rows = samples * (4 * float(prompts.mean()) + wide * float(responses.mean()) + ROW)
-    references = 0.0
-    if contents.mixed:
-        each = 4 * int(prompts.max()) + (4 + 6 * config.scoring.top_k) * config.response_tokens + ROW
-        references = contents.size(REFERENCE) * each
-    per_generation = max(1, steps // generations)
-    keep, every = config.checkpoint.keep, config.checkpoint.every_steps
-    # What is in use: by the oldest checkpoint, by this generation and by the next one; what is older has `keep`.
-    in_use = 2 + -(-(keep + 1) * every // per_generation)
-    kept = generations if config.schedule.kl_budget is not None else min(generations, keep + in_use)
-    count = len(contents.parts(0)) * kept + (len(contents.parts(REFERENCE)) if contents.mixed else 0)
-    files = FILES + TOKENIZER * len(setup.tokens.tokenizer)
-    disk = kept * rows + references + PART * count
-    disk += rows + references  # the trainer's copy of a generation's kept samples and of the references
-    snapshots = (min(generations, kept + 1) + 1 if contents.by_student else 0) + 1  # the first one, and student/
-    disk += snapshots * (held + adapters + files)
-    disk += adapters + FILES * config.student.adapts  # adapter/
-    if _evaluates_files(setup):
-        disk += held + adapters + files
-    # One is written before the oldest goes; it has the weights and two moments of what learns.
-    checkpoint = held + adapters + 2 * learns + FILES
-    disk += min(keep + 1, steps // every) * checkpoint
-    disk += setup.prompts.table.nbytes + FILES
-    copied = generations * (rows + PART * len(contents.parts(0))) + references + (steps // every) * checkpoint
-    copied += (2 + (generations - 1) * contents.by_student) * (held + adapters + files) + setup.prompts.table.nbytes
-    disk += STEP * steps + (REPORT if config.tracking.report else 0)
+    size = growth(setup, steps, generations, held, adapters)
     return Plan(
         generations=config.schedule.generations,
         samples=samples,
@@ -128,29 +90,10 @@ def make_plan(setup: Setup) -> Plan:
         inference_bytes=student * models.resolve_dtype(config.student, trained=False).itemsize,
         step=step,
         sharding=sharded,
-        disk_bytes=disk,
-        copied_bytes=copied,
+        disk_bytes=size.disk,
+        copied_bytes=size.copied,
         limits=limits,
     )
-
-
-def _response_lengths(config: Config, prompts: pa.Table, *, given: bool) -> np.ndarray:
-    """[N] tokens of each prompt's response: of one that is given, or as many as are allowed."""
-    if given and config.data.references == "given":
-        given_lengths = pc.fill_null(pc.list_value_length(prompts["completion_ids"]), 0).to_numpy()
-        return np.minimum(given_lengths, config.response_tokens)
-    return np.full(len(prompts), config.response_tokens)
-
-
-def _evaluates_files(setup: Setup) -> bool:
-    """Is the student that is trained written to files for an engine that evaluates it?"""
-    config, placed = setup.config, setup.placement
-    if any(task.files for task in setup.tasks):
-        return True
-    if not (config.evaluation.tasks or config.data.eval):
-        return False
-    engine = config.rollout.engine if placed.turns else engine_beside_training(config, placed, 1)
-    return bool(ENGINES[engine].holds_weights)
 
 
 class _LongestRun:
@@ -180,7 +123,7 @@ class _LongestRun:
 
     def _add(self, generation: int, part: int) -> np.ndarray:
         table, each = self.contents.table(generation, part), self.contents.per_prompt(generation)
-        responses = _response_lengths(self.config, table, given=self.contents.is_reference(generation))
+        responses = response_lengths(self.config, table, given=self.contents.is_reference(generation))
         prompts = pc.list_value_length(table["prompt_ids"]).to_numpy()
         first = len(self.lengths)
         self.lengths = np.concatenate([self.lengths, np.repeat(prompts + responses, each)])
@@ -224,6 +167,18 @@ def _steps(config: Config, contents: Generations) -> tuple[int, int]:
         if limit is not None and limit < steps:
             planned = min(planned, math.ceil(limit / steps * schedule.generations))
     return min([steps, *(limit for limit in most if limit is not None)]), planned
+
+
+def _steps_of_generation(setup: Setup) -> int:
+    """About, by its tokens alone: a run that begins is not rehearsed for a warning."""
+    config, contents = setup.config, setup.generations
+    assert setup.prompts is not None, "only what trains has prompts"
+    table = setup.prompts.table
+    responses = response_lengths(config, table, given=contents.is_reference(0))
+    each = float((pc.list_value_length(table["prompt_ids"]).to_numpy() + responses).mean())
+    tokens = each * contents.responses(0) / (1 - config.schedule.references * contents.mixed)
+    step = max(1, config.training.batch_tokens // config.packing.length) * config.packing.length
+    return config.schedule.passes * math.ceil(tokens / step)
 
 
 def _writes(config: Config, student: PreTrainedConfig) -> str:
@@ -273,7 +228,8 @@ def plan_rows(setup: Setup, plan: Plan) -> list[list[str]]:
     for key, teacher in config.all_teachers.items() if reads else ():
         name = "teacher" if key is None else f"teachers.{key}"
         rows.append([name, _reader(setup, key, teacher_kind(teacher).plan(teacher, setup.tokens.teachers[key]))])
-    rows.append(["disk", f"at most {plan.disk_bytes / GIB:.2f} GiB"])
+    room = room_for(config.run_dir, plan.disk_bytes)
+    rows.append(["disk", f"at most {gib(room.needed)}" if setup.on_paper else disk_row(config.run_dir, room)])
     if config.checkpoint.mirror is not None:
         there = mirror_plan(setup.given, setup.command)
         rows.append(["mirror", f"{there}; at most {plan.copied_bytes / GIB:.2f} GiB copied in all"])
@@ -332,14 +288,14 @@ def _places(setup: Setup) -> list[list[str]]:
         why = f" ({placed.why}; schedule.lead is not taken)" if placed.why else " (schedule.lead 0)"
         rows.append(["refresh", f"takes turns with the trainer{why}"])
     elif not placed.workers:
-        rows.append(["refresh", f"made elsewhere ({placed.producer})"])
+        rows.append(["refresh", producer_kind(placed).plan(config, placed) or f"made elsewhere ({placed.producer})"])
     else:
         rows.append(["next snapshot", f"passes before the end of a generation: {placed.lead:g}"])
     return rows
 
 
-def plan_notes(setup: Setup) -> list[str]:
-    """What the user should know besides."""
+def plan_notes(setup: Setup, plan: Plan | None = None) -> list[str]:
+    """What the user should know besides, of a plan too."""
     config, contents = setup.config, setup.generations
     assert setup.prompts is not None, "only what trains is planned"
     notes = [*setup.notes, *(f"data.train: {line}" for line in setup.prompts.report())]
@@ -347,4 +303,23 @@ def plan_notes(setup: Setup) -> list[str]:
     note = RULES[config.selection.rule]().note(config.selection, each)
     if note is not None:
         notes.append(note)
+    if (
+        plan is not None
+        and not setup.on_paper
+        and (short := disk_note(config.run_dir, room_for(config.run_dir, plan.disk_bytes)))
+    ):
+        notes.append(short)
     return notes
+
+
+def begins_without_room(setup: Setup) -> str:
+    """A warning where the disk will not do for a run that begins, or goes on; else nothing."""
+    config, known = setup.config, setup.tokens.student
+    generations = config.schedule.generations
+    steps = generations * _steps_of_generation(setup)
+    if config.training.max_steps is not None:
+        steps = min(steps, config.training.max_steps)
+    held = models.parameter_count(known, trust_remote_code=config.student.trust_remote_code)
+    held *= models.resolve_dtype(config.student, trained=True).itemsize
+    needed = growth(setup, steps, generations, held, models.adapter_bytes(known, config.student)).disk
+    return disk_note(config.run_dir, room_for(config.run_dir, needed))

@@ -5,27 +5,36 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from npd import models
 from npd.config import Config, LossConfig, PlacementConfig, load_config
 from npd.errors import UserError, foreign
 from npd.evaluation import Benchmark, BenchmarkSetting, benchmark_kind, benchmarks
-from npd.generations import guards
+from npd.generations import asked, guards
 from npd.generations.generation import Generations, ReferenceGenerations, tuning, usable_references
 from npd.generations.itself import itself
 from npd.generations.models import Tokens, load_tokenizers
 from npd.generations.producer import producer_kind
 from npd.losses import check_divergence, divergence_of
-from npd.placement import Placement, check_engine, engine_beside_training, resolve_placement
-from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data
+from npd.placement import (
+    EngineHere,
+    Placement,
+    check_engine,
+    engine_beside_training,
+    resolve_placement,
+    unused_gpus,
+)
+from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data, verifiable
 from npd.registry import ENGINES, RULES
-from npd.scoring import Question, teacher_kind
+from npd.scoring import Question, check_asked, teacher_kind
+from npd.scoring.contexts import teacher_contexts
 from npd.store import Store, explained_disk
 from npd.store.provenance import in_rows
 from npd.train.memory import memory_of, sharding
@@ -109,12 +118,15 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
     if generates:
         if not on_paper:
             producer_kind(placed).check_config(config)
+            producer_kind(placed).check_placed(config, placed)
             check_engine(config, placed, processes, trains=not take_turns)
         if config.loss.kd_weight:
             check_divergence(config.loss.divergence, config.loss.top_k_mass, config.loss.options)
-    elif not on_paper and (config.evaluation.tasks or config.data.eval is not None or needs_teacher):
-        beside = engine_beside_training(config, placed, processes, trains=command != EVAL)
-        ENGINES[beside].check(config)
+    here = EngineHere(ENGINES.default)
+    if not on_paper:
+        here = engine_beside_training(config, placed, processes, trains=command != EVAL and not take_turns)
+        if not generates and (config.evaluation.tasks or config.data.eval is not None or needs_teacher):
+            ENGINES[here.name].check(config)
     models.use_device(placed.train[int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else 0])
     if config.training.compile and command != EVAL and not on_paper:
         models.check_compiler()
@@ -137,8 +149,9 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
             "schedule.references asks for reference responses, but no row of data.train has a completion of at most "
             "rollout.max_new_tokens tokens. Add them, or set data.references: teacher so that the teacher writes them."
         )
+    unverified: list[str] = []
     if command == DISTILL and prompts is not None:
-        check_answers(config, prompts)
+        unverified = check_answers(config, prompts)
     tasks = [] if command != EVAL and finished else benchmarks(BenchmarkSetting(config, chat, held_out))
     longest = max([0, *(p.longest for p in (prompts, held_out) if p is not None), *(task.longest_prompt for task in tasks)])
     option, response = max(
@@ -148,7 +161,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
     )
     models.check_context(config.student.model, tokens.student, longest, response, option)
     read_by_teacher = max([longest, *(p.longest_of_teacher for p in (prompts, held_out) if p is not None)])
-    notes = [*seen] + [
+    notes = [*seen, *unverified] + [
         f"{name}: {note}" for data, name in ((prompts, "data.train"), (held_out, "data.eval")) if data for note in data.notes
     ]
     notes += [note for task in tasks for note in task.notes]
@@ -159,20 +172,61 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
     if any(data is not None and data.templated for data in (prompts, held_out)):
         notes += tokens.notes
     compared = held_out if config.has_teacher and config.evaluation.kl_prompts else None
+    if not on_paper:
+        notes += where_notes(config, given, command, placed, take_turns=take_turns)
+    measured = bool(tasks) or compared is not None
+    if (measured and not take_turns) or (command == SFT and config.data.references == "teacher"):
+        notes += [note] if (note := here.note(config)) else []
+    by = asked.of_student(config, tasks, here.name, compared=compared is not None) if command == EVAL else ""
+    if by and models.whole_directory_of(config.student) is None:
+        raise models.no_directory(config.student, by)
     for read, name in ((prompts if needs_teacher else None, "data.train"), (compared, "data.eval")):
         if read is not None:
             notes += check_sources(config, read, name)
     if compared is not None or config.evaluation.teacher or generates:
         check_aligned(config, compared is not None, generates)
-    reads = (needs_teacher or compared is not None) and not (command != EVAL and finished)
+    heard = list(config.all_teachers) if needs_teacher or compared is not None else []
+    if not heard and config.evaluation.teacher and command != EVAL and tasks:
+        heard = [None]
     question = Question(tokens.tokenizer, tokens.vocabulary, config.scoring.top_k, read_by_teacher, response, option)
-    for key, teacher in config.all_teachers.items() if reads else ():
-        notes += teacher_kind(teacher).check(teacher, tokens.teachers[key], question)
+    for key in heard if command == EVAL or not finished else ():
+        teacher = config.all_teachers[key]
+        kind = teacher_kind(teacher)
+        mine = replace(question, prompt_ids=first_prompt(config, key, prompts if needs_teacher else compared))
+        if any(data is not None and data.templated for data in (prompts, held_out)):
+            mine = replace(mine, chat=(own(key or "") if own is not None else None) or chat)
+        if command != EVAL:
+            means = asked.of_teacher(config, key, tasks, here.name, refreshes=command == DISTILL)
+            mine = replace(mine, **means._asdict())
+        check_asked(kind, teacher, mine)
+        notes += kind.check(teacher, tokens.teachers[key], mine)
     if command != EVAL:
         Store(config.run_dir).check(given, command)
     return Setup(
         config, given, command, tokens, chat, prompts, held_out, tasks, placed, longest, read_by_teacher, notes, on_paper
     )
+
+
+def where_notes(config: Config, given: Config, command: str, placed: Placement, *, take_turns: bool) -> list[str]:
+    """What stands elsewhere than was asked for, or might have been."""
+    notes = [note] if (note := unused_gpus()) else []
+    if command == DISTILL and not take_turns and placed.why:
+        notes.append(f"schedule.lead {config.schedule.lead:g} is not taken: {placed.why}, so that they take turns.")
+    if command == SFT and config.placement.rollout != given.placement.rollout and config.data.references == "teacher":
+        notes.append(
+            f"placement.rollout {given.placement.rollout} is for generations: `npd sft` has references written here."
+        )
+    return notes
+
+
+def first_prompt(config: Config, key: str | None, prompts: Prompts | None) -> tuple[int, ...]:
+    """The first prompt that a teacher is asked about, as it reads it; nothing where there is none."""
+    table = prompts.table if prompts is not None else None
+    for batch in table.to_batches(max_chunksize=1024) if table is not None else ():
+        row = next((i for i, source in enumerate(batch["source"].to_pylist()) if config.teacher_of(source) == key), None)
+        if row is not None:
+            return tuple(teacher_contexts(pa.Table.from_batches([batch.slice(row, 1)]))[0])
+    return ()
 
 
 def divergence_notes(loss: LossConfig) -> list[str]:
@@ -213,21 +267,33 @@ def knowledge_notes(config: Config, prompts: Prompts) -> list[str]:
     return notes
 
 
-def check_answers(config: Config, prompts: Prompts) -> None:
+def check_answers(config: Config, prompts: Prompts) -> list[str]:
     """See that there is something to verify responses by, where that is asked for.
+
+    Returns:
+        How many rows selection.reward drops as nothing verifies them.
 
     Raises:
         UserError: no row has an answer, or one names a task that is not known.
     """
-    answers = prompts.table["answer"]
-    if config.selection.reward != "any" and answers.null_count == len(answers):
-        raise UserError(
-            f"selection.reward {config.selection.reward} judges responses by their rows' answers, but no row of data.train "
-            "has an `answer` or a `reasoning_gym` entry.",
-            "Add them, name the column with data.columns, or set selection.reward: any.",
-        )
+    answers, reward, notes = prompts.table["answer"], config.selection.reward, []
+    if reward != "any":
+        right = pc.sum(verifiable(answers)).as_py() or 0
+        if not right:
+            blank = len(answers) - answers.null_count
+            raise UserError(
+                f"selection.reward {reward} judges responses by their rows' answers, but no row of data.train "
+                f"has an `answer` or a `reasoning_gym` entry{f' ({blank:,} of their answers are empty)' if blank else ''}.",
+                "Add them, name the column with data.columns, or set selection.reward: any.",
+            )
+        if right < len(answers):
+            notes.append(
+                f"{len(answers) - right:,} of {len(answers):,} prompts have no answer: selection.reward {reward} drops their "
+                "responses as unverified, after they were written and scored. Leave these rows out, or give them an answer."
+            )
     if config.scoring.verify:
         check_entries(answers.filter(pc.starts_with(answers, ENTRY)).to_pylist())
+    return notes
 
 
 def _processes() -> int:

@@ -29,5 +29,7 @@ class DistillResult:
     """`count` snapshots, `blocked` seconds that training stood still for them, `written` seconds beside it."""
     advice: str = ""
     """What would make a run like this faster, if that is known."""
+    engine_note: str = ""
+    """Why evaluation was written by another engine than rollout.engine; nothing where it was not."""
     generations: list[dict[str, Any]] = field(default_factory=list)
     """How each generation ended: why (passes, kl_budget, max_steps, max_tokens), after how many passes, at which KL."""

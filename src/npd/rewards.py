@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["dataset", "marked", "verified"]
+__all__ = ["dataset", "marked", "verifiable", "verified"]
 
 _verifier = Verifier()
 
@@ -29,9 +29,19 @@ def verified(prompts: Any, completions: list[Any], **columns: Any) -> list[float
     """1.0 for a right completion, 0.0 for a wrong one; None where nothing verifies it, or its verifier could not judge it.
 
     A row says what is right in a column `answer` (a text or a number, or a list of them, of which any is right; or a cell as
-    `dataset` gives them) or in a column `reasoning_gym` (an entry, or its JSON), as rows of data.train do.
+    `dataset` gives them) or in a column `reasoning_gym` (an entry, or its JSON), as rows of data.train do. Rows that say
+    nothing train nothing: `dataset` and `verifiable` leave them out.
+
+    Raises:
+        UserError: there is neither column.
     """
     count = len(completions)
+    if columns.get("answer") is None and columns.get("reasoning_gym") is None:
+        raise UserError(
+            "npd.rewards.verified has nothing to judge completions by: the data has neither a column `answer` nor a column "
+            f"`reasoning_gym`, but {', '.join(sorted(columns)) or 'no others'}.",
+            "Rename the column that says what is right.",
+        )
     answers = columns.get("answer") or [None] * count
     entries = columns.get("reasoning_gym") or [None] * count
     return [
@@ -61,6 +71,26 @@ def _cell(answer: Any, entry: Any) -> str | None:
     return SEPARATOR.join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer)
 
 
+def verifiable(data: Dataset) -> Dataset:
+    """The rows of a dataset that say what is right, as `verified` reads them.
+
+    Raises:
+        UserError: none does.
+    """
+
+    def known(row: dict[str, Any]) -> bool:
+        cell = _cell(row.get("answer"), row.get("reasoning_gym"))
+        return cell is not None and bool(cell.strip())
+
+    left = data.filter(known)
+    if not len(left):
+        raise UserError(
+            f"None of {len(data):,} rows has an `answer` or a `reasoning_gym` entry: there is nothing to reward.",
+            "Rename the column that says what is right, or give other data.",
+        )
+    return left
+
+
 def dataset(run_dir: str | Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """The prompts of a run that have something to verify by, as a dataset with the columns `prompt` (text) and `answer`.
 
@@ -73,7 +103,7 @@ def dataset(run_dir: str | Path, tokenizer: PreTrainedTokenizerBase) -> Dataset:
 
     rows, without = [], 0
     for row in Store(run_dir).prompts().table.select(["prompt_ids", "answer"]).to_pylist():
-        if row["answer"] is None:
+        if not (row["answer"] or "").strip():
             without += 1
         elif (text := _text(row["prompt_ids"], tokenizer)) is not None:
             rows.append({"prompt": text, "answer": row["answer"]})

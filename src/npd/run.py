@@ -31,7 +31,8 @@ from npd.mirror import Mirror, arrive
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName, read_events, seconds_by_role
 from npd.observe.trackers import start_trackers
-from npd.placement import Placement, engine_beside_training
+from npd.placement import EngineHere, Placement, engine_beside_training
+from npd.plan import begins_without_room
 from npd.preflight import DISTILL, EVAL, SFT, AnyConfig, Setup, as_config, prepare
 from npd.records import EvaluationLine, GenerationEnd, Span
 from npd.report.keeper import observed
@@ -61,6 +62,8 @@ class Run:
         role = "trainer" if self.main else f"trainer-{self.accelerator.process_index}"
         self.events = Events(self.store.path / "events.jsonl", role)
         self.placement: Placement = self.setup.placement
+        self.here = EngineHere("")
+        """The engine that writes in this process."""
         self.resources = ExitStack()
         self.frozen = self.store.finished and not os.access(self.store.path, os.W_OK)
         """Is the run finished where nothing can be written, as on a disk that is mounted to be read?"""
@@ -84,7 +87,8 @@ class Run:
                 stack.push(lambda _, error, __: mirror.close(error))
             self.accelerator.wait_for_everyone()
             self.setup.prompts = kept or (self.setup.prompts if self.frozen else self.store.prompts())
-            for note in [*self.setup.notes, *self.store.mended]:
+            short = [begins_without_room(self.setup)] if self.main and self.trains and not self.store.finished else []
+            for note in [*self.setup.notes, *filter(None, short), *self.store.mended]:
                 self.display.say(note)
             for data, name in ((self.setup.prompts, "data.train"), (self.setup.held_out, "data.eval")):
                 for line in data.report() if data else ():
@@ -102,7 +106,7 @@ class Run:
         config, setup = self.config, self.setup
         placed = self.placement.in_training(self.world)
         generations = setup.generations
-        engine = engine_beside_training(config, placed, self.world, trains=self.trains)
+        self.here = engine_beside_training(config, placed, self.world, trains=self.trains)
         tokens = setup.tokens
         self.store.vocabulary_size = tokens.vocabulary.size
         kept = Models(
@@ -113,7 +117,7 @@ class Run:
             setup.longest_prompt,
             self.display,
             placed,
-            engine=engine,
+            engine=self.here.name,
             longest_of_teacher=setup.longest_of_teacher,
             decode=texts_of(tokens),
         )
@@ -155,6 +159,8 @@ class Run:
         with self.events.span(SpanName.LOAD):
             student = models.load_model(self.config.student, trained=True)
             models.stop_at(student, self.setup.tokens.vocabulary.stop_ids)
+            if note := models.reading_note(student, self.config.student):
+                self.display.say(note)
             trainer = Trainer(self.config, self.store, self.accelerator, student, self.setup.tokens.tokenizer, self.events)
         self.shop.room = partial(room_for_a_refresh, trainer, self.shop)
         start_trackers(self.accelerator, self.config, self.store.path / "trackers")
@@ -238,6 +244,7 @@ class Run:
             publications=publications(read_events(self.events.path)),
             advice=advice(self.config, self.placement, list(read_events(self.events.path)), by_role),
             generations=[line.to_json() for line in lines if isinstance(line, GenerationEnd)],
+            engine_note=self.here.note(self.config) if evals else "",
         )
 
 
@@ -374,7 +381,7 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
             "There is nothing to evaluate: set evaluation.tasks, or data.eval together with a teacher, or evaluation.harness."
         )
     weights: Weights = ModelWeights(config.student)
-    engine = engine_beside_training(config, setup.placement, 1, trains=False)
+    here = engine_beside_training(config, setup.placement, 1, trains=False)
     kept = Models(
         config,
         Store(config.run_dir),
@@ -383,13 +390,16 @@ def evaluate(config: AnyConfig, model: str | None = None, *, display: Display | 
         setup.longest_prompt,
         display,
         setup.placement,
-        engine=engine,
+        engine=here.name,
         longest_of_teacher=setup.longest_of_teacher,
     )
     try:
-        return config.student.model, evaluator(Evaluated(kept, weights, nullcontext))
+        figures = evaluator(Evaluated(kept, weights, nullcontext))
     finally:
         kept.close()
+    if note := here.note(config):  # beside the figures too
+        display.say(note)
+    return config.student.model, figures
 
 
 __all__ = ["DistillResult", "Run", "distill", "evaluate", "refresh", "reselect", "sft"]

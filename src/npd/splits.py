@@ -163,7 +163,7 @@ class Case:
         """One split; `generate` 0: all devices take turns."""
         load, device, turns = self.load, self.device, generate == 0
         shards, again = self._laid_out(train)
-        found = self._memory(train, turns, shards, again)
+        found = self.memory_by_role(train, turns=turns)
         learns = self.adapters or self.held
         gathered = self.student.parameters * (2 if self.half else 4)
         each = pass_seconds(load, self.rates, learns, gathered, device, devices=train, shards=shards)
@@ -195,7 +195,9 @@ class Case:
             return shards, self.checkpointing
         return shards, self.step.over(shards).needs_checkpointing(memory)
 
-    def _memory(self, train: int, turns: bool, shards: int, checkpointing: bool) -> dict[str, dict[str, float]]:
+    def memory_by_role(self, train: int, *, turns: bool) -> dict[str, dict[str, float]]:
+        """Bytes by part of a device that trains, one of so many, and of one that generates; `each` does both at once."""
+        shards, checkpointing = self._laid_out(train)
         training = training_bytes(self.step, self.held, self.adapters, shards=shards, checkpointing=checkpointing)
         if not self.load.written:
             return {"training": training}

@@ -11,14 +11,13 @@ import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterable
-from decimal import Decimal, InvalidOperation
-from fractions import Fraction
 from typing import Any
 
 import pyarrow as pa
 
 from npd.errors import UserError
 from npd.prompts import accepted_answers, reasoning_gym_entry
+from npd.sameness import same_answer
 from npd.verifying import Judge, Unjudged
 
 __all__ = ["Verifier", "Verify", "check_entries", "extract_answer", "is_correct", "is_marked", "pass_at_k"]
@@ -27,22 +26,33 @@ OPEN, CLOSE = "<answer>", "</answer>"
 # Whatever may repeat in front of what can fail has a bound: else a text could be made that takes quadratic time.
 _MARKED = (
     re.compile(r"(?:#{4}\s{0,99}|#(?=[^\s#]))([^\n#]+)"),  # GSM8K's mark and the demo's, but no Markdown heading
-    re.compile(r"(?<![</\w])answer(?!\w)(?:\s{1,9}is)?\s{0,9}[:=]?\s{0,9}\*{0,9}([^\n*]+)", re.IGNORECASE),
+    re.compile(  # to the end of what is bold, or of the line
+        r"(?<![</\w])answer(?!\w)(?:\s{1,9}is)?\s{0,9}[:=]?[\s*]{0,18}((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)",
+        re.IGNORECASE,
+    ),
 )
 _BRACE = re.compile(r"\\boxed ?\{|\\[{}]|[{}]")
 
 
 def extract_answer(text: str) -> str:
     """The final answer of a response: in <answer> tags, in \\boxed{}, behind # or "answer:", else its last line."""
+    found = _marked(text)
+    return _last_line(text) if found is None else found
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1].strip() if lines else ""
+
+
+def _marked(text: str) -> str | None:
     for find in (_in_tags, _in_box):
         if (found := find(text)) is not None:
             return found.strip()
     for pattern in _MARKED:
-        last = _last(pattern, text)
-        if last is not None:
-            return last[1].strip()
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
+        if (last := _last(pattern, text)) is not None:
+            return last[1].strip().rstrip("* ")
+    return None
 
 
 def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
@@ -73,103 +83,13 @@ def _in_box(text: str) -> str | None:
 
 def is_marked(text: str) -> bool:
     """Does a response mark its final answer, rather than end with it?"""
-    marked = any(find(text) is not None for find in (_in_tags, _in_box))
-    return marked or any(pattern.search(text) for pattern in _MARKED)
+    return _marked(text) is not None
 
 
 def is_correct(response: str, answer: str) -> bool:
-    """Compare a response's final answer with the right one: as text, and if that is a number, with the last number said.
-
-    Numbers are equal by value, fractions too (1/2, \\frac{1}{2}, 0.5). A number that is part of something else, an exponent,
-    below a root, a factor of π, is none. LaTeX's ways to write the same are one. Nothing is right where the answer is empty.
-    """
-    said, right = _plain(extract_answer(response)), _plain(answer)
-    if not right:
-        return False
-    if said == right:
-        return True
-    whole = _QUANTITY.fullmatch(right)
-    number = None if whole is None else _value(whole)
-    return number is not None and (last := _last_number(said)) is not None and _equal(last, number)
-
-
-# -- text: LaTeX's ways to write the same
-
-_REPLACED = (
-    (re.compile("[\u2212\ufe63\uff0d]"), "-"),  # minus signs
-    (re.compile(r"\\[,!;: ]|\\(?:left|right|displaystyle)(?![a-zA-Z])|\^\{?\\circ\}?"), ""),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\([$%#&_])"), r"\1"),
-    (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"\\frac\s?(\d)\s?(\d)"), r"\\frac{\1}{\2}"),
-    (re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|operatorname|boxed|fbox)\s?\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\\[()\[\]]"), ""),
-    (re.compile(r"(\d)\s{0,2}(?:\\times|\\cdot|[×*])\s{0,2}10\^\{?([-+]?\d{1,9})\}?"), r"\1e\2"),
-)
-
-
-def _plain(text: str) -> str:
-    for pattern, instead in _REPLACED:
-        text = pattern.sub(instead, text)
-    text = text.strip().rstrip(".$ ").lstrip("$ ").casefold()
-    return "".join(text.split()) if "\\" in text else " ".join(text.split())
-
-
-# -- numbers
-
-_UNSIGNED = r"(?:(?:\d{1,3}(?:,\d{2,3}){0,9},\d{3}(?!\d)|\d+)(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?"
-_QUANTITY = re.compile(
-    r"(?P<sign>(?<![\w)\]}.])[-+])?\$?(?:"
-    rf"(?P<whole>\d{{1,9}})?\s{{0,2}}\\frac\{{(?P<top>[-+]?{_UNSIGNED})\}}\{{(?P<bottom>{_UNSIGNED})\}}"
-    r"|(?P<full>\d{1,9})\s{1,2}(?P<part>\d{1,9})/(?P<of>\d{1,9})(?!\d)"
-    rf"|(?P<number>{_UNSIGNED})(?:\s{{0,2}}/\s{{0,2}}(?P<under>{_UNSIGNED}))?)"
-)
-# What makes a number part of something else: an exponent, an index, a root, a denominator, a factor.
-_BEFORE = re.compile(r"(?:[\^_/]\s?\{?|\\sqrt\s?|\\[a-z]{1,20}(?:\[[^\]]{0,20}\])?\{|\}\s?\{)$")
-_BEHIND = re.compile(r"\s{0,2}(?:/\s?\d|\^|π|√|\\(?:pi|sqrt|frac|binom|infty)(?![a-z]))")
-LONGEST = 400  # digits of what fractions are computed of; longer numbers are compared as they stand
-
-
-def _last_number(text: str) -> Decimal | Fraction | None:
-    last = _last(_QUANTITY, text)
-    if last is None or _BEFORE.search(text[max(0, last.start() - 60) : last.start()]) or _BEHIND.match(text, last.end()):
-        return None
-    return _value(last)
-
-
-def _value(found: re.Match[str]) -> Decimal | Fraction | None:
-    """A quantity as a number: exact, and computed with only where that takes no time."""
-    sign, (over, under) = -1 if found["sign"] == "-" else 1, found.group("number", "under")
-    if over is not None and under is None:
-        number = _decimal(over)
-        return None if number is None else number.copy_negate() if sign < 0 else number
-    over, under = over or found["top"] or found["part"], under or found["bottom"] or found["of"]
-    parts = [_short(_decimal(text)) for text in (over, under, found["whole"] or found["full"] or "0")]
-    if None in parts or not parts[1]:
-        return None
-    top, bottom, whole = (Fraction(part or 0) for part in parts)
-    return sign * (whole + top / bottom)
-
-
-def _decimal(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.replace(",", ""))
-    except InvalidOperation:  # an exponent beyond all bounds
-        return None
-
-
-def _short(number: Decimal | None) -> Decimal | None:
-    """The number, unless it has so many digits that computing with it would take long."""
-    if number is None or len(number.as_tuple().digits) > LONGEST or abs(number.adjusted()) > LONGEST:
-        return None
-    return number
-
-
-def _equal(a: Decimal | Fraction, b: Decimal | Fraction) -> bool:
-    if isinstance(a, Decimal) and isinstance(b, Decimal):
-        return a == b
-    a, b = (_short(x) if isinstance(x, Decimal) else x for x in (a, b))  # type: ignore[assignment]
-    return a is not None and b is not None and Fraction(a) == Fraction(b)
+    """Compare a response's final answer with the right one, as `npd.sameness` does; nothing is right where that is empty."""
+    found = _marked(response)
+    return same_answer(_last_line(response) if found is None else found, answer, marked=found is not None)
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:

@@ -110,8 +110,10 @@ class Benchmark(ABC):
     """Does it take so long that training is checkpointed before it?"""
     only_at_end: bool = False
     """Is it left out of a run's evaluations but the last one?"""
+    borrows: ClassVar[str] = ""
+    """The option that has it borrow the weights (`Student.lend`), and the student write nothing; empty: it does not."""
     files: bool = False
-    """Does it borrow the weights as files?"""
+    """Does it borrow them as files?"""
 
     def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         self.task, self.setting, self.name = task, setting, task.name

@@ -58,6 +58,7 @@ class Harness(Benchmark):
     """Whatever `evaluation.harness` names. Making it loads tasks and their data."""
 
     slow = True
+    borrows = "evaluation.harness"
 
     def __init__(self, task: TaskConfig, setting: BenchmarkSetting) -> None:
         super().__init__(task, setting)

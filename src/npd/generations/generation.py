@@ -106,13 +106,23 @@ class ReferenceGenerations(Generations):
 def tuning(config: Config) -> Config:
     """A configuration as fine-tuning on references takes it: one generation of every prompt, cross-entropy alone.
 
-    It is a run like any other then; nothing else need know.
+    It is a run like any other then; nothing else need know. There are no snapshots, so a teacher that is the newest one is
+    the student as it started, as it is for all that belongs to no generation.
     """
     schedule = config.schedule.model_copy(update={"generations": 1, "prompts": "all", "lead": 0.0, "references": 0.0})
     loss = config.loss.model_copy(update={"kd_weight": 0.0})
     elsewhere = names_producer(config.placement)
     placement: PlacementConfig = config.placement.model_copy(update={"rollout": "auto"} if elsewhere else {})
-    return config.model_copy(update={"schedule": schedule, "loss": loss, "placement": placement})
+    started = {key: each.model_copy(update={"snapshot": "start"}) for key, each in config.given_teachers.items()}
+    return config.model_copy(
+        update={
+            "schedule": schedule,
+            "loss": loss,
+            "placement": placement,
+            "teacher": started.pop(None, None),
+            "teachers": started,
+        }
+    )
 
 
 def usable_references(config: Config, prompts: Prompts) -> np.ndarray:

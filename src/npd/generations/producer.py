@@ -119,6 +119,19 @@ class Producer(ABC):
             UserError: it can't work so.
         """
 
+    @classmethod
+    def check_placed(cls, config: Config, placed: Placement) -> None:
+        """As `check_config`, of what this machine has.
+
+        Raises:
+            UserError: it can't work so.
+        """
+
+    @classmethod
+    def plan(cls, config: Config, placed: Placement) -> str:
+        """What `--dry-run` says of who makes them elsewhere, and what each takes; nothing: no more than its name."""
+        return ""
+
     def open(self) -> None:
         """Begin to work: called once, by the main process, before the trainer's own models are loaded."""
 

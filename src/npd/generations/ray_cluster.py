@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
+import secrets
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,7 +23,14 @@ from npd.placement import Placement
 
 OLDEST = 2, 40
 INSTALL = "pip install 'npd[ray]', on every node of the cluster."
+MEMORY = (
+    "Where memory is short, let a node have fewer actors (placement.ray.actors, or num_cpus or memory of each), or let them "
+    "take less (rollout.batch_size, rollout.max_new_tokens, scoring.batch_tokens); Ray ends actors where a node's memory is "
+    "used to RAY_memory_usage_threshold (0.95)."
+)
+WORDS = 700  # characters of Ray's
 MARK = "NPD_RAY_CLUSTER"
+WIDE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray keeps to the loopback interface, on any system
 # Ray's agents outlive a driver that is killed: whoever has the mark of a cluster is ended once the pipe to its driver closes.
 KEEPER = f"""
 import os, psutil, sys, time
@@ -91,6 +100,67 @@ class Actor:
         return f"refresh-{self.number}"
 
 
+class Needs(NamedTuple):
+    """Actors, and what each takes."""
+
+    actors: int | None
+    """None: as many as the cluster has room for."""
+    cpus: float
+    gpus: float | None
+    """None: 1 where the cluster has GPUs, else none."""
+
+
+def needs_of(options: RayConfig, placed: Placement, *, local: bool) -> Needs:
+    """What a configuration asks for, as far as it is known without the cluster.
+
+    Args:
+        local: is the cluster one of this machine alone, that the run starts?
+
+    Raises:
+        UserError: this machine has not what its actors are to have.
+    """
+    if not local:
+        return Needs(options.actors, 1.0 if options.num_cpus is None else options.num_cpus, options.num_gpus)
+    free = free_gpus(placed)
+    each = options.num_gpus if options.num_gpus is not None else float(bool(free))
+    if options.num_gpus is None and not free and torch.cuda.device_count():
+        raise UserError(
+            "Every GPU of this machine trains, so that actors of a Ray cluster of its own would generate on the CPU.",
+            "Set placement.ray.address, or leave placement.rollout auto: they then take turns.",
+        )
+    if each * (options.actors or 1) > len(free):
+        raise UserError(
+            f"placement.ray asks for {options.actors or 1} actors of {each:g} GPUs on this machine, and {len(free)} of "
+            "its GPUs do not train.",
+            "Lower actors or num_gpus, or set placement.ray.address.",
+        )
+    count = options.actors or (int(len(free) / each) if each else 1)
+    cpus = 1.0 if each else float(threads_each(options, placed))
+    return Needs(count, cpus if options.num_cpus is None else options.num_cpus, each)
+
+
+def told(options: RayConfig, needs: Needs) -> str:
+    """What a run's actors are and take, for people."""
+    where = f"the Ray cluster at {options.address}" if options.address else "a Ray cluster of this machine alone"
+    count = (
+        "as many actors as there is room for" if needs.actors is None else f"{needs.actors} actor{'s' * (needs.actors > 1)}"
+    )
+    gpus = "1 GPU where it has GPUs" if needs.gpus is None else f"{needs.gpus:g} GPUs"
+    each = [f"{needs.cpus:g} CPUs", gpus, *(f"{number:g} {name}" for name, number in options.resources.items())]
+    held = "no memory set aside" if options.memory is None else f"{options.memory / (1 << 30):.2f} GiB of memory set aside"
+    return f"made by {count} of {where}, no more than a generation has parts; each takes {', '.join([*each, held])}"
+
+
+def free_gpus(placed: Placement) -> list[str]:
+    """GPUs of this machine that do not train."""
+    return [f"cuda:{i}" for i in range(torch.cuda.device_count()) if f"cuda:{i}" not in placed.train]
+
+
+def threads_each(options: RayConfig, placed: Placement) -> int:
+    """CPU threads of an actor of this machine."""
+    return max(1, (placed.rollout_threads or 1) // (options.actors or 1))
+
+
 class Cluster:
     """What actors run on.
 
@@ -108,42 +178,31 @@ class Cluster:
         self.local = self.options.address is None and not self.joined
         self._keeper: subprocess.Popen[bytes] | None = None
         if not self.joined:
-            with _signals_kept():
-                if self.local:
-                    self._start(placed, token)
-                else:
-                    self._connect({"address": self.options.address}, token)
+            try:
+                with _signals_kept():
+                    if self.local:
+                        self._start(placed, token)
+                    else:
+                        self._connect({"address": self.options.address}, token)
+            except BaseException:
+                self.close()
+                raise
         there = self.ray.cluster_resources()
         options = self.options
         self.gpus = options.num_gpus if options.num_gpus is not None else float(there.get("GPU", 0) > 0)
         self.cpus = options.num_cpus if options.num_cpus is not None else 1.0
         if self.local and options.num_cpus is None and not self.gpus:
-            self.cpus = float(self._threads_each(placed))
+            self.cpus = float(threads_each(options, placed))
         self.node = self.ray.get_runtime_context().get_node_id()
-
-    def _threads_each(self, placed: Placement) -> int:
-        return max(1, (placed.rollout_threads or 1) // (self.options.actors or 1))
 
     def _start(self, placed: Placement, token: str) -> None:
         options = self.options
-        free = [f"cuda:{i}" for i in range(torch.cuda.device_count()) if f"cuda:{i}" not in placed.train]
-        each = options.num_gpus if options.num_gpus is not None else float(bool(free))
-        if options.num_gpus is None and not free and torch.cuda.device_count():
-            raise UserError(
-                "Every GPU of this machine trains, so that actors of a Ray cluster of its own would generate on the CPU.",
-                "Set placement.ray.address, or leave placement.rollout auto: they then take turns.",
-            )
-        if each * (options.actors or 1) > len(free):
-            raise UserError(
-                f"placement.ray asks for {options.actors or 1} actors of {each:g} GPUs on this machine, and {len(free)} of "
-                "its GPUs do not train.",
-                "Lower actors or num_gpus, or set placement.ray.address.",
-            )
-        count = options.actors or (int(len(free) / each) if each else 1)
-        cpus = options.num_cpus if options.num_cpus is not None else self._threads_each(placed)
+        free, needs = free_gpus(placed), needs_of(options, placed, local=True)
+        count = needs.actors or 1
+        cpus = options.num_cpus if options.num_cpus is not None else threads_each(options, placed)
         self._keeper = subprocess.Popen([sys.executable, "-c", KEEPER, token], stdin=subprocess.PIPE, start_new_session=True)
         # SPT_NOENV: processes that give themselves a title keep their environment where the keeper can read it.
-        with _environment({MARK: token, "SPT_NOENV": "1"} | visible_gpus(free)):
+        with _environment({MARK: token, "SPT_NOENV": "1"} | private() | visible_gpus(free)):
             arguments = {
                 "address": "local",
                 "num_cpus": max(1, math.ceil(count * cpus)),
@@ -152,8 +211,15 @@ class Cluster:
                 "object_store_memory": options.object_store_memory,
             }
             self._connect(arguments, token)
+        address = self.ray.util.get_node_ip_address()
+        if WIDE not in os.environ and not ipaddress.ip_address(address).is_loopback:
+            raise UserError(
+                f"Ray {self.ray.__version__} listens on {address} although it was told to keep to this machine.",
+                f"Set {WIDE}=1 if it may, or start a cluster with `ray start` and set placement.ray.address to auto.",
+            )
 
     def _connect(self, arguments: dict[str, Any], token: str) -> None:
+        reread(self.ray)
         try:
             self.ray.init(**arguments, namespace=f"npd-{token}", log_to_driver=False, logging_level="ERROR")
             with suppress(AttributeError):  # a raylet's log is printed where it dies; npd says itself what that costs
@@ -161,7 +227,6 @@ class Cluster:
         except (
             Exception
         ) as error:  # of many kinds: no such cluster, another version of Ray or Python, a limit of this machine
-            self.close()
             where = f"The Ray cluster at {self.options.address} can't be joined" if not self.local else "Ray can't start here"
             remedy = (
                 "See that `ray status` shows the cluster on this machine, which has to be one of its nodes (`ray start "
@@ -212,16 +277,49 @@ class Cluster:
             "directory), or lower rollout.part_size. What was finished is kept.",
         )
 
+    def reason(self, error: BaseException) -> str:
+        """Why an actor was lost, in Ray's words.
+
+        They end with it, after ids or a traceback; but where a node's memory was short, they begin with it.
+        """
+        lines = str(error).strip().split("\n")
+        short = isinstance(error, self.ray.exceptions.OutOfMemoryError)
+        return foreign(" ".join(lines[:2]) if short else lines[-1], WORDS)
+
     def close(self) -> None:
         """Leave; a cluster that was started here ends."""
         if not self.joined:
             with suppress(Exception), _signals_kept():  # whatever is left of it
                 self.ray.shutdown()
+            reread(self.ray)
         if self._keeper is not None and self._keeper.stdin is not None:
             self._keeper.stdin.close()
             with suppress(subprocess.TimeoutExpired):
                 self._keeper.wait(timeout=5)
             self._keeper = None
+
+
+def private() -> dict[str, str]:
+    """Variables that make a cluster this process's own, as far as the user has not set them.
+
+    Its processes then listen on the loopback interface alone, and (Ray 2.52 and newer) to those who have a token, which no
+    file holds.
+    """
+    wanted = {WIDE: "0", "RAY_AUTH_MODE": "token"}
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        wanted["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def reread(ray: Any) -> None:
+    """Have Ray read again what it read of its environment when it was imported, by whoever did."""
+    with suppress(AttributeError):  # of a Ray that keeps it elsewhere: who starts a cluster looks where it listens
+        constants = ray._private.ray_constants
+        constants.ENABLE_RAY_CLUSTER = constants.env_bool(WIDE, sys.platform not in ("darwin", "win32"))
+    with suppress(AttributeError):  # before 2.52
+        loader = ray._raylet.AuthenticationTokenLoader.instance()
+        ray._raylet.Config.initialize("")
+        loader.reset_cache()
 
 
 @contextmanager

@@ -21,9 +21,10 @@ from npd.config import Config, PlacementConfig
 from npd.errors import NpdError, RunError, UserError, foreign
 from npd.generations.generation import Generations
 from npd.generations.producer import Beside, Workshop
-from npd.generations.ray_cluster import INSTALL, Actor, Cluster, imported, trainers_gpus
+from npd.generations.ray_cluster import INSTALL, MEMORY, Actor, Cluster, Needs, imported, needs_of, told, trainers_gpus
 from npd.generations.ray_parcels import Parcel, carried, files_of, pack, sizes_of
 from npd.observe.events import Events, SpanName
+from npd.placement import Placement
 from npd.store import REFERENCE, explained_disk, opened
 from npd.store.files import beside
 from npd.store.names import LOG, PROGRESS
@@ -33,7 +34,6 @@ POLL = 0.1  # seconds between looks at the directory
 RECRUIT = 2.0  # seconds between looks at the cluster
 SHOWN = 16  # actors whose progress is shown
 NODE = 0.1  # of a death: a node that goes is seldom its part's fault
-WORDS = 700  # characters of Ray's
 
 
 class Ray(Beside):
@@ -67,6 +67,19 @@ class Ray(Beside):
     def check_config(cls, config: Config) -> None:
         imported()
 
+    @classmethod
+    def check_placed(cls, config: Config, placed: Placement) -> None:
+        cls._needs(config, placed)
+
+    @classmethod
+    def _needs(cls, config: Config, placed: Placement) -> Needs:
+        local = config.placement.ray.address is None and not imported().is_initialized()
+        return needs_of(config.placement.ray, placed, local=local)
+
+    @classmethod
+    def plan(cls, config: Config, placed: Placement) -> str:
+        return told(config.placement.ray, cls._needs(config, placed))
+
     # -- asked by the trainer
 
     def open(self) -> None:
@@ -74,6 +87,8 @@ class Ray(Beside):
         shop = self.shop
         self.cluster = Cluster(shop.config, shop.placement, self.token)
         self.ray = self.cluster.ray
+        if not self.cluster.local and not self.cluster.gpus and shop.config.placement.ray.num_gpus is None:
+            shop.display.say("No node of the Ray cluster has a GPU now, so that its actors generate on CPUs.")
         actor = importlib.import_module("npd.generations.ray_actor")
         self._kind = self.ray.remote(actor.Refresher)
         self._messages = actor
@@ -101,7 +116,7 @@ class Ray(Beside):
             self._thread.join()
         if self.cluster is not None:
             with suppress(Exception):  # the cluster may be gone
-                left = [actor.handle.leave.remote() for actor in self.actors]
+                left = [actor.handle.leave.remote() for actor in self.actors if actor.state != "hello"]
                 if left:
                     self.ray.wait(left, num_returns=len(left), timeout=3)
                 for actor in self.actors:
@@ -312,7 +327,7 @@ class Ray(Beside):
         progress_file(self.shop.store.path, actor.number).unlink(missing_ok=True)
         cut_off = isinstance(error, self.ray.exceptions.ActorUnavailableError)  # before Ray knows that its node is dead
         gone = bool(actor.node) and (cut_off or not self.cluster.alive(actor.node))
-        why = foreign(str(error).strip().rpartition("\n")[2], WORDS)  # in front of it stand ids, or a traceback
+        why = self.cluster.reason(error)
         most = self.shop.config.checkpoint.restarts
         where = f"{actor.role} on {actor.host or 'a Ray node'}" + (f" (process {actor.process})" if actor.process else "")
         if actor.state == "make":
@@ -325,7 +340,8 @@ class Ray(Beside):
             self._stillborn += NODE if gone else 1
             deaths, what = self._stillborn, "nothing yet"
         left = f"The node of {where} left Ray's cluster, or cannot be reached,"
-        story = left if gone else f"The actor {where} died"
+        failed = isinstance(error, self.ray.exceptions.RayTaskError)  # in Python; then the process lives until it is killed
+        story = left if gone else f"The actor {where} {'failed' if failed else 'died'}"
         story += f" while it made {what}: {why}" if actor.state == "make" else f" before it made a part: {why}"
         story = story.rstrip(".") + "."
         self.shop.events.mark(SpanName.RESTART, rank=actor.number, code=1)
@@ -333,8 +349,9 @@ class Ray(Beside):
             if "No module named 'npd" in str(error):
                 story = f"A node of the Ray cluster has no npd: {why}."
             story += f" That makes {most + 1} in a row (checkpoint.restarts {most})."
-            remedy = "What was finished is kept: mend what Ray names, or give actors more memory (placement.ray.memory, "
-            remedy += f"num_cpus), and run the same command again. npd has to be installed everywhere: {INSTALL}"
+            remedy = f"What was finished is kept: mend what Ray names, and run the same command again. {MEMORY}"
+            if actor.state != "make":
+                remedy += f" npd has to be installed everywhere: {INSTALL}"
             raise self._blamed(actor, RunError(story, remedy))
         self.shop.display.say(f"{story} It is made again by another one." if actor.state == "make" else story)
         self._recruited = -RECRUIT

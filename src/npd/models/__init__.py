@@ -29,19 +29,29 @@ from npd.models.reading import (
     head_bias,
     head_weight,
     hidden_states,
+    reading_note,
 )
 from npd.models.saving import ADAPTER, State, copy_state, save_adapter, save_model, stop_at
 from npd.models.slots import Continuing, Slots, continuing, expected_continuing, going_on
-from npd.models.sources import directory_of, name_of, whole_directory_of
+from npd.models.sources import directory_of, name_of, no_directory, whole_directory_of
 from npd.models.students import add_lora, check_saved, cut_student, evenly_spaced, freeze_unread, learning_mode
 from npd.models.token_bytes import Span, TokenBytes
-from npd.models.tokens import PROBES, Vocabulary, check_compatible, shared_vocabulary, template_difference
-from npd.models.writing import Writing, prompt_batches, ways_to_write
+from npd.models.tokens import (
+    PROBES,
+    TALKS,
+    Vocabulary,
+    check_compatible,
+    parting,
+    shared_vocabulary,
+    template_difference,
+)
+from npd.models.writing import Writing, prompt_batches, ways_to_write, writing_note
 
 __all__ = [
     "ADAPTER",
     "MODES",
     "PROBES",
+    "TALKS",
     "Activations",
     "AfterHead",
     "Continuing",
@@ -94,10 +104,13 @@ __all__ = [
     "load_tokenizer",
     "move",
     "name_of",
+    "no_directory",
     "parameter_count",
+    "parting",
     "prompt_batches",
     "prove_layout",
     "quiet_transformers",
+    "reading_note",
     "remember_layout",
     "resolve_dtype",
     "save_adapter",
@@ -114,4 +127,5 @@ __all__ = [
     "ways_to_write",
     "whole_directory_of",
     "with_adapters",
+    "writing_note",
 ]

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from npd.attention import without_kernel
+from npd.config import ModelConfig
 from npd.errors import UserError
 from npd.models.devices import device
 from npd.models.head import AfterHead
-from npd.models.layout import Layout, decoder_arguments, layout_of
+from npd.models.layout import MODES, Layout, decoder_arguments, layout_of
 from npd.models.rope import split_at
 from npd.packing import end_to_end, short_rows
 
@@ -72,6 +74,20 @@ def batches_for(
         sizes = [lengths[i] for i in group]
         for rows, length in end_to_end(sizes, tokens) if unpadded else short_rows(sizes, tokens, alone=alone):
             yield [[group[i] for i in row] for row in rows], length
+
+
+def reading_note(model: nn.Module, config: ModelConfig) -> str:
+    """What a person should know where a model is not read in the fastest way, though `attention` leaves that open."""
+    layout = layout_of(base_model(model))
+    if config.attention != "auto":
+        return ""
+    if layout.mode != "varlen":
+        return f"{config.model} is read as {MODES[layout.mode]}" + (
+            f" (not end to end: {layout.why})." if layout.why else "."
+        )
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    lacks = without_kernel() if on_gpu else ""
+    return f"{config.model} is read sample by sample, which is slower on a GPU: {lacks}." if lacks else ""
 
 
 def check_compiler() -> None:

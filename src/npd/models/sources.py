@@ -75,3 +75,18 @@ def name_of(config: ModelConfig) -> str:
 def whole_directory_of(config: ModelConfig) -> Path | None:
     """As `directory_of`; also None where an adapter is to be added to what lies there."""
     return directory_of(config) if config.adapter is None else None
+
+
+def no_directory(config: ModelConfig, by: str, who: str = "") -> UserError:
+    """What to say of a model that is to write by means that read a directory of weights, where `whole_directory_of` has none.
+
+    Args:
+        by: the option that chooses those means.
+        who: what it is to the run.
+    """
+    what = "has an adapter beside it" if config.adapter is not None else "is none"
+    return UserError(
+        f"{who or 'The model'} {foreign(config.model, 200)} is to write, but {by} needs a directory of weights for that, and "
+        f"it {what}.",
+        "Name one (of an adapter, the merged model), or choose another engine.",
+    )

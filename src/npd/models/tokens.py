@@ -72,6 +72,12 @@ def check_compatible(
             )
 
 
+_QUESTION = {"role": "user", "content": "1 + 1?"}
+_TURNS = (_QUESTION, {"role": "assistant", "content": "2"}, _QUESTION)
+TALKS = (({"role": "system", "content": "Be brief."}, *_TURNS), _TURNS, (_QUESTION,))
+"""Conversations by which chat templates are compared."""
+
+
 def template_difference(
     student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, options: Mapping[str, Any] | None = None
 ) -> str | None:
@@ -84,15 +90,17 @@ def template_difference(
     known = {name: value for name, value in (options or {}).items() if name in str(teacher.chat_template)}
     now = Chat(student, options).now
     ours, theirs = Chat(student, options, now=now), Chat(teacher, known, now=now)
-    question = {"role": "user", "content": "1 + 1?"}
-    turns = [question, {"role": "assistant", "content": "2"}, question]
-    for messages in ([{"role": "system", "content": "Be brief."}, *turns], turns, [question]):
-        mine, other = ours.try_render(messages, how="ask"), theirs.try_render(messages, how="ask")
+    for messages in TALKS:
+        mine, other = (chat.try_render([dict(message) for message in messages], how="ask") for chat in (ours, theirs))
         if mine is not None and other is not None and mine != other:
-            at = shared(mine, other)
-            ends = f"the student's writes {mine[at:][:40]!r}, the teacher's {other[at:][:40]!r}"
-            return f"behind {mine[max(0, at - 20) : at]!r} {ends}"
+            return parting(mine, other, ("the student's", "the teacher's"))
     return None
+
+
+def parting(mine: str, other: str, whose: tuple[str, str]) -> str:
+    """Where two writings of a conversation part, in words."""
+    at = shared(mine, other)
+    return f"behind {mine[max(0, at - 20) : at]!r} {whose[0]} writes {mine[at:][:40]!r}, {whose[1]} {other[at:][:40]!r}"
 
 
 def named_stops(*configs: Any) -> list[int]:

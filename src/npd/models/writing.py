@@ -56,6 +56,14 @@ def ways_to_write(model: PreTrainedModel) -> Writing:
     return _writing[key]
 
 
+def writing_note(model: nn.Module) -> str:
+    """What generate() does more slowly with a model than with most, as that alone was proved; nothing where it does not."""
+    way = ways_to_write(base_model(model))
+    slower = [] if way.cache else ["without a cache, every prefix computed anew"]
+    slower += [] if way.left_padding else ["prompts of one length at a time"]
+    return " and ".join(slower)
+
+
 _writing: dict[Any, Writing] = {}
 
 

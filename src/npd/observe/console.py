@@ -159,6 +159,8 @@ def show_result(result: DistillResult, display: Display) -> None:
         display.say(
             f"{count} snapshots published: training stood still for {blocked:.2f} s, they took {written:.2f} s to write."
         )
+    if result.engine_note:
+        display.say(result.engine_note)
     if result.advice:
         display.say(result.advice)
     display.say(f"The student is in {result.student}.")

@@ -16,6 +16,7 @@ from npd.prompts.table import (
     accepted_answers,
     count_sources,
     reasoning_gym_entry,
+    verifiable,
 )
 from npd.prompts.teachers import OwnChat
 from npd.prompts.templates import Chat, TurnEnd, turn_end
@@ -24,5 +25,5 @@ __all__ = [
     "ENTRY", "SCHEMA", "SEPARATOR", "SUFFIXES", "TEACHER_PROMPT",
     "Chat", "OwnChat", "Prompts", "TurnEnd", "accepted_answers", "count_sources", "load_prompts", "read_data",
     "reasoning_gym_entry",
-    "turn_end",
+    "turn_end", "verifiable",
 ]  # fmt: skip

@@ -245,7 +245,8 @@ def _told(row: Row, asked: Asked, teachers: TeacherPrompts | None, prompts: Prom
 
 
 def _check_needed(row: Row, need: str | None) -> None:
-    if need and (row.completion if need == "completion" else row.answer) is None:
+    answered = row.answer is not None and bool(row.answer.strip())
+    if need and not (row.completion is not None if need == "completion" else answered):
         remedy = ", or set data.references: teacher so that the teacher writes one." if need == "completion" else "."
         raise UserError(f"{row.where} has no {need}, which this needs for every row. Add it{remedy}")
 

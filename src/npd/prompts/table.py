@@ -198,6 +198,11 @@ def accepted_answers(answer: str) -> list[str]:
     return answer.split(SEPARATOR)
 
 
+def verifiable(answers: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Which cells of column `answer` say what is right: bool [N]. An answer of white space alone says nothing."""
+    return pc.fill_null(pc.match_substring_regex(answers, rf"[^\s\pZ{SEPARATOR}]"), False)
+
+
 def reasoning_gym_entry(answer: str) -> dict[str, Any] | None:
     """The reasoning-gym entry (question, answer, metadata) that a cell of column `answer` holds; None: it holds answers."""
     if not answer.startswith(ENTRY):

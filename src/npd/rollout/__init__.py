@@ -85,6 +85,8 @@ class Engine(ABC):
     """Is it transformers itself, so that there is nothing to compare it with?"""
     takes_first_gpus: ClassVar[bool] = False
     """Does it run on the first GPUs that its process sees, whatever device it is told?"""
+    reads_files: ClassVar[bool] = False
+    """Does it take weights as a directory (`Weights.path`)? A GGUF file is none, nor are weights and an adapter."""
     holds_weights: ClassVar[bool] = False
     """Has it a copy of the weights of its own, which takes memory besides the model in this process?"""
     pace: ClassVar[Pace] = Pace(

@@ -14,7 +14,7 @@ from transformers.generation import StoppingCriteriaList
 
 from npd.config import Sampling
 from npd.errors import UserError
-from npd.models import Continuing, continuing, prompt_batches
+from npd.models import Continuing, continuing, prompt_batches, writing_note
 from npd.rollout import Engine, EngineSetting, Progress, Request, Weights
 from npd.rollout.continuous import write_continuously
 from npd.store.schema import add_answers
@@ -68,10 +68,14 @@ class TransformersEngine(Engine):
                 f"rollout.batching is continuous, but {self.setting.model.model} cannot write like that: {why_not}. "
                 "Set rollout.batching to auto."
             )
-        if why_not not in self._told:
-            self._told.add(why_not)
-            self.setting.say(f"Responses of {self.setting.model.model} are written by generate(): {why_not}.")
+        self._tell(f"Responses of {self.setting.model.model} are written by generate(): {why_not}.")
         return None
+
+    def _tell(self, what: str) -> None:
+        """Say it once."""
+        if what not in self._told:
+            self._told.add(what)
+            self.setting.say(what)
 
     def _answer_continuously(
         self, way: Continuing, number: int, table: pa.Table, sampling: Sampling, seed: int, progress: Progress | None
@@ -97,6 +101,8 @@ class TransformersEngine(Engine):
         lengths = [len(prompts[i]) for i in rows]
         responses: list[list[int]] = [[] for _ in rows]
         logprobs: list[list[float]] = [[] for _ in rows]
+        if slower := writing_note(self.model):
+            self._tell(f"generate() writes with {self.setting.model.model} {slower}: that is what was proved to hold.")
         devices = [self.model.device] if self.model.device.type == "cuda" else []
         batch_size, done = self.setting.config.rollout.batch_size, 0
         with torch.random.fork_rng(devices=devices):

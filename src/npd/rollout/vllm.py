@@ -83,6 +83,7 @@ class VllmEngine(Engine):
 
     continuous = True
     takes_first_gpus = True
+    reads_files = True
     holds_weights = True
     pace = Pace(0.6, 1e-4, "assumed: launches are recorded in CUDA graphs")
     _running: ClassVar[VllmEngine | None] = None
@@ -137,9 +138,9 @@ class VllmEngine(Engine):
         if processes > 1 or (trains and size > 1) or device not in ("cpu", "cuda:0"):
             raise UserError(
                 "Where training and generation take turns, and in `npd refresh`, rollout.engine vllm shares the process and "
-                f"its first GPU; here it would be {processes} trainers, {size} GPUs an engine, the first on {device}. Give "
-                "the rollout GPUs of its own (placement.rollout) and a schedule.lead above 0, choose GPUs by "
-                "CUDA_VISIBLE_DEVICES, or generate elsewhere (placement.rollout external)."
+                f"its first GPU; here it would be {processes} trainers, {size} GPUs an engine, the first on {device}.",
+                "Give the rollout GPUs of its own (placement.rollout) and a schedule.lead above 0, choose GPUs by "
+                "CUDA_VISIBLE_DEVICES, or generate elsewhere (placement.rollout external).",
             )
 
     @classmethod

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from npd.config import ModelConfig, Sampling, TeacherConfig
 from npd.errors import RunError, UserError
 from npd.models import Vocabulary
+from npd.prompts import Chat
 from npd.registry import TEACHERS
 from npd.scoring.alignment import EXACT, MERGED
 from npd.scoring.contexts import teacher_contexts
@@ -38,6 +39,7 @@ __all__ = [
     "ScoreTeacher",
     "Teacher",
     "TeacherSetting",
+    "check_asked",
     "teacher_kind",
 ]
 
@@ -87,6 +89,16 @@ class Question:
     """The option that bounds `response`."""
     own: bool = False
     """Is `tokenizer` the teacher's own, so that a server is to have the same one?"""
+    writes: str = ""
+    """The option that has it write; nothing where it only reads."""
+    files: str = ""
+    """The option whose means of writing take its weights as a directory; nothing where there are none."""
+    lends: str = ""
+    """The option that has others compute with its weights by means of their own."""
+    prompt_ids: tuple[int, ...] = ()
+    """The first prompt, as the teacher reads it; nothing where there is none."""
+    chat: Chat | None = None
+    """What writes conversations for the teacher; None where no prompt went through a chat template."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +254,24 @@ def teacher_kind(config: TeacherConfig) -> type[Teacher]:
     if config.kind is not None and not config.align:
         return TEACHERS[config.kind]
     return TEACHERS.suiting(config)
+
+
+def check_asked(kind: type[Teacher], config: TeacherConfig, question: Question) -> None:
+    """See that a kind of teacher has the means for what a run asks of it besides reading.
+
+    Raises:
+        UserError: it has not.
+    """
+    lacking = f"which a teacher of its kind ({kind.__name__}) does not do"
+    if question.writes and kind.write is Teacher.write:
+        raise UserError(
+            f"{question.writes} has the teacher {config.model} write, {lacking}.", "Choose another teacher, or change that."
+        )
+    if question.lends and not hasattr(kind, "path" if question.files == question.lends else "model"):
+        raise UserError(
+            f"evaluation.teacher and {question.lends} ask for the weights of {config.model}, {lacking}.",
+            "Set evaluation.teacher: false.",
+        )
 
 
 # -- stages

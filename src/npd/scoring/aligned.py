@@ -24,7 +24,7 @@ from npd.models import (
 )
 from npd.models.token_bytes import is_text
 from npd.prompts import turn_end
-from npd.scoring import Advance, Identity, Question, Teacher, TeacherSetting, teacher_kind
+from npd.scoring import Advance, Identity, Question, Teacher, TeacherSetting, check_asked, teacher_kind
 from npd.scoring.alignment import NONE, align, carry, token_logprobs
 from npd.scoring.contexts import as_read
 from npd.scoring.distance import Distance
@@ -198,6 +198,7 @@ class AlignedTeacher(Teacher):
         assert identity.tokenizer is not None, "it has one of its own"
         lost = unreadable(TokenBytes(question.tokenizer), TokenBytes(identity.tokenizer, config.model))
         asked = replace(question, tokenizer=identity.tokenizer, vocabulary=own, own=True)
+        check_asked(teacher_kind(inner), inner, asked)
         return lost + teacher_kind(inner).check(inner, identity, asked)
 
     @classmethod

@@ -30,6 +30,8 @@ class LocalTeacher(Teacher):
         super().__init__(config, setting)
         self._held = setting.held
         self._model = None if setting.held is not None else models.load_model(config, on=setting.device)
+        if self._model is not None and (note := models.reading_note(self._model, config)):
+            setting.say(note)
         self._engine: Any = None
 
     @classmethod
@@ -50,6 +52,8 @@ class LocalTeacher(Teacher):
     @classmethod
     def check(cls, config: TeacherConfig, identity: Identity, question: Question) -> list[str]:
         assert identity.config is not None, "a teacher that is loaded here has a configuration"
+        if question.files and models.whole_directory_of(config) is None:
+            raise models.no_directory(config, question.files, "The teacher")
         models.check_context(config.model, identity.config, question.prompt, question.response, question.option)
         return models.check_weights(config, identity.config) + models.check_adapter(config, identity.config)
 
@@ -114,10 +118,7 @@ class LocalTeacher(Teacher):
         """
         path = models.whole_directory_of(self.config)
         if path is None:
-            raise UserError(
-                f"The teacher {self.config.model} is to write, but rollout.engine needs a directory of weights for that. "
-                "Name one, or choose another engine."
-            )
+            raise models.no_directory(self.config, "rollout.engine", "The teacher")
         return path
 
     def move(self, device: str) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from npd.config import ModelConfig, Sampling, TeacherConfig
-from npd.errors import RunError, UserError
-from npd.models import PROBES, Vocabulary, check_compatible, load_tokenizer
+from npd.errors import RunError, UserError, foreign
+from npd.models import PROBES, TALKS, Vocabulary, check_compatible, load_tokenizer, parting
 from npd.schedule import derive_seed
 from npd.scoring import Advance, Identity, Question, Teacher, TeacherSetting
 from npd.scoring.prefill import Reading
@@ -151,42 +152,71 @@ def _check(config: TeacherConfig, question: Question) -> list[str]:
             "rollout.max_new_tokens."
         )
     notes = _check_tokenizer(config, server, question)
-    # The real question, once: it shows a cap on top-k, a wrong key, and whether it is a server of a kind that is known.
-    _read(server, vocabulary, [vocabulary.start_id, vocabulary.stop_ids[0]], 1, question.top_k)
+    # The real question, once: it shows a cap on top-k, a wrong key, whether it is a server of a kind that is known, and that
+    # it reads the tokens that it is sent.
+    prompt = [*question.prompt_ids] or [vocabulary.start_id]
+    _read(server, vocabulary, [*prompt, vocabulary.stop_ids[0]], len(prompt), question.top_k)
     return notes
 
 
 def _check_tokenizer(config: TeacherConfig, server: Server, question: Question) -> list[str]:
-    tokenizer = question.tokenizer
+    tokenizer, named = question.tokenizer, config.tokenizer is not None
     if config.tokenizer is not None and not question.own:
-        theirs = load_tokenizer(ModelConfig(model=config.tokenizer))
-        check_compatible(tokenizer, theirs, ("the student", config.tokenizer))
-        return []
-    for text in (*PROBES, "".join(tokenizer.all_special_tokens)):
-        ids = server.tokenize(text)
+        tokenizer = load_tokenizer(ModelConfig(model=config.tokenizer))
+        check_compatible(question.tokenizer, tokenizer, ("the student", config.tokenizer))
+    asked = [(text, True) for text in (*PROBES, "".join(tokenizer.all_special_tokens))]
+    if question.prompt_ids:  # with what a chat template puts around it
+        asked.append((_text(tokenizer, question.prompt_ids), False))
+    for text, special in asked:
+        ids = server.tokenize(text, special=special)
         if ids is None:
             if question.own:
                 return [
                     f"The server {server.url} does not tokenize, so teacher.tokenizer could not be compared with its own."
                 ]
-            return [
+            return [] if named else [
                 f"The server {server.url} does not tokenize, so its tokenizer could not be compared with the student's; "
                 "teacher.tokenizer would say where the teacher's own lies."
-            ]
-        mine = tokenizer(text)["input_ids"]
-        if ids != mine and question.own:
+            ]  # fmt: skip
+        mine = list(tokenizer(text, add_special_tokens=special)["input_ids"])
+        if ids == mine or (not special and ids == list(tokenizer(text)["input_ids"])):  # not every server knows the option
+            continue
+        at = next((i for i, pair in enumerate(zip(mine, ids, strict=False)) if pair[0] != pair[1]), min(len(mine), len(ids)))
+        shown, first = foreign(repr(text), 200), max(0, at - 4)
+        apart = f"{mine[first : at + 4]} / {ids[first : at + 4]} from token {first}"
+        if named:
             raise UserError(
-                f"teacher.tokenizer {config.tokenizer} and {config.model} on {server.url} turn the same text {text!r} into "
-                f"different ids ({mine[:8]} / {ids[:8]} ...).",
+                f"teacher.tokenizer {config.tokenizer} and {config.model} on {server.url} turn the same text {shown} into "
+                f"different ids ({apart}).",
                 "Name the tokenizer that the server has.",
             )
-        if ids != mine:
-            raise UserError(
-                f"The student and {config.model} on {server.url} turn the same text {text!r} into different ids "
-                f"({mine[:8]} / {ids[:8]} ...). NPD compares the two token by token, so they must share a tokenizer; or set "
-                "teacher.align: true and teacher.tokenizer, and positions of two tokenizers meet by bytes."
-            )
+        raise UserError(
+            f"The student and {config.model} on {server.url} turn the same text {shown} into different ids ({apart}). NPD "
+            "compares the two token by token, so they must share a tokenizer; or set teacher.align: true and "
+            "teacher.tokenizer, and positions of two tokenizers meet by bytes."
+        )
+    return _template_notes(config, server, question)
+
+
+def _template_notes(config: TeacherConfig, server: Server, question: Question) -> list[str]:
+    """What a person should know where the server's chat template is not the one that prompts are written with."""
+    chat = question.chat
+    if chat is None or chat.dated:  # the server has today's date
+        return []
+    for messages in TALKS:
+        mine = chat.try_render([dict(message) for message in messages], how="ask")
+        theirs = server.tokenize_chat(messages, chat.options) if mine is not None else None
+        ids = [] if mine is None else list(chat.tokenizer(mine, add_special_tokens=False)["input_ids"])
+        if theirs is None or theirs == ids:
+            continue
+        mine, other = _text(chat.tokenizer, ids), _text(chat.tokenizer, theirs)
+        told = parting(mine, other, (chat.whose, "the server's"))
+        return [f"The chat template of {config.model} on {server.url} is not {chat.whose}, which writes the prompts: {told}."]
     return []
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
 def _reading(said: list[TokenLogprobs], top: list[list[tuple[int, float]]], top_k: int) -> Reading:

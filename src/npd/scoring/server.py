@@ -13,7 +13,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -199,10 +199,18 @@ class Server:
             self._kind = "sglang" if "sglang" in owners else "vllm"
         return self._kind
 
-    def tokenize(self, text: str) -> list[int] | None:
-        """A text's ids, special tokens added as the model's tokenizer does; None where the server has no answer."""
+    def tokenize(self, text: str, *, special: bool = True) -> list[int] | None:
+        """A text's ids, with `special` tokens added as the model's tokenizer does; None where the server has no answer."""
+        return self._tokenized({"prompt": text} | ({} if special else {"add_special_tokens": False}))
+
+    def tokenize_chat(self, messages: Sequence[Mapping[str, str]], options: Mapping[str, Any]) -> list[int] | None:
+        """The ids of a conversation as the server's own chat template asks it; None where it has no answer."""
+        asked = {"messages": list(messages), "add_generation_prompt": True}
+        return self._tokenized(asked | ({"chat_template_kwargs": dict(options)} if options else {}))
+
+    def _tokenized(self, what: dict[str, Any]) -> list[int] | None:
         try:
-            answer = self.ask("/tokenize", {"model": self.config.model, "prompt": text}, patience=0)
+            answer = self.ask("/tokenize", {"model": self.config.model} | what, patience=0)
             return [_id(token) for token in answer["tokens"]]
         except (NpdError, *ODD):
             return None
@@ -283,7 +291,10 @@ class Server:
                 if type(stopped) is int and written[-1:] != [stopped]:
                     written.append(_id(stopped))
             else:
-                written = [_id(token) for token in answer["choices"][0]["token_ids"]]
+                choice = answer["choices"][0]
+                if choice.get("prompt_token_ids") not in (None, list(ids)):
+                    raise _Odd("it read other tokens than were sent")
+                written = [_id(token) for token in choice["token_ids"]]
             if not 0 < len(written) <= max_new_tokens:
                 raise ValueError(f"{len(written)} tokens, where 1 to {max_new_tokens} were asked")
         except ODD as error:
@@ -370,6 +381,8 @@ def _vllm_logprobs(answer: Any, ids: list[int], start: int, top_k: int) -> list[
     said = []
     for token, entry in zip(ids[start:], entries[start:], strict=True):
         values = {_key(key): _logprob(value["logprob"]) for key, value in entry.items()}
+        if token not in values:
+            raise _Odd("log-probabilities of other tokens")
         own = values[token]
         # The token itself is there besides the top-k; where it is not among the best, it comes last and is cut off.
         best = sorted(values.items(), key=lambda pair: -pair[1])[:top_k]

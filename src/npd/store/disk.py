@@ -81,13 +81,18 @@ def explanation(error: BaseException, path: Path) -> RunError | None:
 
 def free_space(path: Path) -> str:
     """How much room is left where a file stands or would stand, in brackets; nothing where that can't be known."""
+    usage = disk_usage(path)
+    return "" if usage is None else f" ({_size(usage.free)} of {_size(usage.total)} are free there)"
+
+
+def disk_usage(path: Path) -> shutil._ntuple_diskusage | None:
+    """Bytes of the filesystem where a file stands or would stand: total, used and free; None where that can't be known."""
     for place in (path, *path.absolute().parents):
         try:
-            usage = shutil.disk_usage(place)
+            return shutil.disk_usage(place)
         except OSError:
             continue
-        return f" ({_size(usage.free)} of {_size(usage.total)} are free there)"
-    return ""
+    return None
 
 
 def _size(size: int) -> str:

@@ -131,7 +131,7 @@ def sharding(
         step: what a step takes, if that is known already.
 
     Raises:
-        UserError: the student is sharded, and training.compile is true.
+        UserError: the student is sharded, and training.compile is true, or it leaves out layers by chance.
     """
     asked = config.training.shard
     if processes == 1:
@@ -154,5 +154,11 @@ def sharding(
             f"training.compile is true, but the student is sharded over {processes} processes ({found.why}), and a decoder "
             "that is gathered layer by layer is not compiled as a whole.",
             "Set training.compile: false, or training.shard: none if a device can hold the student.",
+        )
+    if found.full and config.training.dropout and (chance := getattr(known.get_text_config(), "layerdrop", 0)):
+        raise UserError(
+            f"training.dropout is true and the student leaves out layers by chance (layerdrop {chance}), but it is sharded "
+            f"over {processes} processes ({found.why}), which gather each layer together.",
+            "Set training.dropout: false, or training.shard: none if a device can hold the student.",
         )
     return found

@@ -151,6 +151,10 @@ class Sharded(Whole):
         for block in models.blocks(student):
             shard(block)
         shard(module)  # in place
+        # What one process's samples do not reach, such as an expert, has a gradient there too: zero. Else processes would
+        # send each other tensors that do not match.
+        if hasattr(module, "set_reduce_scatter_unused_params"):  # older versions of PyTorch lack it
+            module.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
         self.module = module
         self.optimizer = self.accelerator.prepare(make_optimizer())
 

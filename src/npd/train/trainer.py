@@ -297,6 +297,10 @@ class Trainer:
             sums += weight * torch.stack((loss, out.ce, out.kd, kl)).double()
             counted += int(weight) * len(batch.behavior)
             del out  # its gradients, before the next one's
+        # What no sample of the step reaches, such as an expert, has a gradient too: the optimiser would pass it over where
+        # one process has it, but not where several average theirs.
+        for parameter in (p for group in self.optimizer.param_groups for p in group["params"] if p.grad is None):
+            parameter.grad = torch.zeros_like(parameter)
         found = torch.cat((sums, sums.new_full((1,), counted)))
         norms = self.lying.norm(self.config.training.max_grad_norm)
         *totals, norm = torch.cat((self.accelerator.reduce(found), norms.double().reshape(1))).tolist()
@@ -363,7 +367,11 @@ def make_accelerator(config: Config, store: Store) -> Accelerator:
             # Processes wait for each other through whole generations and evaluations, not only through gradients.
             kwargs_handlers=[
                 InitProcessGroupKwargs(timeout=timedelta(days=7)),
-                DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+                # transformers' own mixtures of experts hold experts in one tensor, which all samples reach; others may not.
+                DistributedDataParallelKwargs(
+                    gradient_as_bucket_view=True,
+                    find_unused_parameters=config.student.trust_remote_code or config.training.dropout,
+                ),
             ],
             mixed_precision=resolve_precision(config),
             # A step's loss is scaled here: what accelerate's own configuration says would scale it once more.
