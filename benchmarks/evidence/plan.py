@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from benchmarks.evidence.arms import ABLATIONS, ARMS
+from benchmarks.evidence.arms import ABLATIONS, ARMS, timed
 from benchmarks.evidence.cells import TEACHER, Cell
 from benchmarks.evidence.grpo import GRPO_ARMS
 from benchmarks.evidence.hypotheses import ABLATED, ALL, RL
@@ -24,15 +24,15 @@ def cells(seeds: int) -> list[Cell]:
     return [
         *(Cell(task, TEACHER, seed) for seed in few for task in _dear_first([*ALL, *variants])),
         *(Cell(task, arm, seed) for seed in few for arm in ARMS if arm != STRICT for task in _dear_first(ALL)),
-        *(Cell(task, STRICT, seed) for seed in few for task in _dear_first(ALL)),
+        *(Cell(task, timed(arm), seed) for seed in few for arm in ARMS if timed(arm) != arm for task in _dear_first(ALL)),
         *(Cell(task, arm, seed) for seed in few for arm in VARIANT_ARMS for task in variants),
         *(Cell(task, arm, seed) for seed in few for arm in GRPO_ARMS for task in RL),
+        *(Cell(task, STRICT, seed) for seed in few for task in _dear_first(ALL)),
         *(Cell(task, arm, seed) for seed in few for arm in ABLATIONS for task in ABLATED),
         *(
             Cell(task, arm, seed)
             for seed in range(FEW, seeds)
-            for arm in (TEACHER, *ARMS)
-            if arm != STRICT
+            for arm in (TEACHER, *(name for one in ARMS if one != STRICT for name in sorted({one, timed(one)})))
             for task in _dear_first(ALL)
         ),
     ]
