@@ -33,6 +33,9 @@ from npd.models import Vocabulary
 from npd.rollout import EngineSetting
 from npd.rollout.transformers import TransformersEngine
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell; tests press Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 HANG = 600.0  # seconds after which what is waited for is taken to hang: no machine is that busy
 
 # Machines are shared: time is no property of the code. What a property's examples are is no matter of chance either; to look

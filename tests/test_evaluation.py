@@ -175,7 +175,7 @@ def test_an_unknown_task_is_refused_before_the_run_starts(make_tree, task, messa
 
 def test_a_missing_answer_is_named(make_tree, tmp_path):
     data = write_jsonl(tmp_path / "eval.jsonl", [{"prompt": "1=", "answer": "1"}, {"prompt": "2="}])
-    with pytest.raises(npd.UserError, match=r"row 2 of data.eval has none"):
+    with pytest.raises(npd.UserError, match=r"1 of 2 rows of data.eval have none, such as row 2"):
         make_evaluator(make_tree(data={"eval": str(data)}, evaluation={"tasks": ["answer"]}))
 
 

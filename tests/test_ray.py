@@ -398,11 +398,12 @@ class Nodes:
     def add(self) -> None:
         self.nodes.append(self.cluster.add_node(**self.each))
 
-    def kill(self, actors: dict[str, int]) -> None:
-        """Kill a node, with the actor's process that is there, of processes by their nodes' ids."""
+    def kill(self, actors: dict[str, int] | None = None) -> None:
+        """Kill a node, at once with the actor's process that is there, where processes by their nodes' ids are known."""
         node = self.nodes.pop(0)
         self.cluster.remove_node(node, allow_graceful=False)
-        os.kill(actors.pop(node.node_id), signal.SIGKILL)
+        if actors is not None:
+            os.kill(actors.pop(node.node_id), signal.SIGKILL)
 
     @property
     def options(self) -> Tree:

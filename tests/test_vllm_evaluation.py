@@ -132,7 +132,7 @@ def eval_tree(vllm_tree, tmp_path, teacher):
         prompts = [problem.prompt for problem in make_problems(12, seed=9)]
         path = solver or vllm_tree()["student"]["model"]
         rows = [
-            {"prompt": prompt, "answer": text.split("#")[-1].strip() if i % 3 and text.strip() else "no such answer"}
+            {"prompt": prompt, "answer": (i % 3 and text.split("#")[-1].strip()) or "no such answer"}
             for i, (prompt, text) in enumerate(zip(prompts, by_hand(path, prompts), strict=True))
         ]
         held_out = write_jsonl(tmp_path / "held-out.jsonl", rows)
