@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 
 from benchmarks.evidence import page
 from benchmarks.evidence.__main__ import main
-from benchmarks.evidence.analysis import Mean, contrast, difference, fate_of, read
+from benchmarks.evidence.analysis import Mean, contrast, fate_of, paired
+from benchmarks.evidence.arms import timed
 from benchmarks.evidence.cells import Cell, Results
 from benchmarks.evidence.hypotheses import ABLATED, ALL, HYPOTHESES, TUNING, Contrast, Hypothesis
-from benchmarks.evidence.plan import cells
+from benchmarks.evidence.plan import FEW, cells
 from benchmarks.evidence.problems import FAMILIES, SKILLS, problems, verified
 from benchmarks.evidence.tasks import TASKS
 
@@ -109,14 +110,17 @@ def entry(task: str, arm: str, seed: int, points: list[tuple[int, float, float]]
     return {"task": task, "arm": arm, "seed": seed, "budget": budget, "curve": curve}
 
 
-def test_curves_are_read_on_straight_lines_and_to_the_end_of_the_shorter():
-    one = entry("t", "a", 0, [(0, 1.0, 0.2), (10, 5.0, 0.6), (20, 9.0, 0.7)])
-    other = entry("t", "b", 0, [(0, 2.0, 0.2), (10, 8.0, 0.5)])
-    assert read(one, "accuracy", "step", 5) == pytest.approx(0.4)
-    assert read(one, "accuracy", "cpu_seconds", 99) == 0.7
-    assert difference(one, other, "steps") == pytest.approx(10)
-    assert difference(one, other, "seconds") == pytest.approx(100 * (0.675 - 0.5))
-    assert difference(other, one, "seconds") == pytest.approx(-17.5)
+def test_runs_are_compared_where_they_end_and_at_equal_seconds_by_their_twins():
+    made = {
+        Cell("t", "sft", 0): entry("t", "sft", 0, [(0, 1.0, 0.2), (10, 4.0, 0.6)]),
+        Cell("t", "sft@seconds", 0): entry("t", "sft@seconds", 0, [(0, 1.0, 0.2), (14, 5.6, 0.65)], budget=14),
+        Cell("t", "npd-none", 0): entry("t", "npd-none", 0, [(0, 2.0, 0.3), (10, 6.0, 0.5)]),
+        Cell("t", "npd", 0): entry("t", "npd", 0, [(0, 2.0, 0.3), (10, 6.0, 0.4)]),
+    }
+    found = {equal: paired(made, "t", "sft", "npd-none", equal)[0] for equal in ("steps", "seconds", "start")}
+    assert found == pytest.approx({"steps": 10.0, "seconds": 15.0, "start": -10.0})
+    assert paired(made, "t", "npd", "npd-none", "seconds") == pytest.approx({0: -10.0})
+    assert paired(made, "t", "strict", "npd-none", "steps") == {}
 
 
 def test_contrasts_are_paired_by_seed_and_tasks_weigh_alike():
@@ -160,10 +164,11 @@ def test_fates(leads, above, fate):
 def test_the_plan_has_what_the_hypotheses_ask_and_ablates_tuning_tasks_alone():
     planned = cells(5)
     assert len(planned) == len(set(planned))
-    assert planned[: len(cells(2))] == cells(2)
+    assert set(cells(2)) < set(cells(3)) < set(planned)
     for hypothesis in HYPOTHESES:
         for one in filter(None, (hypothesis.first, hypothesis.second)):
-            assert {Cell(task, arm, 4) for task in one.tasks for arm in (one.arm, one.against)} <= set(planned)
+            arms = {arm if one.equal != "seconds" else timed(arm) for arm in (one.arm, one.against)}
+            assert {Cell(task, arm, FEW - 1) for task in one.tasks for arm in arms} <= set(planned)
     assert not any(TASKS[task].held_out for task in (*ABLATED, *TUNING))
     assert sum(TASKS[task].held_out for task in ALL) == len(ALL) / 2
 
@@ -173,7 +178,7 @@ def test_the_whole_study_short(tmp_path: Path, capsys):
         main(["--short", "--seeds", "1", "--cache", str(tmp_path), *options])
         return capsys.readouterr().out
 
-    said = study("--only", "^mixed/(teacher|sft|kd-sequence|kd-topk|npd-adaptive|npd-none|npd-mixed|strict)/")
+    said = study("--only", "^mixed/(teacher|sft@seconds|kd-sequence|kd-topk|npd-adaptive|npd-none|npd-mixed|strict)/")
     assert len(said.splitlines()) == 8
     study("--only", "^sums/(teacher|wrong|npd)/")
     entries = Results(tmp_path / "results").read()
@@ -183,7 +188,7 @@ def test_the_whole_study_short(tmp_path: Path, capsys):
             continue
         steps = [point["step"] for point in found["curve"]]
         assert steps[0] == 0
-        assert steps[-1] == found["steps"] <= found["budget"] * 2
+        assert steps[-1] == found["steps"] == found["budget"]
         assert [point["cpu_seconds"] for point in found["curve"]] == sorted(p["cpu_seconds"] for p in found["curve"])
         assert sum("pass@8" in point for point in found["curve"]) == 1
     own, text = entries[Cell("mixed", "npd-none", 0)], entries[Cell("mixed", "kd-topk", 0)]

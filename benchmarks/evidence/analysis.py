@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
+from benchmarks.evidence.arms import timed
 from benchmarks.evidence.cells import Cell
 from benchmarks.evidence.hypotheses import Contrast, Equal, Hypothesis
 from benchmarks.study import T95
@@ -42,14 +41,6 @@ class Mean:
         return shown if self.half is None else f"{shown} ± {format(self.half, spec.replace('+', ''))}"
 
 
-def read(entry: Entry, figure: str, axis: str, at: float) -> float:
-    """A figure of the curve where `axis` (step or cpu_seconds) is `at`: between two evaluations on the straight line between
-    them, after the last one as it was there.
-    """
-    points = [(point[axis], point[figure]) for point in entry["curve"] if figure in point]
-    return float(np.interp(at, [p[0] for p in points], [p[1] for p in points]))
-
-
 def once(entry: Entry, figure: str) -> float | None:
     """A figure that is measured once a run, such as pass@8 and the KL to the teacher."""
     return next((float(point[figure]) for point in reversed(entry["curve"]) if figure in point), None)
@@ -60,33 +51,26 @@ def end(entry: Entry) -> float:
     return float(entry["curve"][-1]["cpu_seconds"])
 
 
-def seconds_at(entry: Entry, step: float) -> float:
-    return read(entry, "cpu_seconds", "step", step)
-
-
-def difference(one: Entry, other: Entry, equal: Equal, figure: str = "accuracy") -> float:
-    """In points: after the steps that all arms take, after the seconds at which the first of the two ends, or at 0 steps."""
-    if equal == "start":
-        axis, at = "step", 0.0
-    elif equal == "steps":
-        axis, at = "step", float(min(one["budget"], other["budget"]))
-    else:
-        axis, at = "cpu_seconds", min(end(one), end(other))
-    return 100 * (read(one, figure, axis, at) - read(other, figure, axis, at))
+def difference(one: Entry, other: Entry, figure: str = "accuracy", at: int = -1) -> float:
+    """In points, where both end; or with `at` 0, where both begin."""
+    return 100 * float(one["curve"][at][figure] - other["curve"][at][figure])
 
 
 def seeds_of(entries: Entries, task: str, arm: str) -> set[int]:
     return {cell.seed for cell in entries if (cell.task, cell.arm) == (task, arm)}
 
 
+def standing(entries: Entries, task: str, arm: str, equal: Equal) -> dict[int, Entry]:
+    """Seed -> the arm's entry: at equal seconds that of its run of as many, where its steps cost other than `BASE`'s."""
+    name = timed(arm) if equal == "seconds" else arm
+    return {seed: entries[Cell(task, name, seed)] for seed in sorted(seeds_of(entries, task, name))}
+
+
 def paired(entries: Entries, task: str, arm: str, against: str, equal: Equal, stratum: str = "") -> dict[int, float]:
     """Seed -> difference in points, of the seeds that have both."""
     figure = f"of {stratum}" if stratum else "accuracy"
-    both = seeds_of(entries, task, arm) & seeds_of(entries, task, against)
-    return {
-        seed: difference(entries[Cell(task, arm, seed)], entries[Cell(task, against, seed)], equal, figure)
-        for seed in sorted(both)
-    }
+    one, other = (standing(entries, task, name, equal) for name in (arm, against))
+    return {seed: difference(one[seed], other[seed], figure, 0 if equal == "start" else -1) for seed in one if seed in other}
 
 
 def contrast(entries: Entries, wanted: Contrast) -> dict[int, float]:

@@ -1,8 +1,9 @@
 """The arms: ways to go on from the same warm student, as sections of a configuration.
 
-All take the same number of optimiser steps of about as many tokens, at the same constant learning rate. Those whose steps are
-cheaper than near-policy distillation's go on for as many again, so that accuracy after equal seconds can be read from their
-curve. All but plain SFT and mixing read no true reference; all but those two and sequence-level KD read the teacher's top-k.
+All take the same number of optimiser steps of about as many tokens, with the same learning rates. For accuracy after equal
+seconds, those whose steps cost more or less than near-policy distillation's are run once more, with as many steps as its
+seconds hold, over which the learning rate falls as far: `ARM@seconds`. All but plain SFT and mixing read no true reference;
+all but those two and sequence-level KD read the teacher's top-k.
 """
 
 from __future__ import annotations
@@ -15,10 +16,14 @@ from benchmarks.evidence.tasks import Task
 
 Sections = dict[str, dict[str, Any]]
 
-LONGER = 1.5
-"""How many times the steps of the others the cheaper arms take."""
-PASSES = 5
+BASE = "npd-none"
+"""What arms are compared with, at equal steps and at equal seconds."""
+AT_SECONDS = "@seconds"
+PASSES = 7
+"""Over a generation, before the next one is written."""
 ENDLESS = 10_000
+PER_PASS = 15
+"""Steps of a pass over a task's prompts, about."""
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,18 @@ class Arm:
     command: str
     """sft or distill"""
     sections: Callable[[Task], Sections]
-    longer: bool = False
+    pace: float = 1.0
+    """Steps of it that take the processor as long as a step of `BASE`, as the tuning tasks have shown."""
     solved: bool = False
     """Does it read only prompts that have a reference?"""
-    every: int = 2
+    every: int = 13
     """Passes between two evaluations; a step is a pass of strict on-policy."""
 
 
 def _near(
-    rule: str = "none", generations: int = 20, passes: int = PASSES, **sections: dict[str, Any]
+    rule: str = "none", generations: int = 100, passes: int = PASSES, **sections: dict[str, Any]
 ) -> Callable[[Task], Sections]:
-    """Near-policy distillation until its steps are done: a filter that drops much starts a third generation for them."""
+    """Near-policy distillation until its steps are done: a filter that drops much needs more generations for them."""
     own: Sections = {"schedule": {"generations": generations, "passes": passes}, "selection": {"rule": rule}}
 
     def made(task: Task) -> Sections:
@@ -62,52 +68,58 @@ def _teachers_text(task: Task) -> Sections:
 
 def _strict(task: Task) -> Sections:
     return {
-        "schedule": {"generations": ENDLESS, "passes": 1, "prompts": max(1, task.prompts // task.per_pass)},
+        "schedule": {"generations": ENDLESS, "passes": 1, "prompts": max(1, task.prompts // PER_PASS)},
         "selection": {"rule": "none"},
         "training": {"batch_tokens": 1 << 20},
     }
 
 
 ARMS: dict[str, Arm] = {
-    "sft": Arm("more SFT", "sft", _references, longer=True, solved=True),
-    "kd-sequence": Arm("sequence-level KD", "sft", _answers, longer=True),
-    "kd-topk": Arm("top-k KD on teacher text", "distill", _teachers_text, longer=True),
+    "sft": Arm("more SFT", "sft", _references, pace=1.4, solved=True),
+    "kd-sequence": Arm("sequence-level KD", "sft", _answers, pace=1.3),
+    "kd-topk": Arm("top-k KD on teacher text", "distill", _teachers_text, pace=1.15),
     "npd": Arm("NPD, paper's settings", "distill", _near("delta_ifd")),
     "npd-adaptive": Arm("NPD, adaptive", "distill", _near("adaptive")),
-    "npd-none": Arm("NPD, no filter", "distill", _near()),
-    "npd-mixed": Arm("NPD, no filter, 30% references", "distill", _near(schedule={"references": 0.3}), every=1),
-    "strict": Arm("strict on-policy", "distill", _strict, every=20),
+    BASE: Arm("NPD, no filter", "distill", _near()),
+    "npd-mixed": Arm("NPD, no filter, 30% references", "distill", _near(schedule={"references": 0.3}), every=9),
+    "strict": Arm("strict on-policy", "distill", _strict, pace=0.2, every=13 * PER_PASS),
 }
 
 ABLATIONS: dict[str, Arm] = {
-    "updates-0": Arm("no update: 10 passes over one generation", "distill", _near(generations=1, passes=40)),
-    "updates-2": Arm("2 updates, after 4 passes each", "distill", _near(passes=4)),
-    "updates-4": Arm("4 updates, after 2 passes each", "distill", _near(passes=2)),
-    "passes-10": Arm("half the prompts a generation, 10 passes", "distill", lambda task: _half(task), every=4),
+    "passes-all": Arm("no update: every pass over one generation", "distill", _near(generations=1, passes=ENDLESS)),
+    "passes-20": Arm("an update after 20 passes", "distill", _near(passes=20)),
+    "passes-14": Arm("an update after every 14 passes", "distill", _near(passes=14)),
+    "passes-3": Arm("an update after every 3 passes", "distill", _near(passes=3)),
+    "half-prompts": Arm("half the prompts a generation, 14 passes", "distill", lambda task: _half(task), every=26),
     "ppl-fixed": Arm(
         "Δ-IFD of perplexities, fixed band", "distill", _near("delta_ifd", selection={"ifd": "perplexity_ratio"})
     ),
-    "right": Arm("only right responses (the verifier filters)", "distill", _near("verified")),
+    "right": Arm("only right responses (the verifier filters)", "distill", _near("verified"), every=26),
     "wrong": Arm("only wrong responses", "distill", _near("refuted")),
-    "low-half": Arm("the half with the lowest Δ", "distill", _near("low_half")),
-    "high-half": Arm("the half with the highest Δ", "distill", _near("high_half")),
-    "random-half": Arm("any half", "distill", _near("random_half")),
+    "low-half": Arm("the half with the lowest Δ", "distill", _near("low_half"), every=26),
+    "high-half": Arm("the half with the highest Δ", "distill", _near("high_half"), every=26),
+    "random-half": Arm("any half", "distill", _near("random_half"), every=26),
     "lambda-0.5": Arm("λ 0.5", "distill", _near(loss={"kd_weight": 0.5})),
     "lambda-1": Arm("λ 1", "distill", _near(loss={"kd_weight": 1.0})),
     "k-1": Arm("k 1", "distill", _near(scoring={"top_k": 1})),
     "k-3": Arm("k 3", "distill", _near(scoring={"top_k": 3})),
     "renormalize": Arm("mass renormalised", "distill", _near(loss={"top_k_mass": "renormalize"})),
     "tail": Arm("mass of the rest as one symbol", "distill", _near(loss={"top_k_mass": "tail"})),
-    "mixed-0.6": Arm("60% references", "distill", _near(schedule={"references": 0.6}), every=1),
+    "mixed-0.6": Arm("60% references", "distill", _near(schedule={"references": 0.6}), every=5),
     "mixed-teacher": Arm(
-        "30% teacher text", "distill", _near(schedule={"references": 0.3}, data={"references": "teacher"}), every=1
+        "30% teacher text", "distill", _near(schedule={"references": 0.3}, data={"references": "teacher"}), every=9
     ),
 }
 """Each is `npd-none` but for one thing; run on the tuning tasks alone."""
 
 
 def _half(task: Task) -> Sections:
-    return _near(passes=10, schedule={"prompts": task.prompts // 2})(task)
+    return _near(passes=14, schedule={"prompts": task.prompts // 2})(task)
 
 
 EVERY_ARM: dict[str, Arm] = ARMS | ABLATIONS
+
+
+def timed(arm: str) -> str:
+    """The cells of an arm that stand for it at equal seconds."""
+    return arm + AT_SECONDS if arm in ARMS and ARMS[arm].pace != 1 else arm

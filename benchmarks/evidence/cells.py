@@ -12,14 +12,14 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
 from benchmarks.common import machine
-from benchmarks.evidence.arms import EVERY_ARM, LONGER, Arm
+from benchmarks.evidence.arms import AT_SECONDS, EVERY_ARM, Arm
 from benchmarks.evidence.grpo import PREFIX, STEPS, reinforce
 from benchmarks.evidence.problems import verified
 from benchmarks.evidence.tasks import QUIET, Shelf, Task, asked, config_of
@@ -106,10 +106,11 @@ def measure(cell: Cell, task: Task, shelf: Shelf) -> dict[str, Any]:
         return about | {"curve": [{"step": 0, "cpu_seconds": 0.0} | figures]} | stamp()
     if cell.arm.startswith(PREFIX):
         return about | reinforced(cell, task, shelf, home, teacher) | stamp()
-    arm = EVERY_ARM[cell.arm]
+    arm = EVERY_ARM[cell.arm.removesuffix(AT_SECONDS)]
+    steps = round(task.steps * arm.pace) if cell.arm.endswith(AT_SECONDS) else task.steps
     folder = shelf.folder / "cells" / str(cell)
     shutil.rmtree(folder, ignore_errors=True)
-    config = configured(arm, task, home, folder, cell.seed, teacher)
+    config = configured(arm, task, home, folder, cell.seed, teacher, steps)
     ByVerifier.judged = judge_of(task, home)
     begun, wall = time.process_time(), time.monotonic()
     result: DistillResult = getattr(run, arm.command)(config, display=QUIET)
@@ -117,7 +118,7 @@ def measure(cell: Cell, task: Task, shelf: Shelf) -> dict[str, Any]:
     curve, evaluating = curve_of(result, begun)
     entry = about | {
         "steps": result.steps,
-        "budget": task.steps,
+        "budget": steps,
         "tokens": result.tokens,
         "cpu_seconds": ended - begun - evaluating,
         "wall_seconds": wall - result.by_role["trainer"].get("evaluate", 0.0),
@@ -134,7 +135,7 @@ def reinforced(cell: Cell, task: Task, shelf: Shelf, home: Path, teacher: Path) 
     arm = EVERY_ARM[cell.arm.removeprefix(PREFIX)]
     folder = shelf.folder / "cells" / str(cell)
     shutil.rmtree(folder, ignore_errors=True)
-    config = configured(replace(arm, longer=False), task, home, folder, cell.seed, teacher, unseen=True)
+    config = configured(arm, task, home, folder, cell.seed, teacher, task.steps, unseen=True)
     getattr(run, arm.command)(config, display=QUIET)
     before = evaluated(task, home, folder / "student", teacher, cell.seed)
     steps = min(STEPS, task.steps)
@@ -153,19 +154,19 @@ def stamp() -> dict[str, Any]:
     }
 
 
-def configured(arm: Arm, task: Task, home: Path, folder: Path, seed: int, teacher: Path, *, unseen: bool = False) -> Config:
+def configured(
+    arm: Arm, task: Task, home: Path, folder: Path, seed: int, teacher: Path, steps: int, *, unseen: bool = False
+) -> Config:
     """The configuration of an arm's run; `unseen`: without evaluations on the way."""
     sections = arm.sections(task) | {
         "student": {"model": str(home / "run/student")},
         "teacher": {"model": str(teacher)},
     }
-    whole_from = task.steps - (arm.every * task.per_pass // 2 if arm.longer else 0)  # the evaluation that is nearest
-    for section, options in asked(task, home, whole_from, every_passes=arm.every).items():
+    for section, options in asked(task, home, steps, every_passes=arm.every).items():
         sections[section] = options | sections.get(section, {})
     sections["data"]["train"] = str(home / ("solved.jsonl" if arm.solved else "prompts.jsonl"))
     if unseen:
         sections["evaluation"] = {"tasks": [], "kl_prompts": 0}
-    steps = round(task.steps * (LONGER if arm.longer else 1))
     sections["training"] = {"max_steps": steps} | sections.get("training", {})
     return config_of(task, folder, seed, **sections)
 

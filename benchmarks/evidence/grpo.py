@@ -19,9 +19,9 @@ from npd.rewards import text_of
 STARTS = ("sft", "kd-sequence", "npd", "npd-none")
 PREFIX = "grpo-"
 GRPO_ARMS = tuple(PREFIX + start for start in STARTS)
-STEPS, PROMPTS, SAMPLES = 60, 16, 8
+STEPS, PROMPTS, SAMPLES = 100, 16, 8
 """Of GRPO: optimiser steps, prompts of a step, responses to each."""
-LEARNING_RATE = 3e-4
+LEARNING_RATE = 1e-4
 WINDOW = 10
 """Steps over which rewards are averaged."""
 

@@ -186,4 +186,22 @@ HYPOTHESES = (
         "what the band drops below 0 was mostly right",
         Contrast(ABLATED, "low-half", "high-half"),
     ),
+    # 2026-11-27, with the tuning tasks' cells, before the first of a held-out task (but for teachers and warm students)
+    *(
+        Hypothesis(
+            f"the recipe against {name}",
+            f"NPD with 30% true references and no filter, the recipe, is not behind {name} by more than a point at equal "
+            "seconds, over the three held-out tasks.",
+            "it was ahead of every other arm on each of the three tuning tasks",
+            Contrast(HELD_OUT, "npd-mixed", arm, "seconds"),
+            above=-1.0,
+        )
+        for name, arm in (
+            ("more SFT", "sft"),
+            ("sequence-level KD", "kd-sequence"),
+            ("top-k KD on teacher text", "kd-topk"),
+            ("NPD without references", "npd-none"),
+            ("strict on-policy", "strict"),
+        )
+    ),
 )

@@ -16,19 +16,14 @@ from benchmarks.evidence.analysis import (
     once,
     over_seeds,
     paired,
-    read,
-    seconds_at,
     seeds_of,
 )
-from benchmarks.evidence.arms import ABLATIONS, ARMS, EVERY_ARM
+from benchmarks.evidence.arms import ABLATIONS, ARMS, BASE, EVERY_ARM, timed
 from benchmarks.evidence.cells import TEACHER, Cell
 from benchmarks.evidence.grpo import PREFIX, STARTS, WINDOW, steps_to
 from benchmarks.evidence.hypotheses import ABLATED, ALL, HYPOTHESES, RL
 from benchmarks.evidence.tasks import TASKS
 from benchmarks.tables import table
-
-BASE = "npd-none"
-"""What arms are compared with."""
 
 
 def write(entries: Entries, page: Path) -> None:
@@ -64,7 +59,7 @@ def at_start(entry: Entry) -> float:
 
 
 def after_steps(entry: Entry) -> float:
-    return 100 * read(entry, "accuracy", "step", entry["budget"])
+    return 100 * float(entry["curve"][-1]["accuracy"])
 
 
 def tasks(entries: Entries) -> str:
@@ -108,10 +103,11 @@ def _accuracies(entries: Entries, task: str) -> str:
                 shown(over_seeds(entries, task, name, after_steps), ".1f"),
                 steps,
                 seconds,
-                brief(over_seeds(entries, task, name, lambda e: seconds_at(e, e["budget"])), 1),
+                brief(over_seeds(entries, task, name, end), 1),
+                "" if timed(name) == name else brief(over_seeds(entries, task, timed(name), end), 1),
                 *(brief(over_seeds(entries, task, name, lambda e, k=k: once(e, f"pass@{k}")), 1, 100) for k in (1, 8)),  # type: ignore[misc]
                 brief(over_seeds(entries, task, name, lambda e: once(e, "kl_to_teacher")), 3),
-                brief(over_seeds(entries, task, name, lambda e: read(e, "length", "step", e["budget"])), 1),
+                brief(over_seeds(entries, task, name, lambda e: e["curve"][-1]["length"]), 1),
             ]
         )
     heads = [
@@ -121,6 +117,7 @@ def _accuracies(entries: Entries, task: str) -> str:
         "− no filter, equal steps",
         "equal seconds",
         "CPU s",
+        "of the other run",
         "pass@1",
         "pass@8",
         "KL",
@@ -235,7 +232,7 @@ def strata(entries: Entries) -> str:
         names = sorted((name for name in first["curve"][0] if name.startswith("of ")), key=_number)
         rows = []
         for arm in (TEACHER, *ARMS):
-            means = [over_seeds(entries, task, arm, lambda e, n=n: read(e, n, "step", e.get("budget", 0))) for n in names]  # type: ignore[misc]
+            means = [over_seeds(entries, task, arm, lambda e, n=n: e["curve"][-1][n]) for n in names]  # type: ignore[misc]
             if means[0] is not None:
                 title = "teacher" if arm == TEACHER else ARMS[arm].title
                 rows.append([title, str(means[0].seeds), *(brief(mean, 1, 100) for mean in means)])

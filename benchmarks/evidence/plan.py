@@ -1,36 +1,44 @@
-"""Which cells there are, in the order in which they are run: something that says something stands at any moment."""
+"""Which cells there are, in the order in which they are run: what decides comes first."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
-from benchmarks.evidence.arms import ABLATIONS, ARMS
+from benchmarks.evidence.arms import ABLATIONS, ARMS, timed
 from benchmarks.evidence.cells import TEACHER, Cell
 from benchmarks.evidence.grpo import GRPO_ARMS
 from benchmarks.evidence.hypotheses import ABLATED, ALL, RL
 from benchmarks.evidence.tasks import TASKS
 
-VARIANT_ARMS = ("sft", "kd-sequence", "kd-topk", "npd", "npd-none", "strict")
-"""Of tasks that differ from another one in the student alone."""
+STRICT = "strict"
+VARIANT_ARMS = ("sft", "kd-sequence", "npd-none")
+"""Of tasks that differ from another one in the student alone: those that hypotheses ask for."""
+FEW = 3
+"""Seeds of everything; those beyond them have the arms that are not many times as dear as the others."""
 
 
 def cells(seeds: int) -> list[Cell]:
-    """Every cell, each once: two seeds of everything first, then the others seed by seed."""
-    return list(dict.fromkeys([*_cells(range(min(2, seeds))), *(c for seed in range(2, seeds) for c in _cells([seed]))]))
+    """Every cell, each once. Teachers' cells come first: they make the seeds' warm students, which other cells wait for."""
+    few = range(min(FEW, seeds))
+    variants = [task for task in TASKS if task not in ALL]
+    return [
+        *(Cell(task, TEACHER, seed) for seed in few for task in _dear_first([*ALL, *variants])),
+        *(Cell(task, arm, seed) for seed in few for arm in ARMS if arm != STRICT for task in _dear_first(ALL)),
+        *(Cell(task, timed(arm), seed) for seed in few for arm in ARMS if timed(arm) != arm for task in _dear_first(ALL)),
+        *(Cell(task, arm, seed) for seed in few for arm in VARIANT_ARMS for task in variants),
+        *(Cell(task, arm, seed) for seed in few for arm in GRPO_ARMS for task in RL),
+        *(Cell(task, STRICT, seed) for seed in few for task in _dear_first(ALL)),
+        *(Cell(task, arm, seed) for seed in few for arm in ABLATIONS for task in ABLATED),
+        *(
+            Cell(task, arm, seed)
+            for seed in range(FEW, seeds)
+            for arm in (TEACHER, *(name for one in ARMS if one != STRICT for name in sorted({one, timed(one)})))
+            for task in _dear_first(ALL)
+        ),
+    ]
 
 
-def _cells(seeds: range | list[int]) -> Iterator[Cell]:
-    for tasks in (("sums", "coins"), ALL):
-        for seed in seeds:
-            for task in tasks:
-                yield from (Cell(task, arm, seed) for arm in (TEACHER, *ARMS))
-    for seed in seeds:
-        for task in TASKS:
-            if task not in ALL:
-                yield from (Cell(task, arm, seed) for arm in (TEACHER, *VARIANT_ARMS))
-    for seed in seeds:
-        for task in ABLATED:
-            yield from (Cell(task, arm, seed) for arm in ABLATIONS)
-    for seed in seeds:
-        for task in RL:
-            yield from (Cell(task, arm, seed) for arm in GRPO_ARMS)
+def _dear_first(tasks: Sequence[str]) -> list[str]:
+    """Those that take longest first, so that processes side by side end together."""
+    order = ("chains", "sums-strong", "sums", "coins-large", "coins", "sorting", "mixed", "palindromes")
+    return sorted(tasks, key=order.index)
