@@ -46,15 +46,16 @@ def curves(entries: Entries, file: Path) -> None:
                 if runs:
                     at = np.linspace(0, min(run[-1][along] for run in runs), 30)
                     each = [np.interp(at, [p[along] for p in r], [100 * p["accuracy"] for p in r]) for r in runs]
-                    label = f"{ARMS[arm].title} ({len(runs)})"
-                    axis.plot(at, np.mean(each, 0), color=COLOURS[arm], label=label, linewidth=1.2)
+                    axis.plot(at, np.mean(each, 0), color=COLOURS[arm], label=ARMS[arm].title, linewidth=1.2)
             if teacher is not None:
                 axis.axhline(teacher.value, color="#bbbbbb", linestyle=":", linewidth=1)
             axis.set_xlabel("CPU seconds" if along == "cpu_seconds" else "steps")
             axis.grid(alpha=0.2)
         row[0].set_ylabel(f"{name}: accuracy %")
-        row[1].legend(fontsize=6, loc="lower right")
-    figure.tight_layout()
+    named = {label: line for axis in axes.flat for line, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.tight_layout(rect=(0, 0, 1, 1 - 0.5 / figure.get_figheight()))
+    if named:
+        figure.legend(named.values(), named.keys(), fontsize=7, loc="upper center", ncols=4)
     _save(figure, file)
 
 
