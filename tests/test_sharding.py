@@ -29,12 +29,13 @@ import npd
 from npd import models
 from npd.config import Config, load_config
 from npd.errors import UserError
+from npd.hardware import GIB
 from npd.models import copy_state
 from npd.models.loading import shape_of
 from npd.models.memory import COUNTED
 from npd.models.saving import place_of
 from npd.observe.events import Events
-from npd.plan import GIB, Plan, make_plan, plan_rows
+from npd.plan import Plan, make_plan, plan_rows
 from npd.preflight import DISTILL, prepare
 from npd.records import EvaluationLine
 from npd.store import Store

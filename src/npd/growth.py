@@ -12,12 +12,11 @@ import pyarrow.compute as pc
 
 from npd.config import Config
 from npd.errors import UserError
+from npd.hardware import GIB
 from npd.placement import engine_beside_training
 from npd.preflight import Setup
 from npd.registry import ENGINES
 from npd.store import REFERENCE, Store, disk_usage
-
-GIB = 1 << 30
 
 # Bytes on disk of what has no length of its own; measured on runs whose student takes none.
 ROW = 192  # a response's identifiers and scalars

@@ -17,6 +17,7 @@ from npd.generations.generation import Generations
 from npd.generations.itself import follows_snapshots, is_base, itself
 from npd.generations.producer import producer_kind
 from npd.growth import disk_note, disk_row, gib, growth, response_lengths, room_for
+from npd.hardware import GIB
 from npd.mirror import mirror_plan
 from npd.preflight import Setup
 from npd.prompts import Prompts, count_sources
@@ -27,7 +28,6 @@ from npd.train.loop import Loop, Position, Trained
 from npd.train.memory import Sharding, StepMemory, memory_of, sharding, step_memory
 from npd.train.trainer import resolve_precision
 
-GIB = 1 << 30
 SAMPLE = 20_000  # responses of which steps are counted one by one; of a longer run they are counted in proportion
 
 
