@@ -5,6 +5,6 @@ python -m benchmarks.evidence --list      # cells, and which stand
 python -m benchmarks.evidence --cell coins/npd/0    # one cell anew: a figure that you doubt
 python -m benchmarks.evidence page        # docs/evidence.md from benchmarks/results/evidence/ alone
 
-A cell is a task, an arm and a seed; its file is benchmarks/results/evidence/TASK/ARM/SEED.json, and what stands is not run
-again. hypotheses.py was written before the first cell was run.
+A cell is a task, an arm and a seed; a line of benchmarks/results/evidence/TASK.jsonl, and what stands is not run again.
+hypotheses.py was written before the first cell was run; what was added later has its date.
 """
