@@ -39,7 +39,7 @@ from npd.mirror.contents import needed, old_checkpoints, old_snapshots
 from npd.observe.display import Display
 from npd.observe.events import Events, SpanName, read_events
 from npd.store import Store
-from npd.store.sealed import check_sealed
+from npd.store.sealed import SEAL, check_sealed
 
 WEIGHTS = Path("student/model.safetensors")
 TIMED = ("tokens_per_second", "publish_seconds")
@@ -270,11 +270,12 @@ def test_what_is_damaged_in_the_mirror_is_not_gone_on_from(recorded, tmp_path):
     """A part is made again; of two checkpoints the one before is taken."""
     tree, run_dir = state(recorded, len(recorded.done) * 3 // 5, tmp_path)
     there = tmp_path / "mirror"
-    newest = sorted((there / "checkpoints").glob("step-*"))[-1]
+    newest = sorted((there / "checkpoints").glob(f"step-*/{SEAL}"))[-1].parent  # one that was still being copied is none
     part = sorted(there.glob("generations/g*/part-*.parquet"))[0]
     part.write_bytes(part.read_bytes()[:-9] + b"\0" * 9)
     weights = newest / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     display, said = saying()
     npd.distill(tree, display=display)
     assert "not what was written. The one before is taken." in said.getvalue()
