@@ -416,6 +416,7 @@ def nodes(driver) -> Iterator[Nodes]:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(Path(npd.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]))
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv(WIDE, "0")
+        patch.setenv("RAY_local_fs_capacity_threshold", "1")  # nothing spills to a disk fuller than that, 0.95 otherwise
         reread(imported())
         found = Nodes()
         found.add()
