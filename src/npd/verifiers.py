@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from npd.errors import UserError
 from npd.prompts import accepted_answers, reasoning_gym_entry
+from npd.quantities import DENYING
 from npd.sameness import same_answer
 from npd.verifying import Judge, Unjudged
 
@@ -24,18 +25,21 @@ __all__ = ["Verifier", "Verify", "check_entries", "extract_answer", "is_correct"
 
 OPEN, CLOSE = "<answer>", "</answer>"
 # Whatever may repeat in front of what can fail has a bound: else a text could be made that takes quadratic time.
-_MARKED = (
-    re.compile(r"(?:#{4}\s{0,99}|#(?=[^\s#]))([^\n#]+)"),  # GSM8K's mark and the demo's, but no Markdown heading
-    re.compile(  # to the end of what is bold, or of the line
-        r"(?<![</\w])answer(?!\w)(?:\s{1,9}is)?\s{0,9}[:=]?[\s*]{0,18}((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)",
-        re.IGNORECASE,
-    ),
+_HASH = re.compile(r"(?:#{4}\s{0,99}|#(?=[^\s#]))([^\n#]+)")  # GSM8K's mark and the demo's, but no Markdown heading
+_ANSWER = re.compile(  # to the end of what is bold, or of the line
+    r"(?<![</\w])answer(?!\w)(?:\*{1,3}(?=[:\s]))?(?:\s{1,9}is)?\s{0,9}[:=]?[\s*]{0,18}"
+    r"((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)",
+    re.IGNORECASE,
 )
-_BRACE = re.compile(r"\\boxed ?\{|\\[{}]|[{}]")
+_BRACE = re.compile(r"\\boxed ?(?:(?=([^\s{}\\]|\\[a-zA-Z]{1,20}))|\{)|\\[{}]|[{}]")
+NEAR = 200  # characters before and behind a mark that say whether it marks an answer by itself
 
 
 def extract_answer(text: str) -> str:
-    """The final answer of a response: in <answer> tags, in \\boxed{}, behind # or "answer:", else its last line."""
+    """The final answer of a response: in <answer> tags, in \\boxed{}, behind # or "answer:", else its last line.
+
+    Where a box or an "answer" is part of something else (-\\boxed{5}, \\boxed{5} or \\boxed{6}, the wrong answer), that is it.
+    """
     found = _marked(text)
     return _last_line(text) if found is None else found
 
@@ -46,12 +50,9 @@ def _last_line(text: str) -> str:
 
 
 def _marked(text: str) -> str | None:
-    for find in (_in_tags, _in_box):
+    for find in (_in_tags, _in_box, _behind_hash, _behind_answer):
         if (found := find(text)) is not None:
             return found.strip()
-    for pattern in _MARKED:
-        if (last := _last(pattern, text)) is not None:
-            return last[1].strip().rstrip("* ")
     return None
 
 
@@ -69,16 +70,100 @@ def _in_tags(text: str) -> str | None:
     return found
 
 
+def _behind_hash(text: str) -> str | None:
+    found = _last(_HASH, text)
+    return found and found[1].strip().rstrip("* ")
+
+
 def _in_box(text: str) -> str | None:
     """What stands in the \\boxed{} that is closed last; braces within it are its own."""
-    found, opened = None, list[int]()  # where what is in a box begins; 0: another brace
+    found, opened = None, list[tuple[int, int]]()  # where a box and what is in it begin; 0: another brace
     for brace in _BRACE.finditer(text):
-        if brace[0] == "}":
-            start = opened.pop() if opened else 0
-            found = (start, brace.start()) if start else found
+        if brace[1]:
+            found = (brace.start(), brace.end(), brace.end(1), brace.end(1))
+        elif brace[0] == "}":
+            begun, start = opened.pop() if opened else (0, 0)
+            found = (begun, start, brace.start(), brace.end()) if start else found
         elif brace[0][-1] == "{" and brace[0] != "\\{":
-            opened.append(brace.end() if len(brace[0]) > 1 else 0)
-    return None if found is None else text[slice(*found)]
+            opened.append((brace.start(), brace.end() if len(brace[0]) > 1 else 0))
+    if found is None:
+        return None
+    begun, start, end, over = found
+    return _by_itself(text[:begun][-NEAR:].rpartition("\n")[2], text[start:end], text[over : over + NEAR].partition("\n")[0])
+
+
+# What opens and closes a formula, a line of one, or emphasis: it says nothing.
+_OPENERS = re.compile(
+    r"(?:[\s$*_>\"“&(]|\\[(\[,;:!]|\\\\|\\(?:left|q?quad|displaystyle|bf|[lL]arge)(?![a-zA-Z])|\\(?:text|math)[a-z]{0,4}\{"
+    r"|\\begin\{\w{1,20}\*?\})+$"
+)
+_CLOSERS = re.compile(
+    r"(?:[\s$*_\"”)}∎]|\\[)\],;:!]|\\\\|\\(?:right|q?quad|blacksquare|square|qed)(?![a-zA-Z])|\\end\{\w{1,20}\*?\}|</?\w{1,20}>)*"
+)
+_DENIAL = re.compile(r"(?<!\w)(?:not|never|cannot|neither|nor|wrong|incorrect|false|\w{1,9}n['’]t)(?!\w)", re.IGNORECASE)
+_JOINED = re.compile(r"\\boxed.*(?:(?<!\w)(?:or|and) (?!rather)|[,;])")
+_LEADS = re.compile(
+    r"(?:^|[^!<>≠≤≥~±]=|[=⇒→≈]|\\(?:implies|Rightarrow|therefore|approx)|(?<![\d}\s]):|[a-zA-Z] \d{1,3}:|[^\W\d_][.!?)]|[.!?]\s+"
+    r"|[^\W\d_]{2}[,;]|(?P<word>(?<!\\)(?<![^\W\d_])[^\W\d_]{2,}))$"
+)
+_LETTERS = "负負非不减減"  # minus, no
+
+
+def _by_itself(before: str, box: str, after: str) -> str:
+    """What is in a box; or, where that is part of something, what it is part of: for the box is no answer then."""
+    opened, closed = _leads(before), _ends(after)
+    if opened and closed:
+        return box
+    glued = re.search(r"\w$|[\d.,})]\s?$", before) if not opened else None
+    glued = (
+        glued
+        or (not closed and re.match(r"[\w(^!]|[.,]\d", after) and not re.fullmatch(r"\d+", box))
+        or re.match(r"\w|[.,]\d", after)
+    )
+    whole = re.fullmatch(r"-?[\d.,]+", box) or (opened and after[:1].isspace())
+    shown = box if whole and not glued else "{" + box + "}"
+    said = ("" if opened else before) + shown + ("" if closed else re.split(r"[.;]\s", after, maxsplit=1)[0])
+    return re.sub(r"(?<!\\)\$|\\[()\[\]]", "", said)
+
+
+def _leads(before: str) -> bool:
+    """Does what stands before a box on its line lead to it: words, an equals sign, nothing?"""
+    clause = re.split(r"[.,;:!?]", before)[-1]
+    if _DENIAL.search(clause) or _JOINED.search(before):
+        return False
+    stripped = _OPENERS.sub("", before)
+    found = _LEADS.search(stripped if stripped[-1:] not in (".", "!", "?") else before[: len(stripped) + 1])
+    if found is None or (stripped[-1:] in (",", ";") and before.count("(") > before.count(")")):
+        return False
+    word = found["word"]
+    return word is None or (word.casefold() not in DENYING and word[-1] not in _LETTERS)
+
+
+def _ends(after: str) -> bool:
+    """Does nothing more belong to a box, by what stands behind it on its line?"""
+    rest = after[_CLOSERS.match(after).end() :]  # type: ignore[union-attr]
+    word = re.match(r"[,;:]\W{0,9}([^\W\d_]{2,})", rest)
+    return not rest or re.match(r"\.(?!\d|\.)", rest) is not None or (word is not None and word[1].casefold() not in DENYING)
+
+
+_DETERMINERS = re.compile(
+    r"(?:(?:so|thus|and|the|an?|this|that|my|our|your|his|her|its|final|correct|right|exact|numerical|simplified|desired|required|"
+    r"actual|complete|full|short|best)[\s*_]{1,3})+$",
+    re.IGNORECASE,
+)
+
+
+def _behind_answer(text: str) -> str | None:
+    """What stands behind "answer"; or the whole line, where that is not the answer (a wrong answer, not the answer)."""
+    found = _last(_ANSWER, text)
+    if found is None:
+        return None
+    before = text[max(0, found.start() - NEAR) : found.start()].rpartition("\n")[2]
+    named = _DETERMINERS.search(before)
+    rest = before[: named.start()] if named else before
+    if _DENIAL.search(re.split(r"[.,;:!?]", rest)[-1]) or (not named and rest.rstrip()[-1:].isalnum()):
+        return before + found[0]
+    return found[1].strip().rstrip("* ")
 
 
 def is_marked(text: str) -> bool:
