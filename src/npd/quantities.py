@@ -139,11 +139,10 @@ _BASES = {"m": "meter metre", "g": "gram gramme", "s": "second", "l": "liter lit
 _BASES |= {"A": "ampere amp", "N": "newton", "Hz": "hertz", "Pa": "pascal", "B": "byte", "b": "bit", "eV": "electronvolt"}
 _BASES |= {"cal": "calorie", "Wh": "watthour", "mol": "mole", "Ω": "ohm"}
 _OTHERS = """
-in: inch inches | ft: foot feet | yd: yard yds | mi: mile | oz: ounce | lb: pound lbs | t: tonne | ton: ton | gal: gallon | qt: quart
-min: minute mins | h: hour hr hrs | day: day | week: week wk wks | month: month | year: year yr yrs | °: degree deg | rad: radian
-unit: unit | $: dollar USD usd | ¢: cent | €: euro EUR eur | £: GBP gbp | ¥: yen JPY | ₹: rupee INR | acre: acre | ha: hectare
-°C: ℃ celsius | °F: ℉ fahrenheit | K: kelvin | S: siemens | rpm: rpm | kn: knot
-"""
+    in: inch inches; ft: foot feet; yd: yard yds; mi: mile; oz: ounce; lb: pound lbs; t: tonne; ton: ton; gal: gallon; qt: quart;
+    min: minute mins; h: hour hr hrs; day: day; week: week wk wks; month: month; year: year yr yrs; °: degree deg;
+    rad: radian; $: dollar USD usd; ¢: cent; €: euro EUR eur; £: GBP gbp; ¥: yen JPY; ₹: rupee INR; acre: acre; ha: hectare;
+    °C: ℃ celsius; °F: ℉ fahrenheit; K: kelvin; S: siemens; rpm: rpm; kn: knot; unit: unit; s: sec"""
 
 
 def _units() -> dict[str, Unit]:
@@ -159,7 +158,7 @@ def _units() -> dict[str, Unit]:
                 found[prefix + base] = unit
             for name in names.split():
                 found[long + name] = found[long + name + "s"] = unit
-    for symbol, names in (entry.split(":") for entry in re.split(r"[|\n]", _OTHERS.strip())):
+    for symbol, names in (entry.split(":") for entry in _OTHERS.split(";")):
         unit = ((symbol.strip(), 1),)
         for name in names.split():
             found[name] = found[name + "s"] = unit
@@ -169,23 +168,17 @@ def _units() -> dict[str, Unit]:
         found[other] = found[other.replace("L", "l")]
     for micro, base in product("uμ", _BASES):
         found[micro + base] = ((f"µ{base}", 1),)
-    return found | {
-        "KB": found["kB"],
-        "sec": found["s"],
-        "secs": found["s"],
-        "hertz": found["Hz"],
-        "cms": found["cm"],
-        "kms": found["km"],
-    }
+    return found | {"KB": found["kB"], "hertz": found["Hz"], "cms": found["cm"], "kms": found["km"]}
 
 
 UNITS = _units()
 _FOLDED: dict[str, set[Unit]] = {}
-for _name, _unit in UNITS.items():
-    _FOLDED.setdefault(_name.casefold(), set()).add(_unit)
+for _way, _meant in UNITS.items():
+    _FOLDED.setdefault(_way.casefold(), set()).add(_meant)
 
 _FACTOR = re.compile(
-    r"(?:(?P<how>square|sq|cubic|cu)\.? )?(?P<name>[^\W\d_]+(?: [^\W\d_]+){0,6}|°[CF]?|[$€£¥₹¢])\.?(?:\^\{?(?P<power>-?[1-9])\}?)?"
+    r"(?:(?P<how>square|sq|cubic|cu)\.? )?(?P<name>[^\W\d_]+(?: [^\W\d_]+){0,6}|°[CF]?|[$€£¥₹¢])\.?"
+    r"(?:\^\{?(?P<power>-?[1-9])\}?)?"
 )
 
 
@@ -320,9 +313,10 @@ def _value(found: re.Match[str]) -> Decimal | Fraction | None:
     if None in parts or not parts[1]:
         return None
     top, bottom, whole = (Fraction(part or 0) for part in parts)
-    if found["whole"] or found["full"]:
-        if not 0 < top < bottom or (found["full"] and len(found["part"]) == 3 and len(found["full"]) <= 3):
-            return None  # 2\frac{3}{2} may be a product, 10 100/300 has thousands
+    if (found["whole"] or found["full"]) and not 0 < top < bottom:
+        return None  # 2\frac{3}{2} may be a product
+    if found["full"] and len(found["part"]) == 3 and len(found["full"]) <= 3:
+        return None  # 10 100/300 may have thousands
     return sign * (whole + top / bottom)
 
 

@@ -7,12 +7,11 @@ a string or as messages, and a row's further columns by name, one value a comple
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npd.errors import UserError
-from npd.prompts import ENTRY, SEPARATOR
+from npd.prompts import ENTRY, SEPARATOR, answer_cell
 from npd.store import Store
 from npd.verifiers import Verifier, is_marked
 
@@ -30,10 +29,10 @@ def verified(prompts: Any, completions: list[Any], **columns: Any) -> list[float
 
     A row says what is right in a column `answer` (a text or a number, or a list of them, of which any is right; or a cell as
     `dataset` gives them) or in a column `reasoning_gym` (an entry, or its JSON), as rows of data.train do. Rows that say
-    nothing train nothing: `dataset` and `verifiable` leave them out.
+    nothing train nothing: `dataset` and `verifiable` leave them out. Of messages the assistant's last one is judged.
 
     Raises:
-        UserError: there is neither column.
+        UserError: there is neither column, or a row's value is none that data.train may have.
     """
     count = len(completions)
     if columns.get("answer") is None and columns.get("reasoning_gym") is None:
@@ -45,8 +44,8 @@ def verified(prompts: Any, completions: list[Any], **columns: Any) -> list[float
     answers = columns.get("answer") or [None] * count
     entries = columns.get("reasoning_gym") or [None] * count
     return [
-        _verifier(text_of(completion), _cell(answer, entry))
-        for completion, answer, entry in zip(completions, answers, entries, strict=True)
+        _verifier(text_of(completion), _cell(f"npd.rewards, completion {number}", answer, entry))
+        for number, (completion, answer, entry) in enumerate(zip(completions, answers, entries, strict=True), 1)
     ]
 
 
@@ -57,29 +56,34 @@ def marked(prompts: Any, completions: list[Any], **columns: Any) -> list[float |
 
 
 def text_of(completion: Any) -> str:
-    """What a completion says: a string, or the contents of its messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(message.get("content") or "") for message in completion)
+    """What a completion says: a string, or the last message of the assistant's; nothing where there is none."""
+    if completion is None or isinstance(completion, str):
+        return completion or ""
+    said = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
+    last = said[-1] if said else None
+    if isinstance(last, list | tuple):  # parts
+        return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in last if part is not None)
+    return str(last or "")
 
 
-def _cell(answer: Any, entry: Any) -> str | None:
-    if entry is not None:
-        return ENTRY + (entry if isinstance(entry, str) else json.dumps(entry, default=str))
-    if answer is None or answer == []:
-        return None
-    return SEPARATOR.join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer)
+def _cell(where: str, answer: Any, entry: Any) -> str | None:
+    """As data.train's rows are read; a cell as `dataset` gives it stays as it is."""
+    if isinstance(answer, str) and (ENTRY in answer or SEPARATOR in answer):
+        if answer.startswith(ENTRY):
+            return answer_cell(where, None, answer.removeprefix(ENTRY))
+        answer = answer.split(SEPARATOR)
+    return answer_cell(where, answer, entry)
 
 
 def verifiable(data: Dataset) -> Dataset:
     """The rows of a dataset that say what is right, as `verified` reads them.
 
     Raises:
-        UserError: none does.
+        UserError: none does, or a row's value is none that data.train may have.
     """
 
     def known(row: dict[str, Any]) -> bool:
-        cell = _cell(row.get("answer"), row.get("reasoning_gym"))
+        cell = _cell("npd.rewards", row.get("answer"), row.get("reasoning_gym"))
         return cell is not None and bool(cell.strip())
 
     left = data.filter(known)

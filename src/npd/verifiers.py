@@ -38,7 +38,7 @@ NEAR = 200  # characters before and behind a mark that say whether it marks an a
 def extract_answer(text: str) -> str:
     """The final answer of a response: in <answer> tags, in \\boxed{}, behind # or "answer:", else its last line.
 
-    Where a box or an "answer" is part of something else (-\\boxed{5}, \\boxed{5} or \\boxed{6}, the wrong answer), that is it.
+    Where a box or an "answer" is part of something (-\\boxed{5}, \\boxed{5} or \\boxed{6}, the wrong answer), that is it.
     """
     found = _marked(text)
     return _last_line(text) if found is None else found
@@ -114,14 +114,10 @@ def _by_itself(before: str, box: str, after: str) -> str:
     opened, closed = _leads(before), _ends(after)
     if opened and closed:
         return box
-    glued = re.search(r"\w$|[\d.,})]\s?$", before) if not opened else None
-    glued = (
-        glued
-        or (not closed and re.match(r"[\w(^!]|[.,]\d", after) and not re.fullmatch(r"\d+", box))
-        or re.match(r"\w|[.,]\d", after)
-    )
-    whole = re.fullmatch(r"-?[\d.,]+", box) or (opened and after[:1].isspace())
-    shown = box if whole and not glued else "{" + box + "}"
+    glued = bool(not opened and re.search(r"\w$|[\d.,})]\s?$", before)) or bool(re.match(r"\w|[.,]\d", after))
+    if not re.fullmatch(r"[\d.,]+" if after[:1] in ("^", "!") else r"-?[\d.,]+", box):
+        glued = glued or not (opened and after[:1].isspace())
+    shown = "{" + box + "}" if glued else box
     said = ("" if opened else before) + shown + ("" if closed else re.split(r"[.;]\s", after, maxsplit=1)[0])
     return re.sub(r"(?<!\\)\$|\\[()\[\]]", "", said)
 
@@ -203,7 +199,7 @@ class Verifier:
             return None
         entry = reasoning_gym_entry(cell)
         if entry is None:
-            answers = [answer for answer in accepted_answers(cell) if answer.strip()]
+            answers = accepted_answers(cell)
             return float(any(is_correct(text, answer) for answer in answers)) if answers else None
         return self.task(text, task_of(entry), {}, entry)
 
