@@ -67,7 +67,7 @@ CHANGING = DENYING | _words(
     despite during each else equal equals every few fewer for greater higher how however if in instead into is its less
     lesser like lower many may might more near now of off often on once only onto other others otherwise out past per
     rather same several since so some sometimes still such that the their then there therefore this though through till
-    to together too towards until up upon upwards downwards backwards forwards via was way ways were what when where
+    to together too towards until up upon upwards downwards backwards forwards via was way were what when where
     whether which while who with within would right correct true yes always minimum maximum min max ago away early late
     ahead short wait actually sorry modulo modulus remainder factorial factorials choose power powers exponent squared
     cubed square cubic cube root roots logs lim sum product negatives positive inverse inverses reciprocal reciprocals
@@ -81,7 +81,7 @@ CHANGING = DENYING | _words(
     tausend hundert millionen milliarde milliarden milliard milliards milliers millones millares cientos centenas
     centaines decenas dezenas docenas douzaine douzaines dutzend mila millon milhoes binary octal ternary hex
     hexadecimal decimal decimals base bases radix roman mils fours fives sixes sevens eights nines elevens twelves
-    twenties thirties forties fifties sixties seventies eighties nineties zeros zeroes tenth tenths halfs teens
+    twenties thirties forties fifties sixties seventies eighties nineties zeros zeroes basis tenth tenths halfs teens
     """
 )
 _IRREGULAR = _words("people children men women teeth mice geese fish sheep deer dice pence policemen firemen")
@@ -124,23 +124,13 @@ def _singular(word: str) -> str:
 
 # -- units
 
-_PREFIXES = {
-    "n": "nano",
-    "µ": "micro",
-    "m": "milli",
-    "c": "centi",
-    "d": "deci",
-    "k": "kilo",
-    "M": "mega",
-    "G": "giga",
-    "T": "tera",
-}
+_PREFIXES = dict(zip("nµmcdkMGT", ("nano", "micro", "milli", "centi", "deci", "kilo", "mega", "giga", "tera"), strict=True))
 _BASES = {"m": "meter metre", "g": "gram gramme", "s": "second", "l": "liter litre", "W": "watt", "J": "joule", "V": "volt"}
 _BASES |= {"A": "ampere amp", "N": "newton", "Hz": "hertz", "Pa": "pascal", "B": "byte", "b": "bit", "eV": "electronvolt"}
 _BASES |= {"cal": "calorie", "Wh": "watthour", "mol": "mole", "Ω": "ohm"}
 _OTHERS = """
-    in: inch inches; ft: foot feet; yd: yard yds; mi: mile; oz: ounce; lb: pound lbs; t: tonne; ton: ton; gal: gallon; qt: quart;
-    min: minute mins; h: hour hr hrs; day: day; week: week wk wks; month: month; year: year yr yrs; °: degree deg;
+    in: inch inches; ft: foot feet; yd: yard yds; mi: mile; oz: ounce; lb: pound lbs; t: tonne; ton: ton; gal: gallon;
+    qt: quart; min: minute mins; h: hour hr hrs; day: day; week: week wk wks; month: month; year: year yr yrs; °: degree deg;
     rad: radian; $: dollar USD usd; ¢: cent; €: euro EUR eur; £: GBP gbp; ¥: yen JPY; ₹: rupee INR; acre: acre; ha: hectare;
     °C: ℃ celsius; °F: ℉ fahrenheit; K: kelvin; S: siemens; rpm: rpm; kn: knot; unit: unit; s: sec"""
 

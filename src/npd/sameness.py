@@ -75,6 +75,9 @@ _REPLACED = (
     (re.compile(r"\\infty(?![a-zA-Z])"), "∞"),
     (re.compile(r"\\times(?![a-zA-Z])"), "×"),
     (re.compile(r"\\cdot(?![a-zA-Z])|⋅"), "·"),
+    (re.compile(r"\\leq?(?![a-zA-Z])|<="), "≤"),
+    (re.compile(r"\\geq?(?![a-zA-Z])|>="), "≥"),
+    (re.compile(r"\\neq?(?![a-zA-Z])|!="), "≠"),
     (re.compile(r"\\(?:to|rightarrow|implies|Rightarrow)(?![a-zA-Z])|→"), "⇒"),
     # a plain number in a box inside of an expression; whatever else there is in one stays a group
     (re.compile(r"(?<![\w}.,)])(?<![\w}.,)]\s)\\boxed\s?\{(-?[\d.,/]+)\}(?![\w{(^_!/]|\s?[.,]\d)"), r"\1"),
@@ -114,7 +117,7 @@ def plain(text: str) -> str:
     text = " ".join(text.split())
     for pattern, instead in _REPLACED:
         text = pattern.sub(instead, text)
-    text = _HOPE.sub("", " ".join(text.split()).removesuffix("."))
+    text = _HOPE.sub("", " ".join(text.split()).removesuffix(".").removesuffix("。"))
     text = re.sub(r"(?<![.\s])(?:\.?\*{1,3}|\.)$", "", text)
     if len(text) > 2 and _QUOTES.get(text[0]) == text[-1]:
         text = text[1:-1].strip()
@@ -131,7 +134,8 @@ _SUBJECTS = (
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|finally|now|in total|altogether|overall|in all|in conclusion|final answer),? |"
     r"(?:the|a|our|my|this|that|it|there|which|we|i|he|she|they|you|final|correct|exact|whole|grand|"
-    r"is|are|was|were|will be|must be|has|have|had|get|gets|obtain|find|needs?|makes?|gives?|equals?|equal to|"
+    r"is|are|was|were|will be|must be|has|have|had|get|gets|obtain|find|needs?|makes?|made|gives?|equals?|equal to|takes?|took|"
+    r"earns?|earned|pays?|paid|costs?|spends?|spent|saves?|saved|sells?|sold|buys?|bought|eats?|ate|uses?|used|weighs?|received?|"
     r"simply|just|exactly|clearly|indeed|here|to (?:the|this|your) (?:problem|question|equation|puzzle|exercise)|"
     rf"comes to|adds up to|total of|therefore|{_SUBJECTS}):? |[:=] )+",
     re.IGNORECASE,
@@ -288,8 +292,13 @@ _MATHS = re.compile(r"[\d\\_^=+*/<>|π∞×·√{}]|(?<![^\W\d_])[^\W\d_](?![^\W
 _TIGHT = (
     (re.compile(r" ?([(){}\[\],;:=+*/^|<>×·-]) ?"), r"\1"),
     (re.compile(r"\\([{}])"), r"\1"),
-    (re.compile(r"([\^_])\{(\w)\}"), r"\1\2"),
-    (re.compile(r"\\frac\{(\\?\w{1,20})\}\{(\\?\w{1,20})\}"), r"\1/\2"),
+    (re.compile(r"([\^_]) ?(\w)"), r"\1{\2}"),  # TeX takes one
+    (
+        re.compile(
+            r"(?<![\w})^_/\\])\\frac\{(\\?\w{1,20}|\w{0,9}\\sqrt\{\w{1,9}\})\}\{(\d{1,20}|[^\W\d_]|\\[a-zA-Z]{1,20})\}(?![\w{(\\^_/!'])"
+        ),
+        r"\1/\2",
+    ),
 )
 _STEM = re.compile(r"(.*[})\dπ]) ([a-zA-Z][a-zA-Z ./^²³]{1,59})", re.DOTALL)
 
@@ -314,7 +323,7 @@ def _split_unit(text: str) -> tuple[str, object]:
 
 def _tight(text: str) -> str:
     """Words in small letters; in formulas the case counts, and spaces do not unless they keep apart what would be one."""
-    if not _MATHS.search(text):
+    if not _MATHS.search(text) and re.search(r"[^\W\d_]{3}", text):
         return _TIGHT[0][0].sub(r"\1", text).casefold()
     for pattern, instead in _TIGHT:
         text = pattern.sub(instead, text)

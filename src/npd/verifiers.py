@@ -98,12 +98,17 @@ _OPENERS = re.compile(
     r"|\\begin\{\w{1,20}\*?\})+$"
 )
 _CLOSERS = re.compile(
-    r"(?:[\s$*_\"”)}∎]|\\[)\],;:!]|\\\\|\\(?:right|q?quad|blacksquare|square|qed)(?![a-zA-Z])|\\end\{\w{1,20}\*?\}|</?\w{1,20}>)*"
+    r"(?:[\s$*_\"”)}∎]|\\[)\],;:!]|\\\\|\\(?:right|q?quad|blacksquare|square|qed)(?![a-zA-Z])|\\end\{\w{1,20}\*?\}"
+    r"|</?\w{1,20}>)*"
 )
-_DENIAL = re.compile(r"(?<!\w)(?:not|never|cannot|neither|nor|wrong|incorrect|false|\w{1,9}n['’]t)(?!\w)", re.IGNORECASE)
-_JOINED = re.compile(r"\\boxed.*(?:(?<!\w)(?:or|and) (?!rather)|[,;])")
+_DENIAL = re.compile(
+    r"(?<!\w)(?:not|never|cannot|neither|nor|wrong|incorrect|false|unlikely|doubt|\w{1,9}n['’]t)(?!\w)", re.IGNORECASE
+)
+_OF = re.compile(r"(?<!\w)(?:total|value|answer|result|number|amount|sum) of$", re.IGNORECASE)
+_JOINED = re.compile(r"\\boxed.*(?:(?<!\w)(?:or|and|to|through|versus|vs\.?) (?!rather)|[,;])")
 _LEADS = re.compile(
-    r"(?:^|[^!<>≠≤≥~±]=|[=⇒→≈]|\\(?:implies|Rightarrow|therefore|approx)|(?<![\d}\s]):|[a-zA-Z] \d{1,3}:|[^\W\d_][.!?)]|[.!?]\s+"
+    r"(?:^|(?<![!<>≠≤≥~±?])=|[⇒→≈]|\\(?:implies|Rightarrow|therefore|approx)"
+    r"|(?<![\d}\s])\s?[:：]|[a-zA-Z] \d{1,3}:|[^\W\d_][.!?)]|[.!?]\s+"
     r"|[^\W\d_]{2}[,;]|(?P<word>(?<!\\)(?<![^\W\d_])[^\W\d_]{2,}))$"
 )
 _LETTERS = "负負非不减減"  # minus, no
@@ -127,11 +132,13 @@ def _leads(before: str) -> bool:
     clause = re.split(r"[.,;:!?]", before)[-1]
     if _DENIAL.search(clause) or _JOINED.search(before):
         return False
-    stripped = _OPENERS.sub("", before)
+    stripped = _OPENERS.sub("", re.sub(r"(?: (?:the|a|an|be|equal to|exactly))+ *$", "", before))
     found = _LEADS.search(stripped if stripped[-1:] not in (".", "!", "?") else before[: len(stripped) + 1])
     if found is None or (stripped[-1:] in (",", ";") and before.count("(") > before.count(")")):
         return False
     word = found["word"]
+    if word == "of":
+        return _OF.search(stripped) is not None
     return word is None or (word.casefold() not in DENYING and word[-1] not in _LETTERS)
 
 
@@ -139,7 +146,9 @@ def _ends(after: str) -> bool:
     """Does nothing more belong to a box, by what stands behind it on its line?"""
     rest = after[_CLOSERS.match(after).end() :]  # type: ignore[union-attr]
     word = re.match(r"[,;:]\W{0,9}([^\W\d_]{2,})", rest)
-    return not rest or re.match(r"\.(?!\d|\.)", rest) is not None or (word is not None and word[1].casefold() not in DENYING)
+    return (
+        not rest or re.match(r"\.(?!\d|\.)|。", rest) is not None or (word is not None and word[1].casefold() not in DENYING)
+    )
 
 
 _DETERMINERS = re.compile(
