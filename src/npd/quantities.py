@@ -232,6 +232,8 @@ _QUANTITY = re.compile(
     r"(?P<rest>.*)",
     re.DOTALL,
 )
+_SIGNS = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥", "INR": "₹", "Rs.": "₹", "Rs": "₹"}
+_CODE = re.compile(r"^(?:USD|EUR|GBP|JPY|INR|Rs\.?) ?(?=[-+.\d])")  # before a number, as $ stands
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|psi|omega|Delta|Omega"
 NAME = re.compile(rf"(?:[^\W\d_]\w{{0,15}}'?|\\(?:{_GREEK})(?:_\w)?|[^\W\d_]_\{{\w{{1,9}}\}}|[a-zA-Z]\(\w{{1,4}}\))")
@@ -245,7 +247,7 @@ def quantity(text: str) -> Quantity | None:
     name = before.strip()
     if equals and (not NAME.fullmatch(name) or name.casefold() in CHANGING):
         return None
-    text = text.strip()
+    text = _CODE.sub(lambda found: _SIGNS[found[0].strip()], text.strip())
     if re.fullmatch(r"\([^,()]*\)", text):
         text = text[1:-1].strip()
     found = _QUANTITY.fullmatch(text)

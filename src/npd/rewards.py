@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from npd.errors import UserError
 from npd.prompts import ENTRY, SEPARATOR, answer_cell
 from npd.store import Store
-from npd.verifiers import Verifier, is_marked
+from npd.verifiers import Verifier, check_entries, is_marked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -32,21 +32,31 @@ def verified(prompts: Any, completions: list[Any], **columns: Any) -> list[float
     nothing train nothing: `dataset` and `verifiable` leave them out. Of messages the assistant's last one is judged.
 
     Raises:
-        UserError: there is neither column, or a row's value is none that data.train may have.
+        UserError: there is neither column, a row's value is none that data.train may have, or an entry's task is unknown.
     """
-    count = len(completions)
     if columns.get("answer") is None and columns.get("reasoning_gym") is None:
         raise UserError(
             "npd.rewards.verified has nothing to judge completions by: the data has neither a column `answer` nor a column "
             f"`reasoning_gym`, but {', '.join(sorted(columns)) or 'no others'}.",
             "Rename the column that says what is right.",
         )
-    answers = columns.get("answer") or [None] * count
-    entries = columns.get("reasoning_gym") or [None] * count
-    return [
-        _verifier(text_of(completion), _cell(f"npd.rewards, completion {number}", answer, entry))
-        for number, (completion, answer, entry) in enumerate(zip(completions, answers, entries, strict=True), 1)
+    answers, entries = (_column(name, columns.get(name), len(completions)) for name in ("answer", "reasoning_gym"))
+    cells = [
+        _cell(f"npd.rewards, completion {number}", answer, entry)
+        for number, (answer, entry) in enumerate(zip(answers, entries, strict=True), 1)
     ]
+    check_entries((cell for cell in cells if cell is not None), "npd.rewards was given")
+    return [_verifier(text_of(completion), cell) for completion, cell in zip(completions, cells, strict=True)]
+
+
+def _column(name: str, values: Any, count: int) -> list[Any]:
+    if values is None:
+        return [None] * count
+    if isinstance(values, str | dict) or len(values) != count:
+        raise UserError(
+            f"npd.rewards: `{name}` must have one value for each of {count:,} completions, as TRL hands them over."
+        )
+    return list(values)
 
 
 def marked(prompts: Any, completions: list[Any], **columns: Any) -> list[float | None]:
@@ -56,10 +66,19 @@ def marked(prompts: Any, completions: list[Any], **columns: Any) -> list[float |
 
 
 def text_of(completion: Any) -> str:
-    """What a completion says: a string, or the last message of the assistant's; nothing where there is none."""
+    """What a completion says: a string, or the last message of the assistant's; nothing where there is none.
+
+    Raises:
+        UserError: it is neither.
+    """
     if completion is None or isinstance(completion, str):
         return completion or ""
-    said = [message.get("content") for message in completion if message.get("role", "assistant") == "assistant"]
+    messages = [completion] if isinstance(completion, dict) else completion
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(
+            f"npd.rewards: a completion must be a text or messages, but it is of type {type(completion).__name__}."
+        )
+    said = [message.get("content") for message in messages if message.get("role", "assistant") == "assistant"]
     last = said[-1] if said else None
     if isinstance(last, list | tuple):  # parts
         return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in last if part is not None)

@@ -43,7 +43,7 @@ def same_answer(said: str, answer: str, marked: bool = True) -> bool:
     if said == answer:
         return True
     if not marked:
-        said = re.split(r"(?<=[^\W_][.!?:]) ", said[-LONGEST:])[-1]
+        said = re.split(r"(?<=[^\W_][.!?:])(?<!^[A-Za-z][.:]) ", said[-LONGEST:])[-1]
     right = quantity(answer)
     if right is not None:
         mine = _said_quantity(said)
@@ -59,11 +59,13 @@ _FRACTIONS = {
     for char in map(chr, (*range(0xBC, 0xBF), *range(0x2150, 0x215F)))
 }
 _RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_GROUP = r"\{(?:[^{}]|\{[^{}]*\})*\}"
+_WITHIN = r"(?:[^{}]|\{[^{}]*\})*"
+_GROUP = rf"\{{{_WITHIN}\}}"
 _TOKEN = r"(?:\\[a-zA-Z]+|[^\s{}\\])"  # what a TeX command takes where no brace follows
 _REPLACED = (
     (re.compile("[\u2212\ufe63\uff0d]"), "-"),  # minus signs
     (re.compile(r"</?answer>"), ""),  # of a pair that was never closed
+    (re.compile(r"(?<!\\)\$\$ ?([^$]*[^\s$\\]) ?\$\$"), r"\1"),
     (re.compile(r"(?<!\\)(\$\$?)(?=\S)([^$]*[^\s$\\])\1(?!\d)"), r"\2"),  # Pandoc's rule for what is TeX between dollars
     (re.compile(r"(?<!\\)\\[()\[\]]"), ""),
     (re.compile(r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|(?<=\S)~(?=\S)"), " "),
@@ -82,8 +84,8 @@ _REPLACED = (
     # a plain number in a box inside of an expression; whatever else there is in one stays a group
     (re.compile(r"(?<![\w}.,)])(?<![\w}.,)]\s)\\boxed\s?\{(-?[\d.,/]+)\}(?![\w{(^_!/]|\s?[.,]\d)"), r"\1"),
     (re.compile(r"\\boxed\s?\{"), "{"),
-    (re.compile(r"(?<=[\d}°π])\s?\\(?:text|textbf|textrm|mathrm|mathbf)\s?\{([^{}]*)\}"), r" \1"),
-    (re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|operatorname|fbox)\s?\{([^{}]*)\}"), r"\1"),
+    (re.compile(rf"(?<=[\d}}°π])\s?\\(?:text|textbf|textrm|mathrm|mathbf)\s?\{{({_WITHIN})\}}"), r" \1"),
+    (re.compile(rf"\\(?:text|textbf|textrm|mathrm|mathbf|boldsymbol|operatorname|fbox)\s?\{{({_WITHIN})\}}"), r"\1"),
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+"), lambda found: "^{" + found[0].translate(_RAISED) + "}"),
     (re.compile("[" + "".join(_FRACTIONS) + "]"), lambda found: _beside(found, _FRACTIONS[found[0]])),
     (re.compile(r"(\d) ?(?:[×·*]|x(?= ?10\^)) ?10\^\{?([-+]?\d{1,9})\}?(?!\d)"), r"\1e\2"),
@@ -134,9 +136,9 @@ _SUBJECTS = (
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|finally|now|in total|altogether|overall|in all|in conclusion|final answer),? |"
     r"(?:the|a|our|my|this|that|it|there|which|we|i|he|she|they|you|final|correct|exact|whole|grand|"
-    r"is|are|was|were|will be|must be|has|have|had|get|gets|obtain|find|needs?|makes?|made|gives?|equals?|equal to|takes?|took|"
-    r"earns?|earned|pays?|paid|costs?|spends?|spent|saves?|saved|sells?|sold|buys?|bought|eats?|ate|uses?|used|weighs?|received?|"
-    r"simply|just|exactly|clearly|indeed|here|to (?:the|this|your) (?:problem|question|equation|puzzle|exercise)|"
+    r"is|are|was|were|will be|must be|has|have|had|get|gets|obtain|find|needs?|makes?|made|gives?|equals?|equal to|"
+    r"takes?|took|earns?|earned|pays?|paid|costs?|spends?|spent|saves?|saved|sells?|sold|buys?|bought|eats?|ate|uses?|used|weighs?|"
+    r"received?|simply|just|exactly|clearly|indeed|here|to (?:the|this|your) (?:problem|question|equation|puzzle|exercise)|"
     rf"comes to|adds up to|total of|therefore|{_SUBJECTS}):? |[:=] )+",
     re.IGNORECASE,
 )

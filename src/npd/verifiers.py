@@ -72,7 +72,14 @@ def _in_tags(text: str) -> str | None:
 
 def _behind_hash(text: str) -> str | None:
     found = _last(_HASH, text)
-    return found and found[1].strip().rstrip("* ")
+    return found and _emphasised(found[1])
+
+
+def _emphasised(said: str) -> str:
+    """Without the end of an emphasis that began before the mark."""
+    said = said.strip()
+    bare = said.rstrip("* ")
+    return said if "*" in bare else bare
 
 
 def _in_box(text: str) -> str | None:
@@ -168,7 +175,7 @@ def _behind_answer(text: str) -> str | None:
     rest = before[: named.start()] if named else before
     if _DENIAL.search(re.split(r"[.,;:!?]", rest)[-1]) or (not named and rest.rstrip()[-1:].isalnum()):
         return before + found[0]
-    return found[1].strip().rstrip("* ")
+    return _emphasised(found[1])
 
 
 def is_marked(text: str) -> bool:
@@ -251,7 +258,7 @@ def task_of(entry: dict[str, Any]) -> str:
     return str(entry["metadata"]["source_dataset"])
 
 
-def check_entries(cells: Iterable[str]) -> None:
+def check_entries(cells: Iterable[str], where: str = "data.train has") -> None:
     """See that the tasks of reasoning-gym entries exist.
 
     Raises:
@@ -263,6 +270,6 @@ def check_entries(cells: Iterable[str]) -> None:
 
         if unknown := sorted(named - DATASETS.keys()):
             raise UserError(
-                f"data.train has reasoning_gym entries of the task {json.dumps(unknown[0])[:80]}, which the installed "
+                f"{where} reasoning_gym entries of the task {json.dumps(unknown[0])[:80]}, which the installed "
                 "reasoning-gym does not know. Leave them out, or install the version that made them."
             )
