@@ -274,8 +274,8 @@ class Cluster:
         return RunError(
             f"Ray's object store is full, and no more can be spilled to disk ({type(cause).__name__}: {foreign(cause)}).",
             "Give it more (placement.ray.object_store_memory, or `ray start --object-store-memory` and --object-spilling-"
-            "directory), free disk space (Ray spills nothing to a disk that is 95% full), or lower rollout.part_size. What was "
-            "finished is kept.",
+            "directory), free disk space (Ray spills nothing to a disk that is 95% full), or lower rollout.part_size. "
+            "What was finished is kept.",
         )
 
     def reason(self, error: BaseException) -> str:
