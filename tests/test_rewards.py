@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,6 +93,28 @@ def test_the_assistants_last_message_counts(messages):
     assert rewards.verified(None, [messages], answer=["7"]) == [float(right)]
 
 
+def test_columns_of_numpy_and_arrow_are_read():
+    for column in (
+        np.array(["7", "8"]),
+        pa.array(["7", "8"]),
+        [np.array(["1", "7"]), np.int64(8)],
+        [pa.scalar(["7"]), pa.scalar(8)],
+    ):
+        assert rewards.verified(None, ["#7", "#7"], answer=column) == [1.0, 0.0]
+
+
+def test_solutions_as_they_stand_in_data_are_references():
+    answers = [
+        "He has 9.\n9 + 9 = <<9+9=18>>18\n#### 18",
+        "so $x = \\boxed{18}$.",
+        ["\\boxed{17}", "\\boxed{18}"],
+        "#### 18",
+        "18\n####",
+    ]
+    assert rewards.verified(None, ["#18"] * 5, answer=answers) == [1.0, 1.0, 1.0, 1.0, 0.0]
+    assert rewards.verified(None, ["#9"] * 3, answer=answers[:3]) == [0.0] * 3
+
+
 @pytest.mark.parametrize("completion", [7, ["#7"], [None], 7.0, [["#7"]]])
 def test_completions_of_other_types_are_refused(completion):
     for reward in (rewards.verified, rewards.marked):
@@ -144,8 +168,6 @@ def test_the_data_of_a_run_is_read_as_the_run_read_it(run_dir):
 
 
 def test_a_run_without_answers_has_nothing_to_reward(make_tree, run_dir, tmp_path):
-    import pyarrow as pa
-
     from npd.store import Store
 
     prompts = Store(run_dir).prompts()

@@ -56,7 +56,13 @@ def _column(name: str, values: Any, count: int) -> list[Any]:
         raise UserError(
             f"npd.rewards: `{name}` must have one value for each of {count:,} completions, as TRL hands them over."
         )
-    return list(values)
+    return [_python(value) for value in _python(values)]
+
+
+def _python(value: Any) -> Any:
+    """Of NumPy's and Arrow's types what they hold."""
+    method = next((name for name in ("tolist", "to_pylist", "as_py") if hasattr(value, name)), None)
+    return getattr(value, method)() if method else value
 
 
 def marked(prompts: Any, completions: list[Any], **columns: Any) -> list[float | None]:
@@ -78,7 +84,7 @@ def text_of(completion: Any) -> str:
         raise UserError(
             f"npd.rewards: a completion must be a text or messages, but it is of type {type(completion).__name__}."
         )
-    said = [message.get("content") for message in messages if message.get("role", "assistant") == "assistant"]
+    said = [message.get("content") for message in messages if (message.get("role") or "assistant") == "assistant"]
     last = said[-1] if said else None
     if isinstance(last, list | tuple):  # parts
         return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in last if part is not None)
@@ -102,7 +108,7 @@ def verifiable(data: Dataset) -> Dataset:
     """
 
     def known(row: dict[str, Any]) -> bool:
-        cell = _cell("npd.rewards", row.get("answer"), row.get("reasoning_gym"))
+        cell = _cell("npd.rewards", _python(row.get("answer")), _python(row.get("reasoning_gym")))
         return cell is not None and bool(cell.strip())
 
     left = data.filter(known)
