@@ -104,7 +104,7 @@ def _in_tags(text: str) -> str | None:
 
 _CHANGED = re.compile(r"(?:[-−+/^√]|[≠≤≥±<>]\s?|(?<!\w)(?:not|never|minus|n['’]t)\s)$", re.IGNORECASE)
 # GSM8K's mark and the demo's, but no Markdown heading.
-_HASH = re.compile(r"(?:#{4}\s{0,99}|(?<![\w/#])#(?=[^\s#!]))([^\n#]+)")
+_HASH = re.compile(r"(?:#{4}\s{0,99}|(?<![^\W\d])(?<![/#])#(?=[^\s#!]))([^\n#]+)")
 _NUMBERED = re.compile(
     r"(?<!\w)(?:issue|ticket|problem|question|step|number|item|case|no\.|page|room|or|and|,)\s$", re.IGNORECASE
 )
