@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 
-from npd.quantities import DENYING
+from npd.quantities import DENYING, word_set
 
 __all__ = ["LETTERED", "bare_letter", "lettered", "same_choice", "same_letter", "same_verdict", "takes_back", "words_of"]
 
-_TURNING = DENYING | set("but wait actually instead rather however although though if else yes answer".split())
+_TURNING = DENYING | word_set("but wait actually instead rather however although though if else yes answer")
 # A noun in front of a letter that is part of a name: vitamin C.
-LETTERED = frozenset(
-    "vitamin vitamins hepatitis type types group class grade plan influenza team generation section schedule appendix exhibit "
-    "compound element curve graph substance".split()
+LETTERED = word_set(
+    """
+    vitamin vitamins hepatitis type types group class grade plan influenza team generation section schedule appendix
+    exhibit compound element curve graph substance
+    """
 )
 
 
@@ -41,19 +43,20 @@ _CHOICE = re.compile(
 )
 _LETTERED_ANSWER = re.compile(r"[(\[]?([A-J])(?:[)\]][.:]?|[.:]) (?![^\W\d_]\. ?[^\W\d_])(.+)", re.DOTALL)
 # Words that speak about an option instead of being one.
-_JUDGING = frozenset(
+_JUDGING = word_set(
     """
-    option options choice choices answer answers guess guesses guessed guessing pick picks picked picking choose chooses chose
-    chosen choosing select selected selecting eliminate eliminates eliminated eliminating elimination discard discards discarded
-    exclude excludes excluded excluding reject rejects rejected rejecting dismiss dismissed ruled crossed refuted refutes
-    disproved disproven disproves invalid invalidated discounted removed dropped skipped struck skip out wrong incorrect
-    inaccurate correct right untrue mistaken mistake mistakes error errors erroneous fail fails failed implausible unlikely
-    improbable doubtful doubt doubts dubious unsure uncertain nonsense nonsensical absurd lie lies contradicts contradicted
-    contradiction contradictory distractor trap decoy tempting temptation maybe perhaps possibly probably supposedly allegedly
-    apparently seemingly wait actually instead rather however although though hmm hm oops sorry nope nah nay no not never
-    neither nor cannot ignore ignored disregard disregarded except unless unlike whichever whatever unsupported unsuitable
-    irrelevant inapplicable question but yes bad worse worst myself otherwise
-    """.split()  # noqa: SIM905
+    option options choice choices answer answers guess guesses guessed guessing pick picks picked picking choose
+    chooses chose chosen choosing select selected selecting eliminate eliminates eliminated eliminating elimination
+    discard discards discarded exclude excludes excluded excluding reject rejects rejected rejecting dismiss dismissed
+    ruled crossed refuted refutes disproved disproven disproves invalid invalidated discounted removed dropped skipped
+    struck skip out wrong incorrect inaccurate correct right untrue mistaken mistake mistakes error errors erroneous
+    fail fails failed implausible unlikely improbable doubtful doubt doubts dubious unsure uncertain nonsense
+    nonsensical absurd lie lies contradicts contradicted contradiction contradictory distractor trap decoy tempting
+    temptation maybe perhaps possibly probably supposedly allegedly apparently seemingly wait actually instead rather
+    however although though hmm hm oops sorry nope nah nay no not never neither nor cannot ignore ignored disregard
+    disregarded except unless unlike whichever whatever unsupported unsuitable irrelevant inapplicable question but
+    yes bad worse worst myself otherwise
+    """
 )
 _TALK = re.compile(
     r"(?:and|or|plus|also|too|as|so|then|can|could|should|would|must|may|might|will|is|are|was|were|be|been|has|had|have|does|do|"
@@ -88,7 +91,7 @@ def lettered(answer: str) -> tuple[str, str] | None:
 
 
 def same_choice(said: str, right: str) -> str | None:
-    """What stands behind the right letter, "" for nothing of its own; None where another is chosen, or it may be taken back."""
+    """What stands behind the right letter, maybe ""; None where another is chosen, or it may be taken back."""
     found = _CHOICE.fullmatch(said)
     if found is None or not same_letter(found["letter"], right):
         return None
@@ -154,31 +157,31 @@ _VERDICT = re.compile(
     rf"|,? (?P<why>(?:because|since|as) .*)| (?P<it>{_IT} .*))?",
     re.DOTALL,
 )
-_DENIAL = frozenset(
+_DENIAL = word_set(
     """
-    no not never none nope nah nay neither nor nobody nothing cannot hardly scarcely barely unlikely doubtful wrong incorrect
-    false untrue inaccurate invalid impossible improbable implausible mistaken erroneous unfounded nonsense lie lies lying fake
-    myth hoax fail fails failed fallacy fallacious contrary opposite except unless without lacks lack denies denied refuses
-    doubt doubts disproved disproven refuted refutes contradicts contradiction contradictory absurd negative joke joking kidding
-    """.split()  # noqa: SIM905
+    no not never none nope nah nay neither nor nobody nothing cannot hardly scarcely barely unlikely doubtful wrong
+    incorrect false untrue inaccurate invalid impossible improbable implausible mistaken erroneous unfounded nonsense
+    lie lies lying fake myth hoax fail fails failed fallacy fallacious contrary opposite except unless without lacks
+    lack denies denied refuses doubt doubts disproved disproven refuted refutes contradicts contradiction
+    contradictory absurd negative joke joking kidding
+    """
 )
-_TURNS = frozenset(
+_TURNS = word_set(
     """
     but wait actually instead rather however although though if else hmm oops sorry maybe perhaps possibly probably
     unless except sometimes partly partially depends depending unsure uncertain yet otherwise either or
-    """.split()  # noqa: SIM905
-)
-_AFFIRMING = frozenset(
     """
-    yes yeah yep yup ya sure true correct right indeed agree agreed exactly absolutely certainly affirmative definitely course
-    surely truly accurate valid
-    """.split()  # noqa: SIM905
+)
+_NEVER = word_set("nope nah nay wrong incorrect untrue lie mistaken")
+_AFFIRMING = word_set(
+    """
+    yes yeah yep yup ya sure true correct right indeed agree agreed exactly absolutely certainly affirmative
+    definitely course surely truly accurate valid
+    """
 )
 _UN = re.compile(r"(?:un|im|in|dis|mis|non|ir|il)[a-z]{4,}")
 _NOT_NOT = re.compile(r"(?:\bnot|n't) (?:\w{1,20} )?(?:false|wrong|(?:un|im|in|dis|mis)[a-z]{4,})")
-_NOT_UN = frozenset(
-    "indeed important inside included including under understood until united international india insects".split()
-)
+_NOT_UN = word_set("indeed important inside included including under understood until united international india insects")
 
 
 def same_verdict(said: str, right: str) -> bool | None:

@@ -22,8 +22,8 @@ _TIGHT = (
     (re.compile(r"(?:^|(?<=[(\[{,;=]))\+(?=∞)"), ""),
     (
         re.compile(
-            rf"\\({_FUNCTION})(?![a-zA-Z])(\^\{{\w\}})? ?(\d{{0,9}}(?:[a-zA-Z]|\\(?!(?:{_FUNCTION})(?![a-z]))[a-z]{{1,9}}|π)|\d{{1,9}})"
-            r"(?=$|[+=,;)\]}<>≤≥-])"
+            rf"\\({_FUNCTION})(?![a-zA-Z])(\^\{{\w\}})? ?(\d{{0,9}}(?:[a-zA-Z]|\\(?!(?:{_FUNCTION})(?![a-z]))[a-z]{{1,9}}"
+            r"|π)|\d{1,9})(?=$|[+=,;)\]}<>≤≥-])"
         ),
         r"\\\1\2(\3)",
     ),
@@ -88,9 +88,8 @@ def _opener(text: str, end: int) -> int | None:
     for at in range(end - 1, -1, -1):
         if text[at] in _CLOSERS:
             open_.append(_CLOSERS[text[at]])
-        elif text[at] in "([{":
-            if not open_ or open_.pop() != text[at]:
-                return None
+        elif text[at] in "([{" and (not open_ or open_.pop() != text[at]):
+            return None
         if not open_:
             return at
     return None

@@ -24,6 +24,7 @@ __all__ = [
     "quantity",
     "same_quantity",
     "unit_of",
+    "word_set",
 ]
 
 LONGEST = 1000  # characters of a text that is read; a longer one is no quantity
@@ -47,12 +48,12 @@ class Quantity:
 # -- words
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 # Words that deny, bound or compute: with one of these in front, what follows is not what is said to be right.
-DENYING = _words(
+DENYING = word_set(
     """
     not no never none neither nor nobody nothing cannot hardly unlikely wrong incorrect false opposite except without
     unless minus negative plus times than least most or and either between twice half double over under above below
@@ -61,7 +62,7 @@ DENYING = _words(
     """
 )
 # These too change a number, or are no nouns: never part of a noun phrase.
-CHANGING = DENYING | _words(
+CHANGING = DENYING | word_set(
     """
     a an any as at across after alternatively although before behind beneath beside besides beyond both but can could
     despite during each else equal equals every few fewer for greater higher how however if in instead into is its less
@@ -85,8 +86,8 @@ CHANGING = DENYING | _words(
     repeating recurring periodic bar overline rounded
     """
 )
-_IRREGULAR = _words("people children men women teeth mice geese fish sheep deer dice pence policemen firemen")
-_THS = _words("months paths births deaths baths moths myths youths booths growths cloths lengths widths depths")
+_IRREGULAR = word_set("people children men women teeth mice geese fish sheep deer dice pence policemen firemen")
+_THS = word_set("months paths births deaths baths moths myths youths booths growths cloths lengths widths depths")
 # What may follow a quantity and says nothing more.
 TAIL = re.compile(
     r",? (?:in (?:all|total)|left|remaining|total|altogether|overall|long|wide|tall|high|deep|old|"
@@ -168,10 +169,10 @@ _FOLDED: dict[str, set[Unit]] = {}
 for _way, _meant in UNITS.items():
     _FOLDED.setdefault(_way.casefold(), set()).add(_meant)
 # Symbols that mean something else than what their small or large letters do: petaamperes, newton metres, molars.
-_SYMBOLS = "m g s A mol cd Hz N Pa J W C V F S Wb T H lm lx Bq Gy Sv kat L l M B b eV Wh".split()
-_PRODUCTS = [a + b for a, b in product("N V A W J C T F S Pa Wb".split(), "m s h A".split())]
+_SYMBOLS = word_set("m g s A mol cd Hz N Pa J W C V F S Wb T H lm lx Bq Gy Sv kat L l M B b eV Wh")
+_PRODUCTS = [a + b for a, b in product(word_set("N V A W J C T F S Pa Wb"), "mshA")]
 _EVERY = ("", "da", *"yzafpnµumcdhkMGTPEZY")
-SPECIAL = frozenset(map("".join, product(_EVERY, _SYMBOLS + _PRODUCTS))) | {"NM", "Gal", "Cal", "Rad"}
+SPECIAL = frozenset(map("".join, product(_EVERY, [*_SYMBOLS, *_PRODUCTS]))) | {"NM", "Gal", "Cal", "Rad"}
 
 _FACTOR = re.compile(
     r"(?:(?P<how>square|sq|cubic|cu)\.? )?(?P<name>[^\W\d_]+(?: [^\W\d_]+){0,6}|°[CF]?|[$€£¥₹¢])\.?"
@@ -180,7 +181,7 @@ _FACTOR = re.compile(
 _SYMBOL = r"[a-zA-Zµμ°Ω]{1,4}"
 _JUXTAPOSED = re.compile(rf"{_SYMBOL}(?:\^\{{?-?[1-9]\}}?)?(?: {_SYMBOL}(?:\^\{{?-?[1-9]\}}?)?){{1,3}}")  # m s^{-1}
 _EACH = re.compile(
-    r" an? (?=(?:second|minute|hour|day|night|week|month|year|person|piece|pound|kilogram|gallon|liter|litre|mile|kilometer)$)"
+    r" an? (?=(?:second|minute|hour|day|night|week|month|year|person|piece|pound|kilogram|gallon|lit(?:er|re)|mile)$)"
 )
 
 
@@ -258,8 +259,8 @@ _CODE = re.compile(r"^(?:USD|EUR|GBP|JPY|INR|Rs\.?) ?(?=[-+.\d])")  # before a n
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|psi|omega|Delta|Omega"
 NAME = re.compile(
-    rf"(?:[^\W\d_]\w{{0,15}}'?|\\(?:{_GREEK})(?:_\w)?|[^\W\d_]_\{{[\w+-]{{1,9}}\}}|[a-zA-Z]\(-?\w{{1,4}}\)|(?:m ?)?∠ ?[A-Z]{{1,3}}"
-    r"|\|[A-Z]{2}\||\\overline ?\{[A-Z]{2}\}|[a-z](?: ?\+ ?[a-z]){1,4})"
+    rf"(?:[^\W\d_]\w{{0,15}}'?|\\(?:{_GREEK})(?:_\w)?|[^\W\d_]_\{{[\w+-]{{1,9}}\}}|[a-zA-Z]\(-?\w{{1,4}}\)"
+    r"|(?:m ?)?∠ ?[A-Z]{1,3}|\|[A-Z]{2}\||\\overline ?\{[A-Z]{2}\}|[a-z](?: ?\+ ?[a-z]){1,4})"
 )
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from npd.choices import bare_letter, lettered, same_choice, same_verdict, takes_back, words_of
+from npd.formulas import in_words, tight
 from npd.quantities import (
     CHANGING,
     DENYING,
@@ -23,8 +24,8 @@ from npd.quantities import (
     quantity,
     same_quantity,
     unit_of,
+    word_set,
 )
-from npd.formulas import in_words, tight
 from npd.writings import plain
 
 __all__ = ["plain", "same_answer"]
@@ -71,17 +72,29 @@ MUCH = 4000  # characters more than four for each of the answer's: what is longe
 # -- sentences that end with a quantity
 
 _STOP = re.compile(r"(?<=[.!?:]) (?=\S)")
-_SHORT = frozenset(  # for what is written with a full stop
-    "approx ca max min vs no nos nr fig figs eq eqs eg ie etc cf resp incl excl est avg ch sec vol pp dr mr mrs ms st jr sr prof "
-    "rev gen gov sen rep lt col sgt capt mt ft al inc ltd co corp dept univ jan feb mar apr jun jul aug sep sept oct nov dec".split()
+_SHORT = word_set(  # for what is written with a full stop
+    """
+    approx ca max min vs no nos nr fig figs eq eqs eg ie etc cf resp incl excl est avg ch sec vol pp dr mr mrs ms st
+    jr sr prof rev gen gov sen rep lt col sgt capt mt ft al inc ltd co corp dept univ jan feb mar apr jun jul aug sep
+    sept oct nov dec
+    """
 )
 # Words that do not change what follows in another sentence, or behind a colon.
-_HARMLESS = frozenset(
-    "a an any as at after all the that there their this then therefore so now since its is in into for of on to together up was "
-    "way were what when where which while who whether each every how here right correct true yes final first second third last "
-    "next total with sum product many much such still can could will would may if other others than one two three".split()
+_HARMLESS = word_set(
+    """
+    a an any as at after all the that there their this then therefore so now since its is in into for of on to
+    together was way were what when where which while who whether each every how here right correct true yes final
+    first second third last next total with sum product many much such still can could will would may
+    """
 )
-_UNSAFE = (CHANGING - _HARMLESS) | DENYING | {"ca", "circa", "max", "min", "vs", "versus", "cf", "est", "untrue", "roughly"}
+_UNSAFE = (CHANGING - _HARMLESS) | DENYING
+_UNSAFE |= word_set(
+    """
+    ca circa vs cf est untrue add adding subtract subtracting multiply multiplying divide dividing increase decrease
+    raise error margin tolerance deviation remove discount index step page chapter section figure problem question
+    exercise part item line note example number numbered
+    """
+)
 
 
 def _last_sentence(text: str) -> str:
@@ -100,7 +113,8 @@ def _ends(before: str, after: str) -> bool:
     if before[-1] != ":" and (after.isupper() or (after.isalpha() and not after.islower())):
         return True
     words = words_of(before)
-    return not any(map(str.isdigit, before)) and words.isdisjoint(_UNSAFE) and not any(w.endswith("n't") for w in words)
+    spelled = re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[\s,'\"()*-])*[?:!]", before)
+    return spelled is not None and words.isdisjoint(_UNSAFE) and not any(w.endswith("n't") for w in words)
 
 
 _SUBJECTS = (
@@ -110,7 +124,7 @@ _SUBJECTS = (
 _VERBS = (
     "is|are|was|were|has|have|had|gets?|got|obtains?|finds?|found|needs?|needed|makes?|made|gives?|gave|equals?|"
     "takes?|took|earns?|earned|pays?|paid|costs?|spends?|spent|saves?|saved|sells?|sold|buys?|bought|eats?|ate|uses?|used|"
-    "weighs?|weighed|received?|receives|walks?|walked|runs?|ran|reads?|drinks?|drank|drives?|drove|collects?|collected|bakes?|baked"
+    "weighs?|weighed|receive[sd]?|walks?|walked|runs?|ran|reads?|drinks?|drank|drives?|drove|collects?|collected|bakes?|baked"
 )
 _DO = "have|need|make|pay|earn|get|take|be|spend|save|cost|sell|use|eat|buy|read|walk|run|drive|collect|bake|drink|receive|weigh"
 _NAMED = "|".join(sorted(CHANGING | {"it", "there", "here", "everyone", "someone", "everybody", "somebody"}))
@@ -186,7 +200,7 @@ def _same_form(said: str, answer: str) -> bool:
         return verdict
     if both := lettered(answer):
         more = same_choice(said, both[0])
-        if more is not None and said[0] in "(" + both[0] or (more and _same_value(more, both[1])):
+        if (more is not None and said[0] in "(" + both[0]) or (more and _same_value(more, both[1])):
             return not more or _same_value(more, both[1])
         return _same_value(said, answer) or (len(both[1]) > 1 and _same_value(said, both[1]))
     return _same_value(said, answer)
@@ -312,7 +326,7 @@ _GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 
 def _split(text: str) -> tuple[list[str], bool]:
-    """At commas, semicolons, "and" and "or" outside of brackets, and was there an "or"; one piece where brackets do not close.
+    """At commas, semicolons, "and" and "or" outside of brackets, and was there an "or"? One piece where they do not close.
 
     Where other members are kept apart by more than a comma, 1,234 is one of them.
     """

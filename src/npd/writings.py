@@ -122,7 +122,8 @@ _SIGNS = _rules(
     # a fraction of units
     (
         "\\",
-        r"(?<=[\d}\s])\\[dtc]?frac ?\{ ?\\(?:text|mathrm) ?\{([^{}\d]{1,40})\} ?\} ?\{ ?\\(?:text|mathrm) ?\{([^{}\d]{1,40})\} ?\}",
+        r"(?<=[\d}\s])\\[dtc]?frac ?\{ ?\\(?:text|mathrm) ?\{([^{}\d]{1,40})\} ?\}"
+        r" ?\{ ?\\(?:text|mathrm) ?\{([^{}\d]{1,40})\} ?\}",
         lambda found: f"\\text{{ {found[1].strip()}/{found[2].strip()}}}",
     ),
     # a plain number in a box inside of an expression; whatever else there is in one stays a group
