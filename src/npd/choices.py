@@ -153,7 +153,7 @@ _IS = r"(?:is|are|was|were|does|do|did|has|have|had|can|could|will|would|should|
 _VERDICT = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?"
     r"(?:(?:(?:the|this|that) (?:statement|claim|assertion|proposition|sentence|conjecture|answer)|it|this|that|answer) is )?"
-    rf"(?P<word>yes|no|true|false)(?:!|[.!;,]{{1,2}} (?=[^\W\d])(?P<more>.*)| -{{1,2}} (?P<dash>.*)| \((?P<aside>.*)\)"
+    rf"(?P<word>yes|no|true|false)(?:!|(?:[.!;,]{{1,2}} (?=[^\W\d])|[!;,] (?=\d\S{{0,9}} [a-z]))(?P<more>.*)| -{{1,2}} (?P<dash>.*)| \((?P<aside>.*)\)"
     rf"|,? (?P<why>(?:because|since|as) .*)| (?P<it>{_IT} .*))?",
     re.DOTALL,
 )
@@ -222,7 +222,7 @@ def _takes_back_no(more: str, word: str) -> bool:
     if not words.isdisjoint(_TURNS | _AFFIRMING | {_AGAINST[word]}) or "?" in more or _NOT_NOT.search(more):
         return True
     # it does: what is left out is the question
-    return re.search(rf"\b{_IT} {_IS}(?: so| too)?(?:$|[.,;:!)])", rest) is not None
+    return re.search(rf"\b{_IS}(?: so| too)?(?:$|[.,;:!)])|\b{_IT} (?:does|do|did) (?!never)", rest) is not None
 
 
 def _is_reason(why: str) -> bool:
@@ -232,6 +232,4 @@ def _is_reason(why: str) -> bool:
         return False
     denies = not words.isdisjoint(_DENIAL - {"without"}) or any(word.endswith("n't") for word in words)
     about = re.match(rf"(?:{_IT}|(?:the|my) (?:answer|statement|claim|option|choice)|not|no|never)(?!\w)", why, re.IGNORECASE)
-    return not (denies and about) and words.isdisjoint(
-        {"nope", "nah", "nay", "wrong", "incorrect", "untrue", "lie", "mistaken"}
-    )
+    return not (denies and about) and words.isdisjoint(_NEVER)

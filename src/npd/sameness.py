@@ -126,7 +126,7 @@ _VERBS = (
     "takes?|took|earns?|earned|pays?|paid|costs?|spends?|spent|saves?|saved|sells?|sold|buys?|bought|eats?|ate|uses?|used|"
     "weighs?|weighed|receive[sd]?|walks?|walked|runs?|ran|reads?|drinks?|drank|drives?|drove|collects?|collected|bakes?|baked"
 )
-_DO = "have|need|make|pay|earn|get|take|be|spend|save|cost|sell|use|eat|buy|read|walk|run|drive|collect|bake|drink|receive|weigh"
+_DO = "have|need|make|pay|earn|get|take|be|spend|save|cost|sell|use|eat|buy|read|walk|run|drive|collect|bake|drink|receive"
 _NAMED = "|".join(sorted(CHANGING | {"it", "there", "here", "everyone", "someone", "everybody", "somebody"}))
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|finally|now|in total|altogether|overall|in all|in conclusion|final answer),? |"
