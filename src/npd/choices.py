@@ -153,7 +153,8 @@ _IS = r"(?:is|are|was|were|does|do|did|has|have|had|can|could|will|would|should|
 _VERDICT = re.compile(
     r"(?:(?:so|thus|hence|therefore),? )?"
     r"(?:(?:(?:the|this|that) (?:statement|claim|assertion|proposition|sentence|conjecture|answer)|it|this|that|answer) is )?"
-    rf"(?P<word>yes|no|true|false)(?:!|(?:[.!;,]{{1,2}} (?=[^\W\d])|[!;,] (?=\d\S{{0,9}} [a-z]))(?P<more>.*)| -{{1,2}} (?P<dash>.*)| \((?P<aside>.*)\)"
+    rf"(?P<word>yes|no|true|false)(?:!|(?:[.!;,]{{1,2}} (?=[^\W\d])|[!;,] (?=\d\S{{0,9}} [a-z]))(?P<more>.*)"
+    rf"| -{{1,2}} (?P<dash>.*)| \((?P<aside>.*)\)"
     rf"|,? (?P<why>(?:because|since|as) .*)| (?P<it>{_IT} .*))?",
     re.DOTALL,
 )

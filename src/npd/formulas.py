@@ -8,9 +8,9 @@ from __future__ import annotations
 import re
 
 from npd.choices import LETTERED
-from npd.quantities import UNITS
+from npd.quantities import SPECIAL, UNITS
 
-__all__ = ["in_words", "tight"]
+__all__ = ["in_words", "opener", "tight"]
 
 LONGEST = 1000  # characters of a text in which fractions are looked for
 _FUNCTION = "(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|log|ln|exp"
@@ -37,7 +37,7 @@ def tight(text: str) -> str:
         text = pattern.sub(instead, text)
     if len(text) <= LONGEST:
         text = _fractions(text)
-        if text[:1] == "(" and re.search(r"[-+*/^=\\]", text) and "," not in text and _opener(text, len(text)) == 0:
+        if text[:1] == "(" and re.search(r"[-+*/^=\\]", text) and "," not in text and opener(text, len(text)) == 0:
             text = text[1:-1]
     return text
 
@@ -59,7 +59,7 @@ def _fractions(text: str) -> str:
         if not over or _NO_TOP.search(over) or (start and text[start - 1] not in "+-=,;([{<>≤≥±"):
             continue
         under = next(group for group in found.groups() if group)
-        if over[0] == "(" and _opener(over, len(over)) == 0:
+        if over[0] == "(" and opener(over, len(over)) == 0:
             over = over[1:-1]
         pieces += [text[at:start], f"\\frac{{{over}}}{{{under[1:-1] if under[0] == '(' else under}}}"]
         at = found.end()
@@ -71,10 +71,10 @@ def _top(text: str, end: int, first: int) -> int:
     at = end
     while at > first:
         if text[at - 1] in ")}":
-            opener = _opener(text, at)
-            if opener is None or opener < first:
+            begun = opener(text, at)
+            if begun is None or begun < first:
                 return at
-            at = opener
+            at = begun
         elif text[at - 1].isalnum() or text[at - 1] in "\\^_.'":
             at -= 1
         else:
@@ -82,7 +82,7 @@ def _top(text: str, end: int, first: int) -> int:
     return at
 
 
-def _opener(text: str, end: int) -> int | None:
+def opener(text: str, end: int) -> int | None:
     """Where the bracket opens that closes right before this place."""
     open_ = list[str]()
     for at in range(end - 1, -1, -1):
@@ -102,7 +102,7 @@ _RUN = re.compile(r"[^\W_]+")
 _INITIALS = re.compile(r"(?<![\w.])(?:[^\W\d_]\. ?){1,6}[^\W\d_](?!\w)|(?<![\w.])[^\W\d_]\.(?= )")
 _TIME = re.compile(r"(\d{1,2}(?::\d{2})?) ?([ap])\.? ?m\.?", re.IGNORECASE)
 _FOLDED: dict[str, set[str]] = {}
-for _unit in UNITS:
+for _unit in {*UNITS, *SPECIAL}:
     _FOLDED.setdefault(_unit.casefold(), set()).add(_unit)
 
 
@@ -135,6 +135,6 @@ def in_words(text: str) -> str | None:
 def _counts(text: str, run: str, start: int, end: int, before: str) -> bool:
     """Does a word's case count?"""
     if len(run) == 1 and run.isalpha():
-        joined = text[end : end + 1] in ("-", "'") or text[max(0, start - 1) : start] in ("-", "'")
+        joined = text[end : end + 1] in tuple("-'&") or text[max(0, start - 1) : start] in tuple("-'&")
         return not (joined or run.casefold() in "ai" or before.casefold() in LETTERED)
     return before.isdigit() and len(_FOLDED.get(run.casefold(), ())) > 1

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from npd.choices import bare_letter, lettered, same_choice, same_verdict, takes_back, words_of
-from npd.formulas import in_words, tight
+from npd.formulas import in_words, opener, tight
 from npd.quantities import (
     CHANGING,
     DENYING,
@@ -50,8 +50,15 @@ def same_answer(said: str, answer: str, marked: bool = True) -> bool:
     said = plain(said[-most:])
     if said == answer:
         return True
-    if not answer.startswith(("{", "\\{")) and re.fullmatch(r"\{[^{},;]*\}", said):
-        said = said[1:-1].strip()  # a group of TeX's
+    if (
+        said
+        and len(said) <= LONGEST
+        and not answer.startswith(("{", "\\{"))
+        and said[0] == "{"
+        and opener(said, len(said)) == 0
+        and not re.search("[,;]", said)
+    ):
+        said = plain(said[1:-1])  # a group of TeX's
     if not marked and (last := _last_sentence(said[-LONGEST:])) != said:
         return _reads_as(said, answer) or (len(last) < LONGEST and _reads_as(last, answer))
     return _reads_as(said, answer)
@@ -202,7 +209,7 @@ def _same_form(said: str, answer: str) -> bool:
         more = same_choice(said, both[0])
         if (more is not None and said[0] in "(" + both[0]) or (more and _same_value(more, both[1])):
             return not more or _same_value(more, both[1])
-        return _same_value(said, answer) or (len(both[1]) > 1 and _same_value(said, both[1]))
+        return _same_value(said, answer) or _same_value(said, both[1])
     return _same_value(said, answer)
 
 
@@ -213,13 +220,12 @@ def _same_value(said: str, answer: str, depth: int = 0) -> bool:
         return right is not None and mine is not None and same_quantity(mine, right)
     if (same := _same_members(said, answer, depth)) is not None:
         return same
+    said, answer = _of_elements(said, answer)
     return _same_matrix(said, answer, depth) or any(_same_text(text, answer) for text in _without_name(said, answer))
 
 
 def _without_name(said: str, answer: str) -> Iterator[str]:
     yield said
-    if (found := _ELEMENT.match(said)) and not _ELEMENT.match(answer):  # x in an interval
-        yield said[found.end() :]
     names = [_name_of(text) for text in (said, answer)]
     if names[0] and not names[1]:
         yield said.partition("=")[2].strip()
@@ -227,7 +233,14 @@ def _without_name(said: str, answer: str) -> Iterator[str]:
         yield answer.partition("=")[0] + "=" + said
 
 
-_ELEMENT = re.compile(r"[a-zA-Z] ?∈ ?(?=[(\[]|\\?\{|∅)")
+# x in an interval
+_ELEMENT = re.compile(r"^[a-zA-Z] ?∈ ?(?=[(\[]|\\?\{|∅)")
+
+
+def _of_elements(*texts: str) -> tuple[str, str]:
+    """Two texts without an element of what they say, where one names it."""
+    said, answer = (_ELEMENT.sub("", text, count=1) for text in texts)
+    return (said, answer) if (said == texts[0]) != (answer == texts[1]) else (texts[0], texts[1])
 
 
 def _name_of(text: str) -> str:
@@ -263,13 +276,12 @@ def _same_text(said: str, answer: str) -> bool:
 def _split_unit(text: str) -> tuple[str, object]:
     found = _STEM.fullmatch(text) if len(text) <= LONGEST else None
     unit = unit_of(TAIL.sub("", found[2])) if found else None
-    return (found[1], unit) if found and unit else (text, None)
+    return (found[1], unit) if found and unit and in_words(found[1]) is None else (text, None)
 
 
 def _same_members(said: str, answer: str, depth: int) -> bool | None:
     """Tuples and intervals member by member; sets, and lists without brackets, in any order. None where one is no list."""
-    if (found := _ELEMENT.match(said)) and not _ELEMENT.match(answer):
-        said = said[found.end() :]
+    said, answer = _of_elements(said, answer)
     right = _members(answer)
     mine = _members(said) if right else None
     if mine is None or right is None:

@@ -91,8 +91,13 @@ _SIGNS = _rules(
     ("~", r"(?<=\S)~(?=\S)", " "),
     (
         "\\",
-        r"\\(?:left|right|[bB]igg?[lrm]?|(?:display|text)style|bf|rm|it|em|sf|tt|bfseries|itshape|[lL]arge|LARGE|[hH]uge|small"
-        r"|normalsize)(?![a-zA-Z])|(?<!\\)\\!",
+        r"\{ ?\\(?:bf|rm|it|em|sf|tt|bfseries|itshape|(?:display|text)style|[lL]arge|LARGE|[hH]uge|small)(?![a-zA-Z]) ?",
+        r"\\emph{",
+    ),
+    (
+        "\\",
+        r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])|(?<!\\)\\!"
+        r"|\\(?:(?:display|text)style|bf|rm|it|em|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z]) ?",
         "",
     ),
     ("\\", r"\^\{?\s?\\circ\s?\}?|\\degree(?![a-zA-Z])", "°"),
@@ -187,6 +192,8 @@ def _unwrapped(text: str) -> str:
             closing.append("}" if kept else "")
             before = text[max(0, start - 1) : start]
             shown = "{" if kept else "{}" if before.isdigit() and text[end : end + 1].isdigit() else ""
+            if not shown and before == "}" and "".join(pieces[-3:])[-1:].isdigit() and text[end : end + 1].isdigit():
+                shown = "{}"
             shown = shown or (" " if found[1] and (before.isdigit() or before in tuple("}°π")) else "")
         pieces.append(shown)
     return text if closing else "".join(pieces) + text[at:]
