@@ -50,18 +50,16 @@ def same_answer(said: str, answer: str, marked: bool = True) -> bool:
     said = plain(said[-most:])
     if said == answer:
         return True
-    if (
-        said
-        and len(said) <= LONGEST
-        and not answer.startswith(("{", "\\{"))
-        and said[0] == "{"
-        and opener(said, len(said)) == 0
-        and not re.search("[,;]", said)
-    ):
-        said = plain(said[1:-1])  # a group of TeX's
+    if said[:1] == "{" and answer[0] != "{" and answer[:2] != "\\{" and _is_group(said):
+        said = plain(said[1:-1])
     if not marked and (last := _last_sentence(said[-LONGEST:])) != said:
         return _reads_as(said, answer) or (len(last) < LONGEST and _reads_as(last, answer))
     return _reads_as(said, answer)
+
+
+def _is_group(text: str) -> bool:
+    """Braces of TeX's that say nothing, and are no set."""
+    return len(text) <= LONGEST and not re.search("[,;]", text) and opener(text, len(text)) == 0
 
 
 def _reads_as(said: str, answer: str) -> bool:

@@ -89,6 +89,7 @@ _SIGNS = _rules(
     ("<", r"</?answer>", ""),  # of a pair that was never closed
     ("\\", r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))", " "),
     ("~", r"(?<=\S)~(?=\S)", " "),
+    ("\\", r"(?<!\\)\\\\ ?(?=\$|\\[)\]])", ""),
     (
         "\\",
         r"\{ ?\\(?:bf|rm|it|em|sf|tt|bfseries|itshape|(?:display|text)style|[lL]arge|LARGE|[hH]uge|small)(?![a-zA-Z]) ?",
@@ -188,7 +189,7 @@ def _unwrapped(text: str) -> str:
         elif token == "{":
             closing.append("}")
         elif token[-1] == "{" and token != "\\{":
-            kept = bool(_TAKES.search(text[max(0, start - 8) : start]))
+            kept = start > 1 and _TAKES.search(text[max(0, start - 8) : start]) is not None
             closing.append("}" if kept else "")
             before = text[max(0, start - 1) : start]
             shown = "{" if kept else "{}" if before.isdigit() and text[end : end + 1].isdigit() else ""
