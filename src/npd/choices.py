@@ -62,7 +62,7 @@ _TALK = re.compile(
     r"(?:and|or|plus|also|too|as|so|then|can|could|should|would|must|may|might|will|is|are|was|were|be|been|has|had|have|does|do|"
     r"did|seems?|looks?|sounds?|appears?|feels?|makes?|goes|i|we|you|my|our|this|that|which|who|vs|versus|i'm|i'd|i've|isn't|"
     r"everything|anything|every|both|all|any|each|other|others|another|again|still|only|first|second|last|next|came|comes|got|gets|"
-    r"though|at first|[a-z]{2,}ly|[a-z]{3,}ed)(?![^\W_'])"
+    r"though|at first|see|hold on|forget|scrap|ditch|strike|drop|skip|runner|n/a|close|[a-z]{2,}ly|[a-z]{3,}ed)(?![^\W_'])"
 )
 _SET = re.compile(  # phrases of options that hold such words
     r"(?-i:No|Yes|True|False|Impossible|Neither|None|Right|Left|Out|All|Both|First|Second)"
@@ -164,7 +164,8 @@ _DENIAL = word_set(
     incorrect false untrue inaccurate invalid impossible improbable implausible mistaken erroneous unfounded nonsense
     lie lies lying fake myth hoax fail fails failed fallacy fallacious contrary opposite except unless without lacks
     lack denies denied refuses doubt doubts disproved disproven refuted refutes contradicts contradiction
-    contradictory absurd negative joke joking kidding
+    contradictory absurd negative joke joking kidding bogus rubbish garbage bunk hogwash baloney falsehood fiction
+    fictional fabricated ludicrous ridiculous
     """
 )
 _TURNS = word_set(
@@ -177,7 +178,7 @@ _NEVER = word_set("nope nah nay wrong incorrect untrue lie mistaken")
 _AFFIRMING = word_set(
     """
     yes yeah yep yup ya sure true correct right indeed agree agreed exactly absolutely certainly affirmative
-    definitely course surely truly accurate valid
+    definitely course surely truly accurate valid holds stands doubt doubtless
     """
 )
 _UN = re.compile(r"(?:un|im|in|dis|mis|non|ir|il)[a-z]{4,}")

@@ -283,10 +283,15 @@ def quantity(text: str) -> Quantity | None:
         value = None if (short := _short(value)) is None else Fraction(short) * _SCALES[scale]
     if value is None:
         return None
-    unit = _unit(found["rest"], (found["money"] or "").removeprefix("US"), -1 <= value <= 1)
+    unit = _unit(found["rest"], (found["money"] or "").removeprefix("US"), _of_one(value, found["rest"]))
     if unit is None or (found["percent"] and (unit[0] or found["scales"])):
         return None
     return Quantity(value, bool(found["percent"]), *unit, name=name)
+
+
+def _of_one(value: Decimal | Fraction, rest: str) -> bool:
+    """May a noun be in the singular? Of a part of one it may, where it is none of the words that compare or judge."""
+    return abs(value) == 1 or (abs(value) < 1 and not re.search(r"(?:ly|er|ed|ing|al|ive|ous|ble|extra)$", rest))
 
 
 def _unit(rest: str, money: str, one: bool) -> tuple[Unit, bool] | None:

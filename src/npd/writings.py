@@ -85,20 +85,22 @@ def _typed(text: str) -> str:
 
 # -- signs that have more than one name
 
+_STYLES = "bf|rm|it|em|sf|tt|bfseries|itshape|(?:display|text)style|[lL]arge|LARGE|[hH]uge|small"
 _SIGNS = _rules(
     ("<", r"</?answer>", ""),  # of a pair that was never closed
+    ("\\", r"(?<!\\)\\[,;:] ?(?=[$*]|\\[)\]])", ""),
     ("\\", r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))", " "),
     ("~", r"(?<=\S)~(?=\S)", " "),
     ("\\", r"(?<!\\)\\\\ ?(?=\$|\\[)\]])", ""),
     (
         "\\",
-        r"\{ ?\\(?:bf|rm|it|em|sf|tt|bfseries|itshape|(?:display|text)style|[lL]arge|LARGE|[hH]uge|small)(?![a-zA-Z]) ?",
+        rf"(?<![a-zA-Z}}\]^_])\{{ ?\\(?:{_STYLES})(?![a-zA-Z]) ?",
         r"\\emph{",
     ),
     (
         "\\",
         r"\\(?:left|right|[bB]igg?[lrm]?)(?![a-zA-Z])|(?<!\\)\\!"
-        r"|\\(?:(?:display|text)style|bf|rm|it|em|[lL]arge|LARGE|[hH]uge)(?![a-zA-Z]) ?",
+        rf"|\\(?:{_STYLES})(?![a-zA-Z]) ?",
         "",
     ),
     ("\\", r"\^\{?\s?\\circ\s?\}?|\\degree(?![a-zA-Z])", "°"),
@@ -147,7 +149,7 @@ _MARKUP = _rules(
     ("*", r"^\*{1,3}(?=[^\s*][^*]*$)", ""),  # of emphasis that ends elsewhere
     ("#", r"^#{1,6} (?=\S)", ""),
     ("*", r"(?<![.\s])\.?\*{1,3}$", ""),
-    ("", r"(?:\\\\|(?<=[^.\\])[.,;]| )$", ""),  # but no dot of an ellipsis
+    ("", r"(?:\\\\|(?<=[^.\\])\.|(?<=[^\\])[,;]|(?<=\\\\)[.,;]| )$", ""),  # but no dot of an ellipsis
     ("=", r"^= ?(?=[^=])", ""),
 )
 _QUOTES = {'"': '"', "'": "'", "*": "*", "_": "_"}
