@@ -24,6 +24,7 @@ __all__ = [
     "quantity",
     "same_quantity",
     "unit_of",
+    "word_set",
 ]
 
 LONGEST = 1000  # characters of a text that is read; a longer one is no quantity
@@ -47,12 +48,12 @@ class Quantity:
 # -- words
 
 
-def _words(text: str) -> frozenset[str]:
+def word_set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
 # Words that deny, bound or compute: with one of these in front, what follows is not what is said to be right.
-DENYING = _words(
+DENYING = word_set(
     """
     not no never none neither nor nobody nothing cannot hardly unlikely wrong incorrect false opposite except without
     unless minus negative plus times than least most or and either between twice half double over under above below
@@ -61,7 +62,7 @@ DENYING = _words(
     """
 )
 # These too change a number, or are no nouns: never part of a noun phrase.
-CHANGING = DENYING | _words(
+CHANGING = DENYING | word_set(
     """
     a an any as at across after alternatively although before behind beneath beside besides beyond both but can could
     despite during each else equal equals every few fewer for greater higher how however if in instead into is its less
@@ -82,10 +83,11 @@ CHANGING = DENYING | _words(
     centaines decenas dezenas docenas douzaine douzaines dutzend mila millon milhoes binary octal ternary hex
     hexadecimal decimal decimals base bases radix roman mils fours fives sixes sevens eights nines elevens twelves
     twenties thirties forties fifties sixties seventies eighties nineties zeros zeroes basis tenth tenths halfs teens
+    repeating recurring periodic bar overline rounded
     """
 )
-_IRREGULAR = _words("people children men women teeth mice geese fish sheep deer dice pence policemen firemen")
-_THS = _words("months paths births deaths baths moths myths youths booths growths cloths lengths widths depths")
+_IRREGULAR = word_set("people children men women teeth mice geese fish sheep deer dice pence policemen firemen")
+_THS = word_set("months paths births deaths baths moths myths youths booths growths cloths lengths widths depths")
 # What may follow a quantity and says nothing more.
 TAIL = re.compile(
     r",? (?:in (?:all|total)|left|remaining|total|altogether|overall|long|wide|tall|high|deep|old|"
@@ -109,7 +111,8 @@ def _noun(text: str, one: bool) -> str | None:
     """A noun phrase in the plural, or of one thing: red apples, cups of green tea."""
     words, _, behind = text.partition(" of ")
     whole, of = words.split(" "), behind.split()
-    if len(whole) > 3 or len(of) > 2 or not all(map(plain_word, whole + of)) or not (one or _is_plural(whole[-1])):
+    plain = [word for at, word in enumerate(whole) if word != "positive" or at + 1 == len(whole)] + of
+    if len(whole) > 3 or len(of) > 2 or not all(map(plain_word, plain)) or not (one or _is_plural(whole[-1])):
         return None
     return " ".join(map(_singular, whole + of))
 
@@ -165,17 +168,28 @@ UNITS = _units()
 _FOLDED: dict[str, set[Unit]] = {}
 for _way, _meant in UNITS.items():
     _FOLDED.setdefault(_way.casefold(), set()).add(_meant)
+# Symbols that mean something else than what their small or large letters do: petaamperes, newton metres, molars.
+_SYMBOLS = word_set("m g s A mol cd Hz N Pa J W C V F S Wb T H lm lx Bq Gy Sv kat L l M B b eV Wh")
+_PRODUCTS = [a + b for a, b in product(word_set("N V A W J C T F S Pa Wb"), "mshA")]
+_EVERY = ("", "da", *"yzafpnµumcdhkMGTPEZY")
+SPECIAL = frozenset(map("".join, product(_EVERY, [*_SYMBOLS, *_PRODUCTS]))) | {"NM", "Gal", "Cal", "Rad"}
 
 _FACTOR = re.compile(
     r"(?:(?P<how>square|sq|cubic|cu)\.? )?(?P<name>[^\W\d_]+(?: [^\W\d_]+){0,6}|°[CF]?|[$€£¥₹¢])\.?"
-    r"(?:\^\{?(?P<power>-?[1-9])\}?)?"
+    r"(?:\^\{?(?P<power>-?[1-9])\}?|(?<=[ckmd]m)(?P<raised>[23]))?"
+)
+_SYMBOL = r"[a-zA-Zµμ°Ω]{1,4}"
+_JUXTAPOSED = re.compile(rf"{_SYMBOL}(?:\^\{{?-?[1-9]\}}?)?(?: {_SYMBOL}(?:\^\{{?-?[1-9]\}}?)?){{1,3}}")  # m s^{-1}
+_EACH = re.compile(
+    r" an? (?=(?:second|minute|hour|day|night|week|month|year|person|piece|pound|kilogram|gallon|lit(?:er|re)|mile)$)"
 )
 
 
 def unit_of(text: str, one: bool = False) -> Unit | None:
     """The unit or the noun phrase that a text is; None where it is neither.
 
-    Case counts: 5 mW are not 5 MW. A unit in another case is read where only one could be meant (KM).
+    Case counts: 5 mW are not 5 MW. A unit in another case is read where only one could be meant (KM), and not where it is
+    a symbol of its own: Nm is a newton metre, no nanometre.
 
     Args:
         one: may a noun be in the singular?
@@ -185,6 +199,14 @@ def unit_of(text: str, one: bool = False) -> Unit | None:
         return -1 if "/" in "".join(joint) or "per" in "".join(joint) else 1
 
     powers: dict[str, int] = {}
+    text = _EACH.sub(" per ", text)
+    if (
+        "^" in text
+        and "/" not in text
+        and _JUXTAPOSED.fullmatch(text)
+        and all(symbol in UNITS for symbol in re.findall(_SYMBOL, text))
+    ):
+        text = text.replace(" ", "·")
     pieces = re.split(r"( ?/ ?| ?[·*] ?|(?:^| )per )", text)
     sign = 1
     for at, piece in enumerate(pieces):
@@ -202,7 +224,7 @@ def unit_of(text: str, one: bool = False) -> Unit | None:
             if noun is None:
                 return None
             unit = ((noun, 1),)
-        power = {"s": 2, "c": 3}.get((factor["how"] or " ")[0], 1) * int(factor["power"] or 1)
+        power = {"s": 2, "c": 3}.get((factor["how"] or " ")[0], 1) * int(factor["power"] or factor["raised"] or 1)
         for name, own in unit:
             powers[name] = powers.get(name, 0) + sign * own * power
     return tuple(sorted(powers.items()))
@@ -212,7 +234,7 @@ def _known(name: str) -> Unit | None:
     name = re.sub(r"^degrees? (?=celsius$|fahrenheit$)", "", name, flags=re.IGNORECASE)
     if name in UNITS:
         return UNITS[name]
-    folded = _FOLDED.get(name.casefold(), set()) if len(name) > 1 else set()
+    folded = _FOLDED.get(name.casefold(), set()) if len(name) > 1 and name not in SPECIAL else set()
     return next(iter(folded)) if len(folded) == 1 else None
 
 
@@ -236,7 +258,10 @@ _SIGNS = {"USD": "$", "EUR": "€", "GBP": "£", "JPY": "¥", "INR": "₹", "Rs.
 _CODE = re.compile(r"^(?:USD|EUR|GBP|JPY|INR|Rs\.?) ?(?=[-+.\d])")  # before a number, as $ stands
 _SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 _GREEK = "alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|tau|phi|varphi|psi|omega|Delta|Omega"
-NAME = re.compile(rf"(?:[^\W\d_]\w{{0,15}}'?|\\(?:{_GREEK})(?:_\w)?|[^\W\d_]_\{{\w{{1,9}}\}}|[a-zA-Z]\(\w{{1,4}}\))")
+NAME = re.compile(
+    rf"(?:[^\W\d_]\w{{0,15}}'?|\\(?:{_GREEK})(?:_\w)?|[^\W\d_]_\{{[\w+-]{{1,9}}\}}|[a-zA-Z]\(-?\w{{1,4}}\)"
+    r"|(?:m ?)?∠ ?[A-Z]{1,3}|\|[A-Z]{2}\||\\overline ?\{[A-Z]{2}\}|[a-z](?: ?\+ ?[a-z]){1,4})"
+)
 
 
 def quantity(text: str) -> Quantity | None:
@@ -258,10 +283,15 @@ def quantity(text: str) -> Quantity | None:
         value = None if (short := _short(value)) is None else Fraction(short) * _SCALES[scale]
     if value is None:
         return None
-    unit = _unit(found["rest"], (found["money"] or "").removeprefix("US"), _equal(value, Decimal(1)))
+    unit = _unit(found["rest"], (found["money"] or "").removeprefix("US"), _of_one(value, found["rest"]))
     if unit is None or (found["percent"] and (unit[0] or found["scales"])):
         return None
     return Quantity(value, bool(found["percent"]), *unit, name=name)
+
+
+def _of_one(value: Decimal | Fraction, rest: str) -> bool:
+    """May a noun be in the singular? Of a part of one it may, where it is none of the words that compare or judge."""
+    return abs(value) == 1 or (abs(value) < 1 and not re.search(r"(?:ly|er|ed|ing|al|ive|ous|ble|extra)$", rest))
 
 
 def _unit(rest: str, money: str, one: bool) -> tuple[Unit, bool] | None:

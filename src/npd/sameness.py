@@ -8,9 +8,11 @@ is called wrong. All of it takes time linear in the texts' length: they are untr
 from __future__ import annotations
 
 import re
-import unicodedata
 from collections.abc import Iterator
+from typing import NamedTuple
 
+from npd.choices import bare_letter, lettered, same_choice, same_verdict, takes_back, words_of
+from npd.formulas import in_words, opener, tight
 from npd.quantities import (
     CHANGING,
     DENYING,
@@ -22,7 +24,9 @@ from npd.quantities import (
     quantity,
     same_quantity,
     unit_of,
+    word_set,
 )
+from npd.writings import plain
 
 __all__ = ["plain", "same_answer"]
 
@@ -37,13 +41,28 @@ def same_answer(said: str, answer: str, marked: bool = True) -> bool:
     Args:
         marked: was what was said marked as the answer? Of a line of prose the last sentence is read.
     """
-    said, answer = plain(said), plain(answer)
+    answer = plain(answer)
     if not answer:
         return False
+    said, most = " ".join(said.split()), 4 * len(answer) + MUCH
+    if marked and len(said) > most:
+        return False
+    said = plain(said[-most:])
     if said == answer:
         return True
-    if not marked:
-        said = re.split(r"(?<=[^\W_][.!?:])(?<!^[A-Za-z][.:]) ", said[-LONGEST:])[-1]
+    if said[:1] == "{" and answer[0] != "{" and answer[:2] != "\\{" and _is_group(said):
+        said = plain(said[1:-1])
+    if not marked and (last := _last_sentence(said[-LONGEST:])) != said:
+        return _reads_as(said, answer) or (len(last) < LONGEST and _reads_as(last, answer))
+    return _reads_as(said, answer)
+
+
+def _is_group(text: str) -> bool:
+    """Braces of TeX's that say nothing, and are no set."""
+    return len(text) <= LONGEST and not re.search("[,;]", text) and opener(text, len(text)) == 0
+
+
+def _reads_as(said: str, answer: str) -> bool:
     right = quantity(answer)
     if right is not None:
         mine = _said_quantity(said)
@@ -51,94 +70,75 @@ def same_answer(said: str, answer: str, marked: bool = True) -> bool:
     return _same_form(said, answer)
 
 
-# -- text: ways to write the same
-
 LONGEST = 1000  # characters that are read as a sentence, or as members; longer ones are compared as text
-_FRACTIONS = {
-    char: unicodedata.normalize("NFKC", char).replace("⁄", "/")
-    for char in map(chr, (*range(0xBC, 0xBF), *range(0x2150, 0x215F)))
-}
-_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_WITHIN = r"(?:[^{}]|\{[^{}]*\})*"
-_GROUP = rf"\{{{_WITHIN}\}}"
-_TOKEN = r"(?:\\[a-zA-Z]+|[^\s{}\\])"  # what a TeX command takes where no brace follows
-_REPLACED = (
-    (re.compile("[\u2212\ufe63\uff0d]"), "-"),  # minus signs
-    (re.compile(r"</?answer>"), ""),  # of a pair that was never closed
-    (re.compile(r"(?<!\\)\$\$ ?([^$]*[^\s$\\]) ?\$\$"), r"\1"),
-    (re.compile(r"(?<!\\)(\$\$?)(?=\S)([^$]*[^\s$\\])\1(?!\d)"), r"\2"),  # Pandoc's rule for what is TeX between dollars
-    (re.compile(r"(?<!\\)\\[()\[\]]"), ""),
-    (re.compile(r"(?<!\\)\\(?:[,;: ]|q?quad(?![a-zA-Z]))|(?<=\S)~(?=\S)"), " "),
-    (re.compile(r"\\(?:left|right|displaystyle)(?![a-zA-Z])|\\!|\u200b"), ""),
-    (re.compile(r"\^\{?\s?\\circ\s?\}?"), "°"),
-    (re.compile(r"\{,\}"), ","),
-    (re.compile(r"\\([$%#&_])"), r"\1"),
-    (re.compile(r"\\pi(?![a-zA-Z])"), "π"),
-    (re.compile(r"\\infty(?![a-zA-Z])"), "∞"),
-    (re.compile(r"\\times(?![a-zA-Z])"), "×"),
-    (re.compile(r"\\cdot(?![a-zA-Z])|⋅"), "·"),
-    (re.compile(r"\\leq?(?![a-zA-Z])|<="), "≤"),
-    (re.compile(r"\\geq?(?![a-zA-Z])|>="), "≥"),
-    (re.compile(r"\\neq?(?![a-zA-Z])|!="), "≠"),
-    (re.compile(r"\\(?:to|rightarrow|implies|Rightarrow)(?![a-zA-Z])|→"), "⇒"),
-    # a plain number in a box inside of an expression; whatever else there is in one stays a group
-    (re.compile(r"(?<![\w}.,)])(?<![\w}.,)]\s)\\boxed\s?\{(-?[\d.,/]+)\}(?![\w{(^_!/]|\s?[.,]\d)"), r"\1"),
-    (re.compile(r"\\boxed\s?\{"), "{"),
-    (re.compile(rf"(?<=[\d}}°π])\s?\\(?:text|textbf|textrm|mathrm|mathbf)\s?\{{({_WITHIN})\}}"), r" \1"),
-    (re.compile(rf"\\(?:text|textbf|textrm|mathrm|mathbf|boldsymbol|operatorname|fbox)\s?\{{({_WITHIN})\}}"), r"\1"),
-    (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺]+"), lambda found: "^{" + found[0].translate(_RAISED) + "}"),
-    (re.compile("[" + "".join(_FRACTIONS) + "]"), lambda found: _beside(found, _FRACTIONS[found[0]])),
-    (re.compile(r"(\d) ?(?:[×·*]|x(?= ?10\^)) ?10\^\{?([-+]?\d{1,9})\}?(?!\d)"), r"\1e\2"),
-    (re.compile(r"(?<![\w.,^}{/)])10\^(?:\{([-+]?\d{1,9})\}|([-+]?\d{1,9}))(?![\d.}!^])"), r"1e\1\2"),
-    (re.compile(r"(?<![\w)])(\*{2,3})(?=\S)([^*]*[^\s*])\1(?![\w(])|`"), r"\2"),  # Markdown
-    (re.compile(r"^\*{1,3}(?=[^\s*][^*]*$)"), ""),  # of emphasis that ends elsewhere
-    (re.compile(r"(?<=\{) {1,9}| {1,9}(?=\})|(?<=\}) {1,9}(?=\{)"), ""),
-    (re.compile(r"\\[dtc]?frac(?![a-zA-Z])"), r"\\frac"),
-    (
-        re.compile(rf"\\frac\s?({_GROUP}|{_TOKEN})\s?({_GROUP}|{_TOKEN})"),
-        lambda found: "\\frac" + _braced(found[1]) + _braced(found[2]),
-    ),
-    (re.compile(rf"(?:\\sqrt(?![a-zA-Z\[])|√)\s?({_GROUP}|{_TOKEN})"), lambda found: "\\sqrt" + _braced(found[1])),
-)
-
-
-def _beside(found: re.Match[str], fraction: str) -> str:
-    return " " * found.string[max(0, found.start() - 1)].isdigit() + fraction
-
-
-def _braced(group: str) -> str:
-    return group if group[0] == "{" else "{" + group + "}"
-
-
-_QUOTES = {'"': '"', "“": "”", "'": "'", "‘": "’", "*": "*"}
-_HOPE = re.compile(r"[.,;]? I hope (?:it|this) (?:is correct|helps)$", re.IGNORECASE)  # the prompt of Minerva's evaluation
-
-
-def plain(text: str) -> str:
-    """A text without what only shows it: spaces, dollars, Markdown, quotes and a full stop at its end."""
-    text = " ".join(text.split())
-    for pattern, instead in _REPLACED:
-        text = pattern.sub(instead, text)
-    text = _HOPE.sub("", " ".join(text.split()).removesuffix(".").removesuffix("。"))
-    text = re.sub(r"(?<![.\s])(?:\.?\*{1,3}|\.)$", "", text)
-    if len(text) > 2 and _QUOTES.get(text[0]) == text[-1]:
-        text = text[1:-1].strip()
-        text = text if text.endswith("..") else text.removesuffix(".")
-    return text
+MUCH = 4000  # characters more than four for each of the answer's: what is longer is another answer
 
 
 # -- sentences that end with a quantity
+
+_STOP = re.compile(r"(?<=[.!?:]) (?=\S)")
+_SHORT = word_set(  # for what is written with a full stop
+    """
+    approx ca max min vs no nos nr fig figs eq eqs eg ie etc cf resp incl excl est avg ch sec vol pp dr mr mrs ms st
+    jr sr prof rev gen gov sen rep lt col sgt capt mt ft al inc ltd co corp dept univ jan feb mar apr jun jul aug sep
+    sept oct nov dec
+    """
+)
+# Words that do not change what follows in another sentence, or behind a colon.
+_HARMLESS = word_set(
+    """
+    a an any as at after all the that there their this then therefore so now since its is in into for of on to
+    together was way were what when where which while who whether each every how here right correct true yes final
+    first second third last next total with sum product many much such still can could will would may
+    """
+)
+_UNSAFE = (CHANGING - _HARMLESS) | DENYING
+_UNSAFE |= word_set(
+    """
+    ca circa vs cf est untrue add adding subtract subtracting multiply multiplying divide dividing increase decrease
+    raise error margin tolerance deviation remove discount index step page chapter section figure problem question
+    exercise part item line note example number numbered
+    """
+)
+
+
+def _last_sentence(text: str) -> str:
+    begun = 0
+    for found in _STOP.finditer(text):
+        if _ends(text[begun : found.start()], text[found.end()]):
+            begun = found.end()
+    return text[begun:]
+
+
+def _ends(before: str, after: str) -> bool:
+    """Does a sentence end here, which does not change what comes after it?"""
+    *_, word = re.split(r"[\s(\"']", before[:-1].rstrip(")\"'")) or [""]
+    if word.casefold() in _SHORT or (len(word) < 2 and not word.isdigit()) or "." in word[:-2]:
+        return False
+    if before[-1] != ":" and (after.isupper() or (after.isalpha() and not after.islower())):
+        return True
+    words = words_of(before)
+    spelled = re.fullmatch(r"[^\W\d_](?:[^\W\d_]|[\s,'\"()*-])*[?:!]", before)
+    return spelled is not None and words.isdisjoint(_UNSAFE) and not any(w.endswith("n't") for w in words)
+
 
 _SUBJECTS = (
     "answer|result|total|sum|value|number|amount|product|difference|quotient|remainder|solution|area|perimeter|volume|length|"
     "width|height|distance|time|age|speed|probability|average|mean|median|count|cost|price|profit|change|rate|weight"
 )
+_VERBS = (
+    "is|are|was|were|has|have|had|gets?|got|obtains?|finds?|found|needs?|needed|makes?|made|gives?|gave|equals?|"
+    "takes?|took|earns?|earned|pays?|paid|costs?|spends?|spent|saves?|saved|sells?|sold|buys?|bought|eats?|ate|uses?|used|"
+    "weighs?|weighed|receive[sd]?|walks?|walked|runs?|ran|reads?|drinks?|drank|drives?|drove|collects?|collected|bakes?|baked"
+)
+_DO = "have|need|make|pay|earn|get|take|be|spend|save|cost|sell|use|eat|buy|read|walk|run|drive|collect|bake|drink|receive"
+_NAMED = "|".join(sorted(CHANGING | {"it", "there", "here", "everyone", "someone", "everybody", "somebody"}))
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|finally|now|in total|altogether|overall|in all|in conclusion|final answer),? |"
     r"(?:the|a|our|my|this|that|it|there|which|we|i|he|she|they|you|final|correct|exact|whole|grand|"
-    r"is|are|was|were|will be|must be|has|have|had|get|gets|obtain|find|needs?|makes?|made|gives?|equals?|equal to|"
-    r"takes?|took|earns?|earned|pays?|paid|costs?|spends?|spent|saves?|saved|sells?|sold|buys?|bought|eats?|ate|uses?|used|weighs?|"
-    r"received?|simply|just|exactly|clearly|indeed|here|to (?:the|this|your) (?:problem|question|equation|puzzle|exercise)|"
+    rf"(?:will|would|must) (?:{_DO})|(?:needs?|needed|has|have|had) to (?:{_DO})|{_VERBS}|equal to|"
+    rf"(?!(?:{_NAMED})(?![a-z]))(?-i:[A-Z][a-z]{{1,15}})(?= (?:{_VERBS}|(?:will|would|must) (?:{_DO})) )|"
+    r"simply|just|exactly|clearly|indeed|here|to (?:the|this|your) (?:problem|question|equation|puzzle|exercise)|"
     rf"comes to|adds up to|total of|therefore|{_SUBJECTS}):? |[:=] )+",
     re.IGNORECASE,
 )
@@ -185,88 +185,41 @@ def _computed(part: str, variables: bool) -> bool:
     return bool(part) and _ARITHMETIC.fullmatch(rest) is not None
 
 
-_TURNING = DENYING | {
-    "but",
-    "wait",
-    "actually",
-    "instead",
-    "rather",
-    "however",
-    "although",
-    "though",
-    "if",
-    "else",
-    "yes",
-    "answer",
-}
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?", text.casefold()))
-
-
-def _turns(text: str) -> bool:
-    """Do words take back what was said before them?"""
-    return any(word in _TURNING or word.endswith(("n't", "n’t")) for word in _words(text))
-
-
 def _agrees(because: str, number: Quantity) -> bool:
     """Is it a reason of one clause whose last number, if it has any, is the same again?"""
     numbers = list(NUMBER.finditer(because))
     last = decimal(numbers[-1][0]) if numbers else number.value
-    return not re.search(r"[.:;!?]", because) and not _turns(because) and last is not None and last == number.value
+    return not re.search(r"[.:;!?]", because) and not takes_back(because) and last is not None and last == number.value
 
 
 # -- other forms
 
-_CHOICE = re.compile(
-    r"(?:(?:the |correct |right |final ){0,3}(?:option|choice|answer)(?: is)?:? )?[(\[]?([a-z])(?:[)\].:]{1,2}(?: (.*))?)?",
-    re.DOTALL | re.IGNORECASE,
-)
-_OTHER_CHOICE = re.compile(r"(?<![\w'’])(?:[b-hj-zB-HJ-Z](?![\w'’])|[(\[]?[a-zA-Z][)\]]|A(?! \w))")
-_WORD = re.compile(
-    r"(yes|no|true|false)(?:(?:,|, (?:as|because|since|it|they|he|she|this|that|there|the|we)) (.*))?", re.DOTALL
-)
-_AGAINST = {"yes": "no", "no": "yes", "true": "false", "false": "true"}
 MOST = 64  # members of a list that are compared one by one
 DEEPEST = 4  # lists in each other
 
 
 def _same_form(said: str, answer: str) -> bool:
-    if (right := _CHOICE.fullmatch(answer)) and right[2] is None:
-        mine = _CHOICE.fullmatch(said)
-        return mine is not None and _same_letter(mine[1], right[1]) and not (mine[2] and not _is_option(right[1], mine[2]))
-    if (word := answer.casefold()) in _AGAINST:
-        found = _WORD.fullmatch(said.casefold())
-        return found is not None and found[1] == word and not (found[2] and _takes_back(word, found[2]))
-    return _same_members(said, answer, 0) or any(_same_text(text, answer) for text in _without_name(said, answer))
+    if (letter := bare_letter(answer)) is not None:
+        return same_choice(said, letter) is not None
+    if (verdict := same_verdict(said, answer)) is not None:
+        return verdict
+    if both := lettered(answer):
+        more = same_choice(said, both[0])
+        if (more is not None and said[0] in "(" + both[0]) or (more and _same_value(more, both[1])):
+            return not more or _same_value(more, both[1])
+        return _same_value(said, answer) or _same_value(said, both[1])
+    return _same_value(said, answer)
 
 
-def _same_letter(said: str, right: str) -> bool:
-    """Choices in any case; of variables r is not R."""
-    return said == right or (said.casefold() == right.casefold() and right.casefold() in "abcdefgh")
-
-
-def _is_option(letter: str, behind: str) -> bool:
-    """Is what stands behind a choice its text, and no word on the choice or another one?"""
-    return (
-        letter.casefold() in "abcdefgh"
-        and not _OTHER_CHOICE.search(behind)
-        and not _turns(behind)
-        and not behind.startswith("is ")
-    )
-
-
-def _takes_back(word: str, behind: str) -> bool:
-    words = _words(behind)
-    if word in ("no", "false"):  # it is not
-        words -= {"not", "no", "never", "false", "cannot", "wrong", "incorrect"}
-        words = {other for other in words if not other.endswith(("n't", "n’t"))}
-    return (
-        bool(re.search(r"[.:;!?]", behind))
-        or _turns(" ".join(words))
-        or not words.isdisjoint({"yes", "true", _AGAINST[word]} - {word})
-    )
+def _same_value(said: str, answer: str, depth: int = 0) -> bool:
+    """By value where one is a quantity, else a matrix or a list by its members, else as text."""
+    right, mine = quantity(answer), quantity(said)
+    if right is not None or mine is not None:
+        return right is not None and mine is not None and same_quantity(mine, right)
+    if (same := _same_members(said, answer, depth)) is not None:
+        return same
+    said, answer = _of_elements(said, answer)
+    return _same_matrix(said, answer, depth) or any(_same_text(text, answer) for text in _without_name(said, answer))
 
 
 def _without_name(said: str, answer: str) -> Iterator[str]:
@@ -276,6 +229,16 @@ def _without_name(said: str, answer: str) -> Iterator[str]:
         yield said.partition("=")[2].strip()
     if names[1] and not names[0]:  # x = is not part of an answer
         yield answer.partition("=")[0] + "=" + said
+
+
+# x in an interval
+_ELEMENT = re.compile(r"^[a-zA-Z] ?∈ ?(?=[(\[]|\\?\{|∅)")
+
+
+def _of_elements(*texts: str) -> tuple[str, str]:
+    """Two texts without an element of what they say, where one names it."""
+    said, answer = (_ELEMENT.sub("", text, count=1) for text in texts)
+    return (said, answer) if (said == texts[0]) != (answer == texts[1]) else (texts[0], texts[1])
 
 
 def _name_of(text: str) -> str:
@@ -290,98 +253,123 @@ def _name_of(text: str) -> str:
     )
 
 
-_MATHS = re.compile(r"[\d\\_^=+*/<>|π∞×·√{}]|(?<![^\W\d_])[^\W\d_](?![^\W\d_])")
-_TIGHT = (
-    (re.compile(r" ?([(){}\[\],;:=+*/^|<>×·-]) ?"), r"\1"),
-    (re.compile(r"\\([{}])"), r"\1"),
-    (re.compile(r"([\^_]) ?(\w)"), r"\1{\2}"),  # TeX takes one
-    (
-        re.compile(
-            r"(?<![\w})^_/\\])\\frac\{(\\?\w{1,20}|\w{0,9}\\sqrt\{\w{1,9}\})\}\{(\d{1,20}|[^\W\d_]|\\[a-zA-Z]{1,20})\}(?![\w{(\\^_/!'])"
-        ),
-        r"\1/\2",
-    ),
-)
+_MATHS = re.compile(r"[\d\\_^=+*/<>|π∞×·√{}∈∪∩±]|(?<![^\W\d_])[^\W\d_](?![^\W\d_])")
 _STEM = re.compile(r"(.*[})\dπ]) ([a-zA-Z][a-zA-Z ./^²³]{1,59})", re.DOTALL)
 
 
 def _same_text(said: str, answer: str) -> bool:
     """The same but for spaces, where a unit may stand behind one of two expressions."""
-    if _tight(said) == _tight(answer):
+    if tight(said) == tight(answer):
+        return True
+    if (words := in_words(answer)) is not None and words == in_words(said):
         return True
     mine, right = _split_unit(said), _split_unit(answer)
     if (mine[1] is None and right[1] is None) or not _MATHS.search(answer):
         return False
-    return (_tight(mine[0]) == _tight(right[0]) and None in (mine[1], right[1])) or (
-        mine[1] == right[1] and _tight(mine[0]) == _tight(right[0])
+    return (tight(mine[0]) == tight(right[0]) and None in (mine[1], right[1])) or (
+        mine[1] == right[1] and tight(mine[0]) == tight(right[0])
     )
 
 
 def _split_unit(text: str) -> tuple[str, object]:
     found = _STEM.fullmatch(text) if len(text) <= LONGEST else None
     unit = unit_of(TAIL.sub("", found[2])) if found else None
-    return (found[1], unit) if found and unit else (text, None)
+    return (found[1], unit) if found and unit and in_words(found[1]) is None else (text, None)
 
 
-def _tight(text: str) -> str:
-    """Words in small letters; in formulas the case counts, and spaces do not unless they keep apart what would be one."""
-    if not _MATHS.search(text) and re.search(r"[^\W\d_]{3}", text):
-        return _TIGHT[0][0].sub(r"\1", text).casefold()
-    for pattern, instead in _TIGHT:
-        text = pattern.sub(instead, text)
-    return re.sub(r"(?<![^\W\d_]) (?=[^\W\d_])|(?<=[^\W\d_]) (?![^\W\d_])|(?<!\w) | (?!\w)", "", text)
-
-
-def _same_members(said: str, answer: str, depth: int) -> bool:
-    """Tuples and intervals member by member; sets, and lists without brackets, in any order."""
+def _same_members(said: str, answer: str, depth: int) -> bool | None:
+    """Tuples and intervals member by member; sets, and lists without brackets, in any order. None where one is no list."""
+    said, answer = _of_elements(said, answer)
     right = _members(answer)
     mine = _members(said) if right else None
-    if mine is None or right is None or mine[0] != right[0] or len(mine[1]) != len(right[1]) or depth > DEEPEST:
+    if mine is None or right is None:
+        return None
+    if mine.bounds != right.bounds or len(mine.members) != len(right.members):
         return False
-    names = [{member.partition("=")[0] for member in members if "=" in member} for members in (mine[1], right[1])]
+    names = [{member.partition("=")[0].strip() for member in both.members if "=" in member} for both in (mine, right)]
+    # one or the other is two solutions of one unknown, or no decision
+    if mine.either and (max(map(len, names)) > 1 or not (right.either or all(map(_MATHS.search, right.members)))):
+        return False
+    if mine.either and not right.either and any(re.fullmatch(r"[(\[]?[A-J][)\]]?", member) for member in right.members):
+        return False
     # y=1, x=2 in another order says another thing than 2, 1
-    ordered = right[0] not in ("", "{}") or (names[0] != names[1] and max(map(len, names)) > 1)
-    left = list(mine[1])
-    for i, member in enumerate(right[1]):
-        places = [i - len(right[1]) + len(left)] if ordered else range(len(left))
-        found = next((at for at in places if _same_member(left[at], member, depth)), None)
-        if found is None:
+    ordered = right.bounds not in ("", "{}") or (names[0] != names[1] and max(map(len, names)) > 1)
+    left = list(mine.members)
+    for i, member in enumerate(right.members):
+        places = [i - len(right.members) + len(left)] if ordered else range(len(left))
+        found_at = next((at for at in places if _same_member(left[at], member, depth + 1)), None)
+        if found_at is None:
             return False
-        del left[found]
+        del left[found_at]
     return True
 
 
 def _same_member(said: str, answer: str, depth: int) -> bool:
-    right, mine = quantity(answer), quantity(said)
-    if right is not None or mine is not None:
-        return right is not None and mine is not None and same_quantity(mine, right)
-    return _same_members(said, answer, depth + 1) or any(_same_text(text, answer) for text in _without_name(said, answer))
+    letters = [re.fullmatch(r"[(\[]([A-J])[)\]]\.?|([A-J])[).]{0,2}", text) for text in (said, answer)]
+    if letters[0] and letters[1]:
+        return (letters[0][1] or letters[0][2]) == (letters[1][1] or letters[1][2])
+    return depth <= DEEPEST and _same_value(said, answer, depth)
 
 
-def _members(text: str) -> tuple[str, list[str]] | None:
-    """The brackets of a list, "" for none, and its members."""
+class _List(NamedTuple):
+    bounds: str
+    """Its brackets, "" for none."""
+    members: list[str]
+    either: bool
+    """Are its members joined by "or"?"""
+
+
+def _members(text: str) -> _List | None:
     text = re.sub(r"\\([{}])", r"\1", text)
     if len(text) > LONGEST:
         return None
-    pieces, bounds = _split(text), ""
+    (pieces, either), bounds = _split(text), ""
     if len(pieces) == 1 and text[:1] in tuple("([{"):
-        bounds, pieces = text[0] + text[-1], _split(text[1:-1])
+        bounds, (pieces, either) = text[0] + text[-1], _split(text[1:-1])
     if bounds not in ("", "()", "[]", "{}", "(]", "[)") or not 2 <= len(pieces) <= MOST or "" in pieces:
         return None
-    return bounds, pieces
+    return _List(bounds, pieces, either)
 
 
-def _split(text: str) -> list[str]:
-    """At commas, semicolons and "and" outside of brackets; one piece where brackets do not close."""
-    pieces, depth, begun = [], 0, 0
-    for found in re.finditer(r"[()\[\]{}]|, and |[,;]| and ", text):
-        if found[0] in "([{":
-            depth += 1
-        elif found[0] in ")]}":
-            depth -= 1
-            if depth < 0:
-                return [text]
-        elif depth == 0:
-            pieces.append(text[begun : found.start()].strip())
-            begun = found.end()
-    return [text] if depth else [*pieces, text[begun:].strip()]
+_JOINT = re.compile(r"[()\[\]{}]|(?P<or>(?:,| ) ?or )|, and |[,;]| and | & ")
+_GROUPED = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+def _split(text: str) -> tuple[list[str], bool]:
+    """At commas, semicolons, "and" and "or" outside of brackets, and was there an "or"? One piece where they do not close.
+
+    Where other members are kept apart by more than a comma, 1,234 is one of them.
+    """
+    apart = False
+    for grouped in (False, True):
+        pieces, depth, begun, either = list[str](), 0, 0, False
+        for found in _JOINT.finditer(text):
+            if found[0] in "([{":
+                depth += 1
+            elif found[0] in ")]}":
+                depth -= 1
+                if depth < 0:
+                    return [text], False
+            elif depth == 0 and not (grouped and _GROUPED.match(text, found.start())):
+                pieces.append(text[begun : found.start()].strip())
+                begun, either = found.end(), either or found["or"] is not None
+                apart = apart or found[0] != "," or text[found.end() : found.end() + 1] == " "
+        if not apart or not _GROUPED.search(text):
+            break
+    return ([text], False) if depth else ([*pieces, text[begun:].strip()], either)
+
+
+_MATRIX = re.compile(r"\\begin ?\{([pb])matrix\}(.*)\\end ?\{\1matrix\}", re.DOTALL)
+
+
+def _same_matrix(said: str, answer: str, depth: int) -> bool:
+    """Matrices in round or square brackets, member by member."""
+    found = _MATRIX.fullmatch(answer)
+    mine = _MATRIX.fullmatch(said) if found else None
+    if mine is None or found is None or len(said) > LONGEST:
+        return False
+    rows = [[row.split("&") for row in re.sub(r"\\\\ ?$", "", one[2].strip()).split("\\\\")] for one in (mine, found)]
+    members = [[[cell.strip() for cell in row] for row in matrix] for matrix in rows]
+    return list(map(len, members[0])) == list(map(len, members[1])) and all(
+        _same_member(a, b, depth + 1) for row, other in zip(*members, strict=True) for a, b in zip(row, other, strict=True)
+    )
