@@ -121,7 +121,7 @@ def _is_option(text: str) -> bool:
     """Is it what an option may say, and no word on this choice or another one?"""
     if _SET.fullmatch(text.rstrip(".")):
         return True
-    if _BRACKETED.search(text) or _TALK.match(text.casefold()) or _other_letter(text):
+    if _BRACKETED.search(text) or _TALK.match(text.casefold().lstrip("([\"'*-– ")) or _other_letter(text):
         return False
     words = words_of(text)
     return words.isdisjoint(_JUDGING) and not any(word.endswith("n't") for word in words) and "?" not in text

@@ -291,7 +291,7 @@ def quantity(text: str) -> Quantity | None:
 
 def _of_one(value: Decimal | Fraction, rest: str) -> bool:
     """May a noun be in the singular? Of a part of one it may, where it is none of the words that compare or judge."""
-    return abs(value) == 1 or (abs(value) < 1 and not re.search(r"(?:ly|er|ed|ing|al|ive|ous|ble|extra)$", rest))
+    return value in (1, -1) or (-1 < value < 1 and not re.search(r"(?:ly|er|ed|ing|al|ive|ous|ble|extra)$", rest))
 
 
 def _unit(rest: str, money: str, one: bool) -> tuple[Unit, bool] | None:
