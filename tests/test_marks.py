@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from npd.marks import extract_answer, is_marked
+from npd.answers.marks import extract_answer, is_marked
 from npd.verifiers import is_correct
 
 # -- which mark counts

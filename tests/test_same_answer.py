@@ -11,8 +11,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from npd.quantities import SPECIAL, UNITS
-from npd.sameness import same_answer
+from npd.answers.quantities import SPECIAL, UNITS
+from npd.answers.sameness import same_answer
 
 DIGITS = st.integers(2, 9999).map(str)
 

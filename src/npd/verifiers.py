@@ -13,17 +13,16 @@ from typing import Any
 
 import pyarrow as pa
 
+from npd.answers import OPEN, extract_answer, is_marked, marked_answer, same_answer, without_thoughts
 from npd.errors import UserError
-from npd.marks import OPEN, extract_answer, is_marked, marked_answer, without_thoughts
 from npd.prompts import accepted_answers, reasoning_gym_entry
-from npd.sameness import same_answer
 from npd.verifying import Judge, Unjudged
 
 __all__ = ["Verifier", "Verify", "check_entries", "extract_answer", "is_correct", "is_marked", "pass_at_k"]
 
 
 def is_correct(response: str, answer: str | list[str]) -> bool:
-    """Compare a response's final answer with the right one, as `npd.sameness` does; nothing is right where that is empty.
+    """Compare a response's final answer with the right one, as `npd.answers` does; nothing is right where that is empty.
 
     Args:
         answer: an answer, or several, of which any is right; of a solution with a box or GSM8K's #### what is marked.

@@ -11,8 +11,8 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from npd.beside import NEAR, SIGNS, by_itself, is_denied, is_over, takes_back, words
-from npd.quantities import DENYING
+from npd.answers.beside import NEAR, SIGNS, by_itself, is_denied, is_over, takes_back, words
+from npd.answers.quantities import DENYING
 
 __all__ = ["OPEN", "extract_answer", "is_marked", "marked_answer", "without_thoughts"]
 

@@ -1,14 +1,14 @@
 """What stands before and behind an answer: does it lead to it, is it part of it, does it deny it or take it back?
 
 What is not known to say nothing is read together with the answer, so that no grammar of an answer fits the whole
-(`npd.sameness`). Only text near an answer is read, within bounds.
+(`sameness`). Only text near an answer is read, within bounds.
 """
 
 from __future__ import annotations
 
 import re
 
-from npd.quantities import DENYING, plain_word
+from npd.answers.quantities import DENYING, plain_word
 
 __all__ = ["NEAR", "SIGNS", "by_itself", "is_denied", "is_over", "takes_back", "words"]
 

@@ -265,7 +265,7 @@ NAME = re.compile(
 
 
 def quantity(text: str) -> Quantity | None:
-    """The quantity that a text is (`npd.sameness.plain` wrote it): `name =`, sign, currency, number, scale, percent, unit."""
+    """The quantity that a text is (`writings.plain` wrote it): `name =`, sign, currency, number, scale, percent, unit."""
     if len(text) > LONGEST:
         return None
     before, equals, text = text.rpartition("=")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import re
 
-from npd.choices import LETTERED
-from npd.quantities import SPECIAL, UNITS
+from npd.answers.choices import LETTERED
+from npd.answers.quantities import SPECIAL, UNITS
 
 __all__ = ["in_words", "opener", "tight"]
 

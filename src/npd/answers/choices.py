@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from npd.quantities import DENYING, word_set
+from npd.answers.quantities import DENYING, word_set
 
 __all__ = ["LETTERED", "bare_letter", "lettered", "same_choice", "same_letter", "same_verdict", "takes_back", "words_of"]
 

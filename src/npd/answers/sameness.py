@@ -1,8 +1,8 @@
 """Do two short texts say the same answer? Quantities by value, lists by their members, choices by their letter, else as text.
 
 A wrong answer that is called right teaches the wrong thing, a right one that is called wrong costs a sample. So what was said
-is read whole, by a small grammar (`npd.quantities`, and the forms below), or compared as text; what can be read in two ways
-is called wrong. All of it takes time linear in the texts' length: they are untrusted.
+is read whole, by a small grammar (`quantities`, and the forms below), or compared as text; what can be read in two ways is
+called wrong. All of it takes time linear in the texts' length: they are untrusted.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from npd.choices import bare_letter, lettered, same_choice, same_verdict, takes_back, words_of
-from npd.formulas import in_words, opener, tight
-from npd.quantities import (
+from npd.answers.choices import bare_letter, lettered, same_choice, same_verdict, takes_back, words_of
+from npd.answers.formulas import in_words, opener, tight
+from npd.answers.quantities import (
     CHANGING,
     DENYING,
     NAME,
@@ -26,7 +26,7 @@ from npd.quantities import (
     unit_of,
     word_set,
 )
-from npd.writings import plain
+from npd.answers.writings import plain
 
 __all__ = ["plain", "same_answer"]
 
