@@ -2,8 +2,8 @@
 
 Inside, from below: `quantities` reads a number with its unit, whole or not at all; `writings` takes away what only shows a
 text; `choices` are letters, yes and no; `formulas` compares formulas and words; `sameness` asks all of them whether two short
-texts say the same; `beside` judges what stands before and behind an answer; `marks` finds it. All of it takes time linear in a
-text's length: responses are untrusted.
+texts say the same; `beside` judges what stands before and behind an answer; `marks` finds it. All of it takes time linear in
+a text's length: responses are untrusted.
 """
 
 from npd.answers.marks import OPEN, extract_answer, is_marked, marked_answer, without_thoughts
