@@ -22,7 +22,7 @@ FLOORS = (
     ("registry",),
     ("config",),
     ("attention", "intervals", "packing", "schedule", "prompts", "records", "result"),
-    ("verifying", "sameness"),
+    ("verifying", "answers"),
     ("models", "store", "verifiers"),
     ("losses",),
     ("observe",),

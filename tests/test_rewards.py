@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import npd
@@ -36,6 +40,87 @@ def test_rows_that_say_nothing_are_left_out():
 
 def test_an_empty_answer_is_none():
     assert rewards.verified(None, ["", "x", ""], answer=["", ["", "x"], [" ", "x"]]) == [None, 1.0, 0.0]
+
+
+TEXTS = st.one_of(st.text("ab7 ", max_size=3), st.integers(-9, 9), st.none(), st.just(float("nan")))
+
+
+@given(
+    st.one_of(TEXTS, st.lists(TEXTS, max_size=3)), st.sampled_from([None, "", " ", {}, {"question": None, "metadata": None}])
+)
+def test_any_member_that_says_something_is_right_and_others_are_nothing(answer, nothing):
+    members = answer if isinstance(answer, list) else [answer]
+    said = [str(one) for one in members if one is not None and one == one and str(one).strip()]
+    for right in said:
+        assert rewards.verified(None, [f"<answer>{right}</answer>"], answer=[answer], reasoning_gym=[nothing]) == [1.0]
+    other = rewards.verified(None, ["#none of them"], answer=[answer], reasoning_gym=[nothing])
+    assert other == ([0.0] if said else [None])
+
+
+ENTRIES = [5, [], [1], "{bad", "[1]", {"answer": "7"}, {"answer": "7", "metadata": {"source_dataset": "no-such-task"}}]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        *(
+            {"answer": [answer]}
+            for answer in ({"a": 1}, [["7"]], [{"a": 1}], b"7", ["7", b"7"], ["7\x1f9"], "a\x1eb", ["\x1f"])
+        ),
+        *({"answer": ["7"], "reasoning_gym": [entry]} for entry in ENTRIES),
+        {"answer": "7"},
+        {"answer": ["7", "8"]},
+        {"reasoning_gym": {"answer": "7"}},
+    ],
+)
+def test_what_no_row_may_say_is_refused(columns):
+    with pytest.raises(UserError, match=r"npd\.rewards"):
+        rewards.verified(None, ["#7"], **columns)
+
+
+CONTENTS = st.sampled_from(
+    ["#7", "#8", "", None, [{"type": "text", "text": "#"}, {"type": "text", "text": "7"}], ["#", "7"], []]
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["assistant", "tool", "user"]), "content": CONTENTS}), max_size=4
+)
+
+
+@given(MESSAGES)
+def test_the_assistants_last_message_counts(messages):
+    own = [message["content"] for message in messages if message["role"] == "assistant"]
+    right = bool(own) and own[-1] not in ("#8", "", None, [])
+    assert rewards.verified(None, [messages], answer=["7"]) == [float(right)]
+
+
+def test_columns_of_numpy_and_arrow_are_read():
+    for column in (
+        np.array(["7", "8"]),
+        pa.array(["7", "8"]),
+        [np.array(["1", "7"]), np.int64(8)],
+        [pa.scalar(["7"]), pa.scalar(8)],
+    ):
+        assert rewards.verified(None, ["#7", "#7"], answer=column) == [1.0, 0.0]
+
+
+def test_solutions_as_they_stand_in_data_are_references():
+    answers = [
+        "He has 9.\n9 + 9 = <<9+9=18>>18\n#### 18",
+        "so $x = \\boxed{18}$.",
+        ["\\boxed{17}", "\\boxed{18}"],
+        "#### 18",
+        "18\n####",
+    ]
+    assert rewards.verified(None, ["#18"] * 5, answer=answers) == [1.0, 1.0, 1.0, 1.0, 0.0]
+    assert rewards.verified(None, ["#9"] * 3, answer=answers[:3]) == [0.0] * 3
+
+
+@pytest.mark.parametrize("completion", [7, ["#7"], [None], 7.0, [["#7"]]])
+def test_completions_of_other_types_are_refused(completion):
+    for reward in (rewards.verified, rewards.marked):
+        with pytest.raises(UserError, match="a completion must be a text or messages"):
+            reward(None, [completion], answer=["7"])
+    assert rewards.verified(None, [None, {"role": "assistant", "content": "#7"}], answer=["7", 7]) == [0.0, 1.0]
 
 
 def test_verified_asks_the_verifiers_of_reasoning_gym():
@@ -83,8 +168,6 @@ def test_the_data_of_a_run_is_read_as_the_run_read_it(run_dir):
 
 
 def test_a_run_without_answers_has_nothing_to_reward(make_tree, run_dir, tmp_path):
-    import pyarrow as pa
-
     from npd.store import Store
 
     prompts = Store(run_dir).prompts()

@@ -7,14 +7,13 @@ a string or as messages, and a row's further columns by name, one value a comple
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npd.errors import UserError
-from npd.prompts import ENTRY, SEPARATOR
+from npd.prompts import ENTRY, SEPARATOR, answer_cell
 from npd.store import Store
-from npd.verifiers import Verifier, is_marked
+from npd.verifiers import Verifier, check_entries, is_marked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,24 +29,40 @@ def verified(prompts: Any, completions: list[Any], **columns: Any) -> list[float
 
     A row says what is right in a column `answer` (a text or a number, or a list of them, of which any is right; or a cell as
     `dataset` gives them) or in a column `reasoning_gym` (an entry, or its JSON), as rows of data.train do. Rows that say
-    nothing train nothing: `dataset` and `verifiable` leave them out.
+    nothing train nothing: `dataset` and `verifiable` leave them out. Of messages the assistant's last one is judged.
 
     Raises:
-        UserError: there is neither column.
+        UserError: there is neither column, a row's value is none that data.train may have, or an entry's task is unknown.
     """
-    count = len(completions)
     if columns.get("answer") is None and columns.get("reasoning_gym") is None:
         raise UserError(
             "npd.rewards.verified has nothing to judge completions by: the data has neither a column `answer` nor a column "
             f"`reasoning_gym`, but {', '.join(sorted(columns)) or 'no others'}.",
             "Rename the column that says what is right.",
         )
-    answers = columns.get("answer") or [None] * count
-    entries = columns.get("reasoning_gym") or [None] * count
-    return [
-        _verifier(text_of(completion), _cell(answer, entry))
-        for completion, answer, entry in zip(completions, answers, entries, strict=True)
+    answers, entries = (_column(name, columns.get(name), len(completions)) for name in ("answer", "reasoning_gym"))
+    cells = [
+        _cell(f"npd.rewards, completion {number}", answer, entry)
+        for number, (answer, entry) in enumerate(zip(answers, entries, strict=True), 1)
     ]
+    check_entries((cell for cell in cells if cell is not None), "npd.rewards was given")
+    return [_verifier(text_of(completion), cell) for completion, cell in zip(completions, cells, strict=True)]
+
+
+def _column(name: str, values: Any, count: int) -> list[Any]:
+    if values is None:
+        return [None] * count
+    if isinstance(values, str | dict) or len(values) != count:
+        raise UserError(
+            f"npd.rewards: `{name}` must have one value for each of {count:,} completions, as TRL hands them over."
+        )
+    return [_python(value) for value in _python(values)]
+
+
+def _python(value: Any) -> Any:
+    """Of NumPy's and Arrow's types what they hold."""
+    method = next((name for name in ("tolist", "to_pylist", "as_py") if hasattr(value, name)), None)
+    return getattr(value, method)() if method else value
 
 
 def marked(prompts: Any, completions: list[Any], **columns: Any) -> list[float | None]:
@@ -57,29 +72,43 @@ def marked(prompts: Any, completions: list[Any], **columns: Any) -> list[float |
 
 
 def text_of(completion: Any) -> str:
-    """What a completion says: a string, or the contents of its messages."""
-    if isinstance(completion, str):
-        return completion
-    return "\n".join(str(message.get("content") or "") for message in completion)
+    """What a completion says: a string, or the last message of the assistant's; nothing where there is none.
+
+    Raises:
+        UserError: it is neither.
+    """
+    if completion is None or isinstance(completion, str):
+        return completion or ""
+    messages = [completion] if isinstance(completion, dict) else completion
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+        raise UserError(
+            f"npd.rewards: a completion must be a text or messages, but it is of type {type(completion).__name__}."
+        )
+    said = [message.get("content") for message in messages if (message.get("role") or "assistant") == "assistant"]
+    last = said[-1] if said else None
+    if isinstance(last, list | tuple):  # parts
+        return "".join(part if isinstance(part, str) else str(part.get("text") or "") for part in last if part is not None)
+    return str(last or "")
 
 
-def _cell(answer: Any, entry: Any) -> str | None:
-    if entry is not None:
-        return ENTRY + (entry if isinstance(entry, str) else json.dumps(entry, default=str))
-    if answer is None or answer == []:
-        return None
-    return SEPARATOR.join(map(str, answer)) if isinstance(answer, list | tuple) else str(answer)
+def _cell(where: str, answer: Any, entry: Any) -> str | None:
+    """As data.train's rows are read; a cell as `dataset` gives it stays as it is."""
+    if isinstance(answer, str) and (ENTRY in answer or SEPARATOR in answer):
+        if answer.startswith(ENTRY):
+            return answer_cell(where, None, answer.removeprefix(ENTRY))
+        answer = answer.split(SEPARATOR)
+    return answer_cell(where, answer, entry)
 
 
 def verifiable(data: Dataset) -> Dataset:
     """The rows of a dataset that say what is right, as `verified` reads them.
 
     Raises:
-        UserError: none does.
+        UserError: none does, or a row's value is none that data.train may have.
     """
 
     def known(row: dict[str, Any]) -> bool:
-        cell = _cell(row.get("answer"), row.get("reasoning_gym"))
+        cell = _cell("npd.rewards", _python(row.get("answer")), _python(row.get("reasoning_gym")))
         return cell is not None and bool(cell.strip())
 
     left = data.filter(known)

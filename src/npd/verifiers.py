@@ -8,88 +8,35 @@ from __future__ import annotations
 
 import json
 import math
-import re
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import pyarrow as pa
 
+from npd.answers import OPEN, extract_answer, is_marked, marked_answer, same_answer, without_thoughts
 from npd.errors import UserError
 from npd.prompts import accepted_answers, reasoning_gym_entry
-from npd.sameness import same_answer
 from npd.verifying import Judge, Unjudged
 
 __all__ = ["Verifier", "Verify", "check_entries", "extract_answer", "is_correct", "is_marked", "pass_at_k"]
 
-OPEN, CLOSE = "<answer>", "</answer>"
-# Whatever may repeat in front of what can fail has a bound: else a text could be made that takes quadratic time.
-_MARKED = (
-    re.compile(r"(?:#{4}\s{0,99}|#(?=[^\s#]))([^\n#]+)"),  # GSM8K's mark and the demo's, but no Markdown heading
-    re.compile(  # to the end of what is bold, or of the line
-        r"(?<![</\w])answer(?!\w)(?:\s{1,9}is)?\s{0,9}[:=]?[\s*]{0,18}((?:(?!(?<=\S)\*\*(?:[\s.,;:!)]|$))[^\n])+)",
-        re.IGNORECASE,
-    ),
-)
-_BRACE = re.compile(r"\\boxed ?\{|\\[{}]|[{}]")
+
+def is_correct(response: str, answer: str | list[str]) -> bool:
+    """Compare a response's final answer with the right one, as `npd.answers` does; nothing is right where that is empty.
+
+    Args:
+        answer: an answer, or several, of which any is right; of a solution with a box or GSM8K's #### what is marked.
+    """
+    said = marked_answer(response)
+    final, marked = (extract_answer(response), False) if said is None else (said, True)
+    return any(same_answer(final, reference(one), marked) for one in ([answer] if isinstance(answer, str) else answer))
 
 
-def extract_answer(text: str) -> str:
-    """The final answer of a response: in <answer> tags, in \\boxed{}, behind # or "answer:", else its last line."""
-    found = _marked(text)
-    return _last_line(text) if found is None else found
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1].strip() if lines else ""
-
-
-def _marked(text: str) -> str | None:
-    for find in (_in_tags, _in_box):
-        if (found := find(text)) is not None:
-            return found.strip()
-    for pattern in _MARKED:
-        if (last := _last(pattern, text)) is not None:
-            return last[1].strip().rstrip("* ")
-    return None
-
-
-def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
-    found = deque(pattern.finditer(text), maxlen=1)
-    return found[0] if found else None
-
-
-def _in_tags(text: str) -> str | None:
-    """What stands in the last pair of <answer> tags."""
-    found, at = None, text.find(OPEN)
-    while at >= 0 and (end := text.find(CLOSE, at + len(OPEN))) >= 0:
-        found = text[at + len(OPEN) : end]
-        at = text.find(OPEN, end + len(CLOSE))
-    return found
-
-
-def _in_box(text: str) -> str | None:
-    """What stands in the \\boxed{} that is closed last; braces within it are its own."""
-    found, opened = None, list[int]()  # where what is in a box begins; 0: another brace
-    for brace in _BRACE.finditer(text):
-        if brace[0] == "}":
-            start = opened.pop() if opened else 0
-            found = (start, brace.start()) if start else found
-        elif brace[0][-1] == "{" and brace[0] != "\\{":
-            opened.append(brace.end() if len(brace[0]) > 1 else 0)
-    return None if found is None else text[slice(*found)]
-
-
-def is_marked(text: str) -> bool:
-    """Does a response mark its final answer, rather than end with it?"""
-    return _marked(text) is not None
-
-
-def is_correct(response: str, answer: str) -> bool:
-    """Compare a response's final answer with the right one, as `npd.sameness` does; nothing is right where that is empty."""
-    found = _marked(response)
-    return same_answer(_last_line(response) if found is None else found, answer, marked=found is not None)
+def reference(answer: str) -> str:
+    """What a row says is right, which data may give as a whole solution."""
+    lines = answer.strip().splitlines()
+    worked = "\\boxed" in answer or (lines and lines[-1].startswith("#### "))
+    return (marked_answer(answer) or answer) if worked else answer
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
@@ -118,14 +65,14 @@ class Verifier:
             return None
         entry = reasoning_gym_entry(cell)
         if entry is None:
-            answers = [answer for answer in accepted_answers(cell) if answer.strip()]
-            return float(any(is_correct(text, answer) for answer in answers)) if answers else None
+            answers = accepted_answers(cell)
+            return float(is_correct(text, answers)) if answers else None
         return self.task(text, task_of(entry), {}, entry)
 
     def task(self, text: str, name: str, options: dict[str, Any], entry: dict[str, Any]) -> float | None:
         """As above, by the verifier of a reasoning-gym task with these options, for an entry of it."""
         whole = "\n" in str(entry["answer"]) and OPEN not in text
-        said = text.strip() if whole else extract_answer(text).rstrip(".")
+        said = without_thoughts(text).strip() if whole else extract_answer(text).rstrip(".")
         try:
             # Part marks, which some verifiers give for a format, are no solution.
             return float(self.judge(name, options, said, entry) >= 1.0)
@@ -161,7 +108,7 @@ def task_of(entry: dict[str, Any]) -> str:
     return str(entry["metadata"]["source_dataset"])
 
 
-def check_entries(cells: Iterable[str]) -> None:
+def check_entries(cells: Iterable[str], where: str = "data.train has") -> None:
     """See that the tasks of reasoning-gym entries exist.
 
     Raises:
@@ -173,6 +120,6 @@ def check_entries(cells: Iterable[str]) -> None:
 
         if unknown := sorted(named - DATASETS.keys()):
             raise UserError(
-                f"data.train has reasoning_gym entries of the task {json.dumps(unknown[0])[:80]}, which the installed "
+                f"{where} reasoning_gym entries of the task {json.dumps(unknown[0])[:80]}, which the installed "
                 "reasoning-gym does not know. Leave them out, or install the version that made them."
             )

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from npd.intervals import wilson_interval
-from npd.prompts import Prompts, accepted_answers
+from npd.prompts import ENTRY, Prompts, accepted_answers, verifiable
 from npd.verifiers import is_correct
 
 ASKED = 1000
@@ -25,9 +25,13 @@ def surely_above(one: Share, other: Share) -> bool:
 
 
 def references_right(prompts: Prompts, tokenizer: Any) -> Share | None:
-    """How many of the data's completions the `answer` beside them calls right; None where no row has both."""
+    """How many of the data's completions the `answer` beside them calls right; None where no row has both.
+
+    Rows that a verifier of reasoning-gym judges are left out: they are no task `answer`.
+    """
     table = prompts.table.select(["completion_ids", "answer"])
-    table = table.filter(pc.and_(pc.is_valid(table["completion_ids"]), pc.is_valid(table["answer"]))).slice(0, ASKED)
+    answered = pc.and_not(verifiable(table["answer"]), pc.fill_null(pc.starts_with(table["answer"], ENTRY), False))
+    table = table.filter(pc.and_(pc.is_valid(table["completion_ids"]), answered)).slice(0, ASKED)
     if not len(table):
         return None
     texts = tokenizer.batch_decode(table["completion_ids"].to_pylist(), skip_special_tokens=True)

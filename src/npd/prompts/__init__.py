@@ -5,6 +5,7 @@ Conventions are those TRL's users know: `prompt` (a string or messages) with opt
 `templates` how a model reads and writes it, `load` the table.
 """
 
+from npd.prompts.layouts import answer_cell
 from npd.prompts.load import load_prompts, read_data
 from npd.prompts.readers import SUFFIXES
 from npd.prompts.table import (
@@ -23,7 +24,7 @@ from npd.prompts.templates import Chat, TurnEnd, turn_end
 
 __all__ = [
     "ENTRY", "SCHEMA", "SEPARATOR", "SUFFIXES", "TEACHER_PROMPT",
-    "Chat", "OwnChat", "Prompts", "TurnEnd", "accepted_answers", "count_sources", "load_prompts", "read_data",
+    "Chat", "OwnChat", "Prompts", "TurnEnd", "accepted_answers", "answer_cell", "count_sources", "load_prompts", "read_data",
     "reasoning_gym_entry",
     "turn_end", "verifiable",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,8 +103,7 @@ def read_row(where: str, record: Mapping[str, Any], columns: Mapping[str, str], 
     if options is not None and not isinstance(options, dict):
         raise UserError(f"{where}: `chat_template_kwargs` must be an object, but it is {_shown(options)}.")
     source = record.get("source")
-    entry = record.get("reasoning_gym")
-    answer = _answer(where, record.get("answer")) if entry is None else _entry(where, entry)
+    answer = answer_cell(where, record.get("answer"), record.get("reasoning_gym"))
     told = _teacher_prompt(where, record, tools, chat, remark)
     source = "" if source is None else _plain(where, "source", source)
     row = Row(where, prompt, reply, answer, source, tools or None, options, told)
@@ -308,17 +307,34 @@ def _of_sharegpt(where: str, message: Message) -> Message:
     return {"role": role, "content": said, **message}
 
 
-def _answer(where: str, answer: Any) -> str | None:
-    """What a verifier compares; of a list any entry counts."""
-    if answer is None or answer == []:
-        return None
-    entries = answer if isinstance(answer, list) else [answer]
-    if any(is_missing(entry) or isinstance(entry, list | dict | tuple | bytes) for entry in entries):
+def answer_cell(where: str, answer: Any, entry: Any = None) -> str | None:
+    """A cell of column `answer`, from what a row says is right; None where it says nothing.
+
+    Args:
+        answer: what a verifier compares; of a list any member counts, and those that are missing do not.
+        entry: a reasoning-gym entry, or its JSON, which goes before `answer` unless it is empty.
+
+    Raises:
+        UserError: it is something else, or holds the characters that keep answers apart in a cell.
+    """
+    empty = entry.values() if isinstance(entry, dict) else [entry]  # Arrow may write an object of nulls for none
+    if not all(is_missing(value) or (isinstance(value, str) and not value.strip()) for value in empty):
+        return _entry(where, entry)
+    members = list(answer) if isinstance(answer, list | tuple) else [answer]
+    members = [member for member in members if not is_missing(member)]
+    if any(isinstance(member, Collection) and not isinstance(member, str) for member in members):
         raise UserError(
             f"{where}: `answer` must be a text or a number, or a list of them, any of which is right, but it is "
             f"{_shown(answer)}."
         )
-    return SEPARATOR.join(_plain(where, "answer", entry) for entry in entries)
+    texts = [_plain(where, "answer", member) for member in members]
+    if any(SEPARATOR in text or ENTRY in text for text in texts):
+        raise UserError(
+            f"{where}: `answer` holds a control character (U+001E or U+001F) by which npd keeps answers apart: "
+            f"{_shown(answer)}.",
+            "Take it out; several right answers are a list.",
+        )
+    return SEPARATOR.join(texts) if texts else None
 
 
 def _entry(where: str, value: Any) -> str:

@@ -194,8 +194,8 @@ def mapped(path: Path) -> pa.Table:
 
 
 def accepted_answers(answer: str) -> list[str]:
-    """The answers of which any one is right, from a cell of column `answer`."""
-    return answer.split(SEPARATOR)
+    """The answers of which any one is right, from a cell of column `answer`: none where a reasoning-gym verifier judges."""
+    return [] if answer.startswith(ENTRY) else [text for text in answer.split(SEPARATOR) if text.strip()]
 
 
 def verifiable(answers: pa.ChunkedArray) -> pa.ChunkedArray:
