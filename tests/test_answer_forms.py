@@ -10,6 +10,7 @@ import pytest
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
+from npd.answers import same_answer
 from npd.verifiers import is_correct
 
 # -- values in any dress
@@ -300,3 +301,39 @@ def test_words_are_the_same_in_any_case_and_nothing_else_is(answer, more):
         assert is_correct(mark.format(answer.upper()), answer)
         for other in (f"not {answer}", f"{answer} or {more}", f"{answer}{more}", f"{more} {answer}", f"{answer} {more}"):
             assert not is_correct(mark.format(other), answer), other
+
+
+# -- matrices, points and bounds
+
+
+CELLS = st.lists(st.lists(st.integers(0, 9).map(str), min_size=3, max_size=3), min_size=2, max_size=3)
+
+
+@given(CELLS, CELLS, st.sampled_from("pb"), st.sampled_from(["&", " & "]), st.sampled_from(["\\\\", " \\\\ "]))
+def test_matrices_are_the_same_cell_by_cell(one, other, kind, column, row):
+    said = f"\\begin{{{kind}matrix}} {row.join(map(column.join, one))} \\end{{{kind}matrix}}"
+    right = (
+        "\\begin{pmatrix}"
+        + "\\\\".join("&".join(f"\\frac{{{cell}}}{{1}}" for cell in cells) for cells in other)
+        + "\\end{pmatrix}"
+    )
+    assert same_answer(said, right) == (one == other)
+    assert same_answer(right, right)
+
+
+PAIRS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=2, max_size=3, unique=True)
+
+
+@given(PAIRS, PAIRS, st.sampled_from(["{}, {}", "({}, {})", "x={}, y={}"]))
+def test_points_that_semicolons_keep_apart_keep_their_coordinates(one, other, way):
+    said, right = ("; ".join(way.format(*pair) for pair in pairs) for pairs in (one, other))
+    assert same_answer(said, right) == (sorted(one) == sorted(other))
+
+
+@given(st.sampled_from(["x < {}", "x \\geq {}", "x \\neq {}"]), st.integers(1, 5), st.integers(6, 9))
+def test_bounds_that_hold_together_are_not_those_of_which_one_holds(way, a, b):
+    both, either = (f"{way.format(a)} {word} x > {b}" for word in ("and", "or"))
+    assert same_answer(both, both)
+    assert same_answer(either, f"x > {b} or {way.format(a)}")
+    assert not same_answer(both, either)
+    assert not same_answer(either, both)

@@ -101,6 +101,8 @@ RIGHT = [
     "The answer is equal to %", "the answer therefore is %", "(Answer: %)", "**Final Answer:**\n**%**",
     "The answer to this problem is: %", "The correct answer is **%**.", "The answer is:\n\n$$\n%\n$$",
     "% is the correct answer.", "Therefore, % is the answer.",
+    "So it is $\\boxed{%}$, achieved at $x=2$.", "\\boxed{%}\n\nThe final answer is in simplest form.",
+    "\\boxed{%}\n\nTherefore, the correct answer is %",
 ]  # fmt: skip
 BEFORE = [
     "The number of apples > $", "area(", "The ratio is 1: ", "-\n", "$-$\n$", "minus the number ",
@@ -115,6 +117,11 @@ BEHIND = [
     ", rejected", ", extraneous", ", scratch that", ", but actually 6", ", so the answer is 6",
     "; the answer is 6", ": is wrong", "... no", ". But actually it is 6.", "\n\nWait, that's wrong. It is 6.",
     "\n\\times 2", " or 6", " and 6", "\nNo, it is 6.", " (wrong)", "!", "^2", " + 1", " million",
+    ", which does not satisfy the condition", " (which doesn't satisfy it)", ". This can't be correct.",
+    ", which can't be correct", "\n\nThat's wrong: it should be 6.", "\n\nOn second thought, it is 6.",
+    "\n\nI made an arithmetic error: it should be 6.", "\n\nI apologize for the confusion. 6.",
+    "\n\nLet me correct that: 6", "\n\nThe correct value is 6.", "\n\nThus the answer is \\frac{6}{7}.",
+    "\n\n**Final Answer: (C)**", "\n\nThus the answer is x = 6.",
 ]  # fmt: skip
 OTHERWISE = [
     "The answer is **%** or 6", "The answer is **%**, or 6", "**Answer: %** or 6", "Answer: **%** **6**",
@@ -127,6 +134,13 @@ OTHERWISE = [
     "The answer is %.\nWait, no. It is 6.", "Answer: %\nActually, 6.", "#6 or #%", "The answer is %? No",
     "The answer is %. Or 6.", "\\boxed{6} or \\boxed{%}", "\\boxed{6} and \\boxed{%}", "\\boxed{%}, \\boxed{6}",
     "Suppose the answer is %", "<answer>%</answer>.6",
+    "<answer>%</answer>\n\nWait, that's wrong. It is 6.", "#### %\nNo, that's wrong.",
+    "<answer>A</answer> or <answer>%</answer>", "it cannot be <answer>%</answer>", "<answer>%</answer> million",
+    "<answer>%</answer> + 6", "The answer is %.\n\nOn second thought, it is 6.",
+    "The answer is %. This does not satisfy it.", "The answer is 5x or the answer is %.", "10 - answer = %",
+    "3 + answer = %", "3 * answer = %", "The negative of the answer is %", "One less than the answer is %",
+    "10% of the answer is %", "The log of the answer is %", "They are \\boxed{3} as well as \\boxed{%}",
+    "\\boxed{5x} feet \\boxed{%} inches",
 ]  # fmt: skip
 
 

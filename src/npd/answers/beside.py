@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import re
 
-from npd.answers.quantities import DENYING, plain_word
+from npd.answers.quantities import DENYING, plain_word, word_set
 
-__all__ = ["NEAR", "SIGNS", "by_itself", "is_denied", "is_over", "takes_back", "words"]
+__all__ = ["NEAR", "SIGNS", "by_itself", "is_denied", "is_over", "takes_back"]
 
 NEAR = 300  # characters before and behind an answer that are read
-
-
-def words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
 
 
 def _any(text: str) -> str:
@@ -24,7 +20,7 @@ def _any(text: str) -> str:
     return "(?:" + "|".join(line.strip().strip("|") for line in text.splitlines() if line.strip()) + r")(?!\w)"
 
 
-SIGNS = words(r"- − + * / ^ < > ≠ ≤ ≥ ± × · √ = ~ \times \cdot \div \neq \pm")
+SIGNS = word_set(r"- − + * / ^ < > ≠ ≤ ≥ ± × · √ = ~ \times \cdot \div \neq \pm")
 
 # -- behind
 
@@ -45,18 +41,30 @@ _TURNING = _any(
     divided|multiplied|maybe|perhaps|alternatively
     """
 )
+_RETRACTING = _any(
+    r"""
+    isn.?t|wasn.?t|mistaken?|rule out|discard|reject|(?:can|could)(?: ?not|n['’]t|['’]t) be (?:right|correct|true|the)|
+    (?:does|do|did)(?: not|n['’]t) (?:satisfy|work|hold|fit|count|meet|make sense|solve|check)|on second thoughts?|
+    apologi[sz]e|(?:take|retract|scratch) (?:that|it|this)|(?:an?|my) (?:\w{1,12} )?error|
+    let me (?:correct|fix|redo|recheck|recompute)|(?:correct|right|actual) (?:value|one|result) (?:is|should|would)|
+    no solutions?
+    """
+)
 _TAKEN_BACK = re.compile(
     rf"(?:(?:^|[.!?…\n,;:(–—])[\s*_]{{0,9}}|\sbut\s){_TURNING}"
-    rf"|(?<!\w)(?:is|was|looks|seems|be|['’]s)(?: \w{{1,12}})? {_WRONG}"
+    rf"|(?:(?<!\w)(?:is|was|looks|seems|be)|['’]s)(?: \w{{1,12}})? {_WRONG}"
     rf"|(?:^|[,;:(])[\s*_]{{0,9}}(?:which is )?{_WRONG}"
-    rf"|(?<!\w){_any('isn.?t|wasn.?t|mistaken?|rule out|discard|reject')}",
+    rf"|(?<!\w){_RETRACTING}",
     re.IGNORECASE,
 )
 _CONNECTING = re.compile(
-    _any("because|since|as|where|when|whenever|which|so|with|for|given|thus|hence|therefore|using|by|after|if and only"),
+    _any(
+        "because|since|as|where|when|whenever|which|so|with|for|given|thus|hence|therefore|using|by|after|if and only|"
+        "achieved|attained|obtained|reached|occurring"
+    ),
     re.IGNORECASE,
 )
-_COUNTS = words("zero one two three four five six seven eight nine ten eleven twelve hundred thousand million half")
+_COUNTS = word_set("zero one two three four five six seven eight nine ten eleven twelve hundred thousand million half")
 _GOES_ON = re.compile(r"\s*(?:[+*/^×·÷=≠!]\s?[\d\\(]|\\(?:times|cdot|div|pm|neq?|sqrt)(?![a-zA-Z])|[/^×·÷])")
 
 
@@ -75,7 +83,7 @@ def is_over(after: str) -> bool:
     rest = line[closers.end() if closers else 0 :]
     if rest in ("", ",", ";"):
         return not (re.match(r"\s*[\d$\\(]", later) if rest else _GOES_ON.match(later))
-    if re.match(r"[.。](?![\d.])", rest):
+    if re.match(r"[.。](?![\d.])|(?:\\approx|≈) ?\$?[\d.]+\$?\.?\s*$", rest):
         return True
     clause = re.split(r"[.。](?!\d)", rest, maxsplit=1)[0]
     if first := re.match(r"(?:[,;:(，；：]|\s?[–—](?=\s))[\s*_\"“(]{0,9}", clause):
@@ -146,7 +154,7 @@ _VERBS = re.compile(
     + "|=",
     re.IGNORECASE,
 )
-_COMPUTING = words(
+_COMPUTING = word_set(
     """
     minus negative plus times twice half double triple reciprocal inverse opposite square squared cube cubed root roots sqrt
     log factorial modulo mod than least most above below under over between up close past exceeds exceeding exceed beyond
@@ -172,6 +180,8 @@ def _leads(before: str) -> bool:
     found = _LEADS.search(bare if bare[-1:] not in (".", "!", "?") else line[: len(bare) + 1])
     if found is None or (bare[-1:] in (",", ";") and line.count("(") > line.count(")")):
         return False
+    if re.search(r"\\boxed[^.!?:;\n]*$", line) and not re.search(r"(?:or rather|no,|wait,|actually,?) *$", bare):
+        return False  # one of several
     clause = _VERBS.split(re.split(r"[.,;!?](?!\d)", bare)[-1])[-1]
     if not _COMPUTING.isdisjoint(re.findall(r"[^\W\d_]+", clause.casefold())):
         return False
@@ -189,6 +199,10 @@ def by_itself(before: str, box: str, after: str) -> str:
     line = lines[-1] if lines[-1].strip(" $") else " ".join(lines[-3:])
     if opened and not takes_back(after) and (counted := _counted(rest)):
         return f"{box} {counted}"
+    closers = _CLOSERS.match(rest)
+    words = rest[closers.end() if closers else 0 :].replace("$", "").removeprefix("such ")
+    if opened and closers and closers[0][-1:].isspace() and re.match(r"[^\W\d_]{2}", words) and not takes_back(after):
+        return f"{box} " + re.split(r"[.](?:\s|$)", words, maxsplit=1)[0]
     glued = bool(not opened and re.search(r"\w$|[\d.,})]\s?$", line)) or bool(re.match(r"\w|[.,]\d", rest))
     if not re.fullmatch(r"[\d.,]+" if rest[:1] in ("^", "!") else r"-?[\d.,]+", box):
         glued = glued or not (opened and rest[:1].isspace())
@@ -199,8 +213,11 @@ def by_itself(before: str, box: str, after: str) -> str:
 
 def _counted(rest: str) -> str:
     """What a box counts, where the words behind it only say of what, for what or where: 5 children at the party."""
-    nouns = r"\$? ?((?:[a-z]{3,20} ){1,3}?)"
-    found = re.match(rf"{nouns}(?:to|at|in|on|for|during|who|that|which)(?!\w)[^\d\\.]{{0,200}}(?:\.\s|\.?\$?$)", rest)
-    if found is None or not all(map(plain_word, found[1].split())):
-        return ""
-    return found[1].strip()
+    found = re.match(
+        r"\$? ?((?:[a-z]{3,20} ){1,4}?)(?:to|at|in|on|for|during|who|that|which)(?!\w)[^\d\\.]{0,200}(?:\.\s|\.?\$?$)", rest
+    )
+    nouns = [word for word in found[1].split() if word not in _KINDS] if found else []
+    return " ".join(nouns) if nouns and all(map(plain_word, nouns)) else ""
+
+
+_KINDS = frozenset(["such", "positive", "distinct", "different", "possible", "real", "integer"])

@@ -37,8 +37,8 @@ _CHOICE = re.compile(
     rf"(?:> )?(?:(?:so|thus|hence|therefore|i choose|i would choose|i pick),? )?(?:(?:(?:the|my|our) )?(?:{_BEST} ){{0,2}}"
     r"(?:option|choice|answer)(?: is)?(?: (?:option|choice))?:? )?"
     r"[(\[]?(?P<letter>[a-z])(?P<close>[)\].:]{0,2})"
-    rf"(?:(?P<best> is (?:(?:the|my|our) )?(?:{_BEST}|{_BEST}? ?(?:answer|option|choice|one)))|(?<=[)\].:]) (?P<text>.*)"
-    r"|,? (?:because|since|as) (?P<why>.*)| \((?P<aside>.*)\)| -{1,2} (?P<dash>.*))?",
+    rf"(?:(?P<best> is (?:(?:the|my|our) )?(?:{_BEST}|{_BEST}? ?(?:answer|option|choice|one)))"
+    r"|,? (?:because|since|as) (?P<why>.*)|(?<=[)\].:]) (?P<text>.*)| \((?P<aside>.*)\)| -{1,2} (?P<dash>.*))?",
     re.DOTALL | re.IGNORECASE,
 )
 _LETTERED_ANSWER = re.compile(r"[(\[]?([A-J])(?:[)\]][.:]?|[.:]) (?![^\W\d_]\. ?[^\W\d_])(.+)", re.DOTALL)
@@ -196,7 +196,14 @@ def same_verdict(said: str, right: str) -> bool | None:
     if found is None or found["word"] != right or (right in ("yes", "no") and re.match(r"(?:it|this|that) is ", said)):
         return False
     more = next((part for part in found.group("more", "dash", "aside", "why", "it") if part), None)
+    if more is not None and _RETRACTS.search(more):
+        return False
     return more is None or not (_takes_back_yes if right in ("yes", "true") else _takes_back_no)(more, right)
+
+
+_RETRACTS = re.compile(
+    r"(?<!\w)(?:scratch|take|retract|forget|strike|disregard|ignore)s? (?:that|it|this)(?!\w)|on second thought"
+)
 
 
 def _takes_back_yes(more: str, word: str) -> bool:

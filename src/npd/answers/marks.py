@@ -11,8 +11,8 @@ import re
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from npd.answers.beside import NEAR, SIGNS, by_itself, is_denied, is_over, takes_back, words
-from npd.answers.quantities import DENYING
+from npd.answers.beside import NEAR, SIGNS, by_itself, is_denied, is_over, takes_back
+from npd.answers.quantities import DENYING, word_set
 
 __all__ = ["OPEN", "extract_answer", "is_marked", "marked_answer", "without_thoughts"]
 
@@ -52,10 +52,18 @@ def without_thoughts(text: str) -> str:
 def _within(text: str) -> str | None:
     """An answer that is marked without tags."""
     box, behind = _in_box(text), _behind_answer(text)
-    if box is not None and not (behind and behind[0] > box[0] and re.match(r"[\s$*\\(]{0,9}[-+−]?\d", behind[1])):
+    if box is not None and not (behind and behind[0] > box[0] and _NAMED.match(behind[1])):
         return box[1]
     said = _behind_hash(text, behind is not None) if box is None else None
     return said if said is not None else behind[1] if behind else None
+
+
+# An answer that is no remark on one: who names another one behind a box means that one.
+_NAMED = re.compile(
+    r"[\s$*\\(]{0,9}(?:[-+−]?[\d.]|\\?(?:d?frac|sqrt|text|pi|left)(?![a-z])|[A-J](?![\w'’]| [a-z])|[a-z] ?=|"
+    r"(?:yes|no|true|false)(?!\w)|(?:zero|one|two|three|four|five|six|seven|eight|nine|ten)[.!\s*$]*$)",
+    re.IGNORECASE,
+)
 
 
 def _last_line(text: str) -> str:
@@ -94,8 +102,10 @@ def _in_tags(text: str) -> str | None:
     start, end, begun, over = found
     said = text[start:end].strip()
     before, after = _line_before(text, begun), text[over : over + NEAR]
-    if _CHANGED.search(before) or re.match(r"[.,]?\d|\s?(?:[/^×·÷!]|is (?:wrong|not|incorrect))", after):
-        return f"{before}({said}){after.partition(chr(10))[0]}"
+    clause = re.split(r":|</answer>", before, flags=re.IGNORECASE)[-1]
+    changed = _CHANGED.search(before) or is_denied(clause) or (clause != before and re.fullmatch(r"\s*(?:or|and)\s", clause))
+    if changed or takes_back(after) or re.match(r"[.,]?\d|\s?(?:[/^×·÷!]|[-+] \d|(?:k|million|is not)(?!\w))", after):
+        return f"{before}{{{said}}} {after}"
     inner = _in_box(said)
     if inner is None and "\n" not in said:
         inner = _behind_answer(said) if "####" not in said else (0, said.rpartition("####")[2].strip())
@@ -118,8 +128,9 @@ def _behind_hash(text: str, otherwise: bool) -> str | None:
     before = _line_before(text, found.start())
     if otherwise and re.fullmatch(r"#[^\W\d]\w{0,40}\s*", found[0]):
         return None
-    if _NUMBERED.search(before) or _CHANGED.search(before):
-        return before + found[0]
+    after = text[found.end() : found.end() + NEAR]
+    if _NUMBERED.search(before) or _CHANGED.search(before) or is_denied(before) or takes_back(after):
+        return before + found[0] + after
     said = _emphasised(found[1])
     return said if (box := _in_box(said)) is None else box[1]
 
@@ -196,7 +207,7 @@ _DETERMINERS = re.compile(
 _OTHERS = re.compile(
     r"(?<!\w)(?:this|that|your|any|each|another|which|every|whose|possible)\s(?:\w{1,20}\s){0,2}$", re.IGNORECASE
 )
-_HYPOTHETICAL = words(
+_HYPOTHETICAL = word_set(
     """
     if suppose assume assuming whether say unless let imagine should would might could twice thrice half double square cube
     root opposite inverse reciprocal times minus plus
@@ -243,7 +254,10 @@ def _said(text: str, found: re.Match[str], start: int) -> str:
     said, after = text[begun:end].strip(), text[end : end + NEAR]
     clause = re.split(r"[.,:;!?](?!\d)", lead)[-1]
     changed = is_denied(clause) or not _HYPOTHETICAL.isdisjoint(re.findall(r"[^\W\d_]+", clause.casefold()))
-    if changed or re.search(r"[-−^/+√]$", lead) or (not named and lead.rstrip()[-1:].isalnum()):
+    changed = (
+        changed or re.search(r"[-−^/+√]$|\S\s?[-−+/×·]\s$|\w\s?\*\s?$|(?<!\w)(?:of|or|than|to|by|from)\s$", lead) is not None
+    )
+    if changed or (not named and lead.rstrip()[-1:].isalnum()):
         return f"{line}{found[0]} {said}"
     opener = re.fullmatch(r"[*_]{0,3}(```|\\\[|\$\$|\\\()\w{0,9}[*_]{0,3}", said)
     if opener:
@@ -257,7 +271,7 @@ def _said(text: str, found: re.Match[str], start: int) -> str:
     said = _first_sentence(said)
     if said.endswith(")") and said.count(")") > said.count("(") and line.count("(") > line.count(")"):
         said = said[:-1]
-    return f"{said} {after.strip()}" if takes_back(after) else _emphasised(said)
+    return f"{{{said}}} {after.strip()}" if takes_back(after) else _emphasised(said)
 
 
 def _first_sentence(said: str) -> str:

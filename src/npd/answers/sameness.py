@@ -216,10 +216,11 @@ def _same_value(said: str, answer: str, depth: int = 0) -> bool:
     right, mine = quantity(answer), quantity(said)
     if right is not None or mine is not None:
         return right is not None and mine is not None and same_quantity(mine, right)
-    if (same := _same_members(said, answer, depth)) is not None:
-        return same
+    for compare in (_same_matrix, _same_members):
+        if (same := compare(said, answer, depth)) is not None:
+            return same
     said, answer = _of_elements(said, answer)
-    return _same_matrix(said, answer, depth) or any(_same_text(text, answer) for text in _without_name(said, answer))
+    return any(_same_text(text, answer) for text in _without_name(said, answer))
 
 
 def _without_name(said: str, answer: str) -> Iterator[str]:
@@ -254,7 +255,7 @@ def _name_of(text: str) -> str:
 
 
 _MATHS = re.compile(r"[\d\\_^=+*/<>|π∞×·√{}∈∪∩±]|(?<![^\W\d_])[^\W\d_](?![^\W\d_])")
-_STEM = re.compile(r"(.*[})\dπ]) ([a-zA-Z][a-zA-Z ./^²³]{1,59})", re.DOTALL)
+_STEM = re.compile(r"(.*[})\dπ]) ([a-zA-Z][a-zA-Z ./^²³{}23-]{1,59})", re.DOTALL)
 
 
 def _same_text(said: str, answer: str) -> bool:
@@ -284,13 +285,15 @@ def _same_members(said: str, answer: str, depth: int) -> bool | None:
     mine = _members(said) if right else None
     if mine is None or right is None:
         return None
-    if mine.bounds != right.bounds or len(mine.members) != len(right.members):
+    if mine.bounds != right.bounds or len(mine.members) != len(right.members) or mine.mixed != right.mixed:
+        return False
+    if mine.either != right.either and any(map(_BOUND.search, right.members)):
         return False
     names = [{member.partition("=")[0].strip() for member in both.members if "=" in member} for both in (mine, right)]
     # one or the other is two solutions of one unknown, or no decision
     if mine.either and (max(map(len, names)) > 1 or not (right.either or all(map(_MATHS.search, right.members)))):
         return False
-    if mine.either and not right.either and any(re.fullmatch(r"[(\[]?[A-J][)\]]?", member) for member in right.members):
+    if mine.either != right.either and any(re.fullmatch(r"[(\[]?[A-J][)\]]?", member) for member in right.members):
         return False
     # y=1, x=2 in another order says another thing than 2, 1
     ordered = right.bounds not in ("", "{}") or (names[0] != names[1] and max(map(len, names)) > 1)
@@ -317,6 +320,8 @@ class _List(NamedTuple):
     members: list[str]
     either: bool
     """Are its members joined by "or"?"""
+    mixed: bool
+    """Are they lists themselves, kept apart by semicolons?"""
 
 
 def _members(text: str) -> _List | None:
@@ -328,7 +333,15 @@ def _members(text: str) -> _List | None:
         bounds, (pieces, either) = text[0] + text[-1], _split(text[1:-1])
     if bounds not in ("", "()", "[]", "{}", "(]", "[)") or not 2 <= len(pieces) <= MOST or "" in pieces:
         return None
-    return _List(bounds, pieces, either)
+    inner = text[1:-1] if bounds else text
+    mixed = ";" in inner and any(_COMMA.search(piece) for piece in inner.split(";")) and not re.search(r"[()\[\]{}]", inner)
+    if mixed:
+        pieces = [f"({piece.strip()})" for piece in inner.split(";")]
+    return _List(bounds, pieces, either, mixed)
+
+
+_BOUND = re.compile(r"[<>≤≥≠]")
+_COMMA = re.compile(r",(?!\d{3}(?!\d))")
 
 
 _JOINT = re.compile(r"[()\[\]{}]|(?P<or>(?:,| ) ?or )|, and |[,;]| and | & ")
@@ -362,12 +375,14 @@ def _split(text: str) -> tuple[list[str], bool]:
 _MATRIX = re.compile(r"\\begin ?\{([pb])matrix\}(.*)\\end ?\{\1matrix\}", re.DOTALL)
 
 
-def _same_matrix(said: str, answer: str, depth: int) -> bool:
-    """Matrices in round or square brackets, member by member."""
+def _same_matrix(said: str, answer: str, depth: int) -> bool | None:
+    """Matrices in round or square brackets, member by member. None where there is none; of others the text is compared."""
+    if "&" in said + answer and ("matrix}" in answer or "\\\\" in answer) and not _MATRIX.fullmatch(answer):
+        return tight(said) == tight(answer)
     found = _MATRIX.fullmatch(answer)
     mine = _MATRIX.fullmatch(said) if found else None
     if mine is None or found is None or len(said) > LONGEST:
-        return False
+        return None if found is None else False
     rows = [[row.split("&") for row in re.sub(r"\\\\ ?$", "", one[2].strip()).split("\\\\")] for one in (mine, found)]
     members = [[[cell.strip() for cell in row] for row in matrix] for matrix in rows]
     return list(map(len, members[0])) == list(map(len, members[1])) and all(
