@@ -123,6 +123,22 @@ def test_runs_are_compared_where_they_end_and_at_equal_seconds_by_their_twins():
     assert paired(made, "t", "strict", "npd-none", "steps") == {}
 
 
+def test_cells_are_paired_only_where_they_go_on_from_the_same_warm_student():
+    base, arm = Cell("t", "npd-none", 0), Cell("t", "npd", 0)
+    made = {cell: entry("t", cell.arm, 0, [(0, 1.0, 0.2), (10, 4.0, 0.6)]) for cell in (base, arm)}
+    here, there = {"machine": {"processor": "here"}}, {"machine": {"processor": "there"}}
+    for mine, its, together in (
+        ({"start": "a"} | here, {"start": "a"} | there, True),
+        ({"start": "a"} | here, {"start": "b"} | here, False),
+        (here, here, True),
+        (here, there, False),
+        ({"start": "a"} | here, here, True),
+        ({"start": "a"} | here, there, False),
+    ):
+        entries = {base: made[base] | mine, arm: made[arm] | its}
+        assert (paired(entries, "t", "npd", "npd-none", "steps") != {}) == together, (mine, its)
+
+
 def test_contrasts_are_paired_by_seed_and_tasks_weigh_alike():
     made = {}
     for task, lead in (("t", 0.1), ("u", 0.3)):

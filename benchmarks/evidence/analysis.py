@@ -66,11 +66,23 @@ def standing(entries: Entries, task: str, arm: str, equal: Equal) -> dict[int, E
     return {seed: entries[Cell(task, name, seed)] for seed in sorted(seeds_of(entries, task, name))}
 
 
+def same_start(one: Entry, other: Entry) -> bool:
+    """Did both go on from the same warm student? Another processor rounds otherwise, and makes another one of a seed.
+
+    Entries that do not say which it was are told apart by their processors.
+    """
+    if "start" in one and "start" in other:
+        return bool(one["start"] == other["start"])
+    mine, its = (entry.get("machine", {}).get("processor") for entry in (one, other))
+    return bool(mine == its)
+
+
 def paired(entries: Entries, task: str, arm: str, against: str, equal: Equal, stratum: str = "") -> dict[int, float]:
-    """Seed -> difference in points, of the seeds that have both."""
+    """Seed -> difference in points, of the seeds that have both from the same warm student."""
     figure = f"of {stratum}" if stratum else "accuracy"
     one, other = (standing(entries, task, name, equal) for name in (arm, against))
-    return {seed: difference(one[seed], other[seed], figure, 0 if equal == "start" else -1) for seed in one if seed in other}
+    seeds = [seed for seed in one if seed in other and same_start(one[seed], other[seed])]
+    return {seed: difference(one[seed], other[seed], figure, 0 if equal == "start" else -1) for seed in seeds}
 
 
 def contrast(entries: Entries, wanted: Contrast) -> dict[int, float]:

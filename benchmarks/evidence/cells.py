@@ -28,7 +28,7 @@ from npd import models, run
 from npd.config import Config
 from npd.records import KEPT, EvaluationLine, SelectionLine
 from npd.result import DistillResult
-from npd.store import Store
+from npd.store import Store, sha256
 
 TEACHER = "teacher"
 """The cell of the teacher itself, on the seed's held-out problems."""
@@ -100,7 +100,8 @@ def measure(cell: Cell, task: Task, shelf: Shelf) -> dict[str, Any]:
         teacher = shelf.teacher(task)
     with locked(shelf.folder / "lock" / f"{cell.task}-{cell.seed}"):
         home = shelf.warm(cell.task, task, cell.seed)
-    about = {"task": cell.task, "arm": cell.arm, "seed": cell.seed}
+    start = sha256(home / "run/student/model.safetensors")[:16]
+    about = {"task": cell.task, "arm": cell.arm, "seed": cell.seed, "start": start}
     if cell.arm == TEACHER:
         figures = evaluated(task, home, teacher, teacher, cell.seed)
         return about | {"curve": [{"step": 0, "cpu_seconds": 0.0} | figures]} | stamp()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -103,8 +104,8 @@ def _accuracies(entries: Entries, task: str) -> str:
                 shown(over_seeds(entries, task, name, after_steps), ".1f"),
                 steps,
                 seconds,
-                brief(over_seeds(entries, task, name, end), 1),
-                "" if timed(name) == name else brief(over_seeds(entries, task, timed(name), end), 1),
+                brief(_seconds(entries, task, name), 1),
+                "" if timed(name) == name else brief(_seconds(entries, task, timed(name)), 1),
                 *(brief(over_seeds(entries, task, name, lambda e, k=k: once(e, f"pass@{k}")), 1, 100) for k in (1, 8)),  # type: ignore[misc]
                 brief(over_seeds(entries, task, name, lambda e: once(e, "kl_to_teacher")), 3),
                 brief(over_seeds(entries, task, name, lambda e: e["curve"][-1]["length"]), 1),
@@ -124,6 +125,13 @@ def _accuracies(entries: Entries, task: str) -> str:
         "length",
     ]
     return table(heads, rows)
+
+
+def _seconds(entries: Entries, task: str, name: str) -> Mean | None:
+    """CPU seconds, of the cells from the kind of processor that most of the task's come from."""
+    kinds = Counter(entry["machine"]["processor"] for cell, entry in entries.items() if cell.task == task)
+    most = kinds.most_common(1)[0][0] if kinds else ""
+    return over_seeds(entries, task, name, lambda e: end(e) if e["machine"]["processor"] == most else None)
 
 
 def _mean(values: dict[int, float]) -> Mean | None:
@@ -165,7 +173,7 @@ def ablations(entries: Entries) -> str:
         cells = []
         for task in ABLATED:
             mean = _mean(paired(entries, task, name, BASE, "steps"))
-            seconds = over_seeds(entries, task, name, end)
+            seconds = _seconds(entries, task, name)
             cells += [shown(mean, "+.1f"), "" if mean is None else str(mean.seeds), brief(seconds, 1)]
         if any(cells):
             rows.append([EVERY_ARM[name].title, *cells])
@@ -303,8 +311,8 @@ def _reached(entries: Entries, task: str, name: str) -> str:
     known = [steps for steps in reached if steps is not None]
     if not reached:
         return ""
-    never = f", {len(reached) - len(known)} never" if len(known) < len(reached) else ""
-    return (f"{sum(known) / len(known):.0f}" if known else "") + never
+    mean = [f"{sum(known) / len(known):.0f}"] if known else []
+    return ", ".join([*mean, f"{len(reached) - len(known)} never"] if len(known) < len(reached) else mean)
 
 
 def machine(entries: Entries) -> str:
