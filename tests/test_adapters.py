@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -60,16 +61,15 @@ def adapter_dir(tmp_path_factory, base_dir) -> Path:
 
 
 def by_peft(base: Path, adapter: Path) -> torch.Tensor:
-    model = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)).eval()
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
+    return logits(peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), str(adapter)))
 
 
 def logits(model: Any) -> torch.Tensor:
+    """In float64, so that what differs is the weights, and not how a processor sums up."""
     if not isinstance(model, torch.nn.Module):
         model = AutoModelForCausalLM.from_pretrained(model)
     with torch.no_grad():
-        return model.eval()(input_ids=IDS).logits
+        return copy.deepcopy(model).double().eval()(input_ids=IDS).logits
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> None:

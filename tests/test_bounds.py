@@ -267,7 +267,7 @@ COLUMNS = {
     "date": pa.array([10**14 * 864, 0]).view(pa.date64()),
     "zone": pa.array([1, 2], pa.timestamp("us", "Nowhere/Land")),
     "duration": pa.array([2**62, 5]).view(pa.duration("s")),
-    "nested": pa.array([[None], [[None]]]),
+    "nested": pa.array([[[None]], [None]]),
     "binary": pa.array([b"\xff", b""]),
     "dictionary": pa.array(["a", "b"]).dictionary_encode(),
 }
