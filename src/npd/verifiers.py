@@ -13,7 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from npd.answers import OPEN, extract_answer, is_marked, marked_answer, same_answer, without_thoughts
+from npd.answers import OPEN, extract_answer, final_answer, is_marked, marked_answer, same_answer, without_thoughts
 from npd.errors import UserError
 from npd.prompts import accepted_answers, reasoning_gym_entry
 from npd.verifying import Judge, Unjudged
@@ -27,9 +27,8 @@ def is_correct(response: str, answer: str | list[str]) -> bool:
     Args:
         answer: an answer, or several, of which any is right; of a solution with a box or GSM8K's #### what is marked.
     """
-    said = marked_answer(response)
-    final, marked = (extract_answer(response), False) if said is None else (said, True)
-    return any(same_answer(final, reference(one), marked) for one in ([answer] if isinstance(answer, str) else answer))
+    said, marked = final_answer(response)
+    return any(same_answer(said, reference(one), marked) for one in ([answer] if isinstance(answer, str) else answer))
 
 
 def reference(answer: str) -> str:

@@ -6,7 +6,7 @@ texts say the same; `beside` judges what stands before and behind an answer; `ma
 a text's length: responses are untrusted.
 """
 
-from npd.answers.marks import OPEN, extract_answer, is_marked, marked_answer, without_thoughts
+from npd.answers.marks import OPEN, extract_answer, final_answer, is_marked, marked_answer, without_thoughts
 from npd.answers.sameness import same_answer
 
-__all__ = ["OPEN", "extract_answer", "is_marked", "marked_answer", "same_answer", "without_thoughts"]
+__all__ = ["OPEN", "extract_answer", "final_answer", "is_marked", "marked_answer", "same_answer", "without_thoughts"]

@@ -68,6 +68,11 @@ _COUNTS = word_set("zero one two three four five six seven eight nine ten eleven
 _GOES_ON = re.compile(r"\s*(?:[+*/^×·÷=≠!]\s?[\d\\(]|\\(?:times|cdot|div|pm|neq?|sqrt)(?![a-zA-Z])|[/^×·÷])")
 
 
+def _closers(line: str) -> str:
+    found = _CLOSERS.match(line)
+    return found[0] if found else ""
+
+
 def takes_back(after: str) -> bool:
     """Do words behind an answer take it back: wait, it is wrong, or 6?"""
     return _TAKEN_BACK.search(after[:NEAR]) is not None
@@ -79,8 +84,7 @@ def is_over(after: str) -> bool:
     if takes_back(after):
         return False
     line, _, later = after.partition("\n")
-    closers = _CLOSERS.match(line)
-    rest = line[closers.end() if closers else 0 :]
+    rest = line[len(_closers(line)) :]
     if rest in ("", ",", ";"):
         return not (re.match(r"\s*[\d$\\(]", later) if rest else _GOES_ON.match(later))
     if re.match(r"[.。](?![\d.])|(?:\\approx|≈) ?\$?[\d.]+\$?\.?\s*$", rest):
@@ -158,8 +162,7 @@ _COMPUTING = word_set(
     """
     minus negative plus times twice half double triple reciprocal inverse opposite square squared cube cubed root roots sqrt
     log factorial modulo mod than least most above below under over between up close past exceeds exceeding exceed beyond
-    beneath
-    near nearly almost except without unless absolute both either neither
+    beneath near nearly almost except without unless absolute both either neither
     """
 )
 
@@ -192,21 +195,21 @@ def _leads(before: str) -> bool:
 
 def by_itself(before: str, box: str, after: str) -> str:
     """What is in a box; or, where that is part of something, what it is part of: for the box is no answer then."""
-    opened, closed = _leads(before), is_over(after)
+    opened, closed, back = _leads(before), is_over(after), takes_back(after)
     if opened and closed:
         return box
     lines, rest = [line.strip() for line in before.split("\n")], after.partition("\n")[0]
     line = lines[-1] if lines[-1].strip(" $") else " ".join(lines[-3:])
-    if opened and not takes_back(after) and (counted := _counted(rest)):
+    if opened and not back and (counted := _counted(rest)):
         return f"{box} {counted}"
-    closers = _CLOSERS.match(rest)
-    words = rest[closers.end() if closers else 0 :].replace("$", "").removeprefix("such ")
-    if opened and closers and closers[0][-1:].isspace() and re.match(r"[^\W\d_]{2}", words) and not takes_back(after):
+    closers = _closers(rest)
+    words = rest[len(closers) :].replace("$", "").removeprefix("such ")
+    if opened and not back and closers[-1:].isspace() and re.match(r"[^\W\d_]{2}", words):
         return f"{box} " + re.split(r"[.](?:\s|$)", words, maxsplit=1)[0]
     glued = bool(not opened and re.search(r"\w$|[\d.,})]\s?$", line)) or bool(re.match(r"\w|[.,]\d", rest))
     if not re.fullmatch(r"[\d.,]+" if rest[:1] in ("^", "!") else r"-?[\d.,]+", box):
         glued = glued or not (opened and rest[:1].isspace())
-    whole = takes_back(after) or not rest.strip(" $")
+    whole = back or not rest.strip(" $")
     behind = "" if closed else after if whole else re.split(r"[.]\s", rest, maxsplit=1)[0]
     return re.sub(r"(?<!\\)\$|\\[()\[\]]", "", ("" if opened else line) + ("{" + box + "}" if glued else box) + behind)
 

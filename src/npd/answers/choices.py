@@ -9,7 +9,7 @@ import re
 
 from npd.answers.quantities import DENYING, word_set
 
-__all__ = ["LETTERED", "bare_letter", "lettered", "same_choice", "same_letter", "same_verdict", "takes_back", "words_of"]
+__all__ = ["LETTERED", "bare_letter", "lettered", "same_choice", "same_letter", "same_verdict", "speaks_against", "words_of"]
 
 _TURNING = DENYING | word_set("but wait actually instead rather however although though if else yes answer")
 # A noun in front of a letter that is part of a name: vitamin C.
@@ -25,7 +25,7 @@ def words_of(text: str) -> set[str]:
     return set(re.findall(r"[^\W\d_]+(?:['’][^\W\d_]+)?", text.casefold()))
 
 
-def takes_back(text: str) -> bool:
+def speaks_against(text: str) -> bool:
     """Do words take back what was said before them?"""
     return any(word in _TURNING or word.endswith(("n't", "n’t")) for word in words_of(text))
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from npd.answers.beside import NEAR, SIGNS, by_itself, is_denied, is_over, takes_back
 from npd.answers.quantities import DENYING, word_set
 
-__all__ = ["OPEN", "extract_answer", "is_marked", "marked_answer", "without_thoughts"]
+__all__ = ["OPEN", "extract_answer", "final_answer", "is_marked", "marked_answer", "without_thoughts"]
 
 OPEN = "<answer>"
 _TAGS = re.compile(r"<(/?)answer>", re.IGNORECASE)
@@ -25,15 +25,21 @@ _SPECIAL = re.compile(r"(?:\s{0,9}(?:<\|\w{1,30}\|>|</s>|<eos>|<end_of_turn>)){1
 
 def extract_answer(text: str) -> str:
     """The final answer of a response; where what stands beside it is part of it (-\\boxed{5}, not 5), with that."""
-    said = marked_answer(text)
-    return _last_line(without_thoughts(text)) if said is None else said
+    return final_answer(text)[0]
 
 
 def marked_answer(text: str) -> str | None:
     """The answer that a response marks; None where it marks none."""
+    said, marked = final_answer(text)
+    return said if marked else None
+
+
+def final_answer(text: str) -> tuple[str, bool]:
+    """As `extract_answer`, and is it marked, rather than the last line?"""
     text = without_thoughts(text)
     said = _in_tags(text)
-    return _within(text) if said is None else said
+    said = _within(text) if said is None else said
+    return (_last_line(text), False) if said is None else (said, True)
 
 
 def is_marked(text: str) -> bool:
@@ -183,9 +189,7 @@ def _in_box(text: str) -> tuple[int, str] | None:
     if not said:
         return None
     if len(listed) > 1 and before[-1:] in ("(", "[", "{") and after[:1] in (")", "]", "}"):
-        bound = "\\" * (before[-2:-1] == "\\")
-        said = f"{bound}{before[-1]}{said}{after[: 1 + len(bound)]}" if not bound else said
-        before, after = before[:-1], after[1:]
+        said, before, after = before[-1] + said + after[0], before[:-1], after[1:]
     return begun, by_itself(before, said, after)
 
 
@@ -248,7 +252,7 @@ def _said(text: str, found: re.Match[str], start: int) -> str:
     line = _line_before(text, found.start())
     named = _DETERMINERS.search(line)
     lead = line[: named.start()] if named else line
-    begun = next((at for at in range(start, len(text)) if not text[at].isspace()), len(text))
+    begun = len(text) - len(text[start:].lstrip())
     end = text.find("\n", begun)
     end = len(text) if end < 0 else end
     said, after = text[begun:end].strip(), text[end : end + NEAR]

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from npd.answers.choices import bare_letter, lettered, same_choice, same_verdict, takes_back, words_of
+from npd.answers.choices import bare_letter, lettered, same_choice, same_verdict, speaks_against, words_of
 from npd.answers.formulas import in_words, opener, tight
 from npd.answers.quantities import (
     CHANGING,
@@ -189,7 +189,7 @@ def _agrees(because: str, number: Quantity) -> bool:
     """Is it a reason of one clause whose last number, if it has any, is the same again?"""
     numbers = list(NUMBER.finditer(because))
     last = decimal(numbers[-1][0]) if numbers else number.value
-    return not re.search(r"[.:;!?]", because) and not takes_back(because) and last is not None and last == number.value
+    return not re.search(r"[.:;!?]", because) and not speaks_against(because) and last is not None and last == number.value
 
 
 # -- other forms

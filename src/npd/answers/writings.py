@@ -86,6 +86,22 @@ def _typed(text: str) -> str:
 # -- signs that have more than one name
 
 _STYLES = "bf|rm|it|em|sf|tt|bfseries|itshape|(?:display|text)style|[lL]arge|LARGE|[hH]uge|small"
+_NAMES = {
+    "pi": "π",
+    "infty": "∞",
+    "times": "×",
+    "cdot": "·",
+    "pm": "±",
+    "cup": "∪",
+    "cap": "∩",
+    "in": "∈",
+    "lt": "<",
+    "gt": ">",
+    "varnothing": "∅",
+    "emptyset": "∅",
+    "lbrace": "\\{",
+    "rbrace": "\\}",
+}
 _SIGNS = _rules(
     ("<", r"</?answer>", ""),  # of a pair that was never closed
     ("\\", r"(?<!\\)\\[,;:] ?(?=[$*]|\\[)\]])", ""),
@@ -107,19 +123,7 @@ _SIGNS = _rules(
     ("°", r"°\s?(?:\\(?:text|mathrm)\s?\{\s?([CF])\s?\}|([CF])(?![a-zA-Z]))", r"°\1\2"),
     ("{", r"\{,\}", ","),
     ("\\", r"(?<!\\)\\([%#&_])", r"\1"),
-    ("\\", r"\\pi(?![a-zA-Z])", "π"),
-    ("\\", r"\\infty(?![a-zA-Z])", "∞"),
-    ("\\", r"\\times(?![a-zA-Z])", "×"),
-    ("\\", r"\\cdot(?![a-zA-Z])", "·"),
-    ("\\", r"\\pm(?![a-zA-Z])", "±"),
-    ("\\", r"\\cup(?![a-zA-Z])", "∪"),
-    ("\\", r"\\cap(?![a-zA-Z])", "∩"),
-    ("\\", r"\\in(?![a-zA-Z])", "∈"),
-    ("\\", r"\\(?:varnothing|emptyset)(?![a-zA-Z])", "∅"),
-    ("\\", r"\\lbrace(?![a-zA-Z])", r"\\{"),
-    ("\\", r"\\rbrace(?![a-zA-Z])", r"\\}"),
-    ("\\", r"\\lt(?![a-zA-Z])", "<"),
-    ("\\", r"\\gt(?![a-zA-Z])", ">"),
+    ("\\", rf"\\({'|'.join(_NAMES)})(?![a-zA-Z])", lambda found: _NAMES[found[1]]),
     ("\\<", r"\\leq?(?:slant)?(?![a-zA-Z])|<=", "≤"),
     ("\\>", r"\\geq?(?:slant)?(?![a-zA-Z])|>=", "≥"),
     ("\\!", r"\\neq?(?![a-zA-Z])|!=", "≠"),
