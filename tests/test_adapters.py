@@ -144,8 +144,7 @@ def spoilt(adapter: Path, kind: str) -> None:
         ("slow", r"The adapter's pattern .* takes more than"),
     ],
 )
-def test_an_adapter_that_does_not_belong_is_refused_at_the_start(tmp_path, make_tree, base_dir, kind, message, monkeypatch):
-    monkeypatch.setattr("npd.models.students.MATCH_SECONDS", 0.5)
+def test_an_adapter_that_does_not_belong_is_refused_at_the_start(tmp_path, make_tree, base_dir, kind, message):
     adapter = save_adapter(tmp_path / "a", base_dir)
     spoilt(adapter, kind)
     for sections in (

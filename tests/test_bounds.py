@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 from chats import byte_tokenizer, of_family
-from conftest import save_model
+from conftest import HANG, save_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -336,15 +336,15 @@ DOUBLE = "{% set ns = namespace(x=['a'] * 9) %}{% for i in range(60) %}{% set ns
     ],
 )
 def test_a_template_without_end_is_stopped(template, words, monkeypatch):
-    monkeypatch.setattr("npd.prompts.bounded.SECONDS", 1.0 if "characters" in words else 0.2)
+    slow = words.startswith("computes")  # no other one may be stopped for its time, however slow the machine
+    monkeypatch.setattr("npd.prompts.bounded.SECONDS", 0.2 if slow else HANG)
     with pytest.raises(UserError, match=f"^The chat template .*{words}") as caught:
         turn_end(byte_tokenizer(template, "</s>"))
     paragraph(caught.value)
     assert MOST == 268_435_456
 
 
-def test_a_template_that_is_without_end_for_some_rows(monkeypatch):
-    monkeypatch.setattr("npd.prompts.bounded.SECONDS", 0.2)
+def test_a_template_that_is_without_end_for_some_rows():
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     tokenizer = byte_tokenizer(
         "{% for m in messages %}{{ m.content }}{% if m.content == '!!' %}" + loops + "{% endif %}{% endfor %}", "</s>"
@@ -466,11 +466,10 @@ def test_weights_that_are_links_are_read(tmp_path):
     assert outcome(lambda: check_claims("here", weight_files(here), 3 * held + (1 << 21), quantised=False))
 
 
-def test_a_pattern_without_end(monkeypatch):
-    monkeypatch.setattr("npd.models.students.MATCH_SECONDS", 0.5)
+def test_a_pattern_without_end():
     names = [f"model.layers.{i}.self_attn.q_proj" for i in range(9)]
     check_pattern(r"(.*\.)?q_proj", names, "It")
-    assert "takes more than 0.5 seconds" in str(outcome(lambda: check_pattern(r"(\w*\.?)*x!", names, "It")))
+    assert "takes more than 2 seconds" in str(outcome(lambda: check_pattern(r"(\w*\.?)*x!", names, "It")))
 
 
 def test_a_number_of_processes_that_is_none(make_tree, monkeypatch):

@@ -163,7 +163,7 @@ def marked() -> dict[int, str]:
     return found
 
 
-def left(seconds: float = 20.0) -> dict[int, str]:
+def left(seconds: float = HANG) -> dict[int, str]:
     """Those that are still there after some time."""
     deadline = time.monotonic() + seconds
     while marked() and time.monotonic() < deadline:
@@ -462,7 +462,8 @@ def test_nodes_and_actors_that_come_and_go(killed, nodes, in_turns, tmp_path, mo
     events = list(read_events(run_dir / "events.jsonl"))
     early = said.count("before it made a part")  # an actor that Ray began on the node before it knew that it was dead
     assert len([e for e in events if e.name == SpanName.RESTART]) == 2 + early, said
-    assert {e.role for e in events if e.name == SpanName.GENERATE} <= {"refresh-0", "refresh-1"}
+    # Two at a time; three while Ray does not know yet that a node is dead.
+    assert {e.role for e in events if e.name == SpanName.GENERATE} <= {"refresh-0", "refresh-1", "refresh-2"}
     stored = [(e.facts["generation"], e.facts["part"]) for e in events if e.name == SpanName.STORE]
     assert {*stored} == {(g, part) for g in range(3) for part in range(3)}
 

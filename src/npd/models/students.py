@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import warnings
@@ -32,8 +33,12 @@ def evenly_spaced(layers: int, total: int) -> list[int]:
     return [round(i * (total - 1) / (layers - 1)) for i in range(layers)]
 
 
-MATCH = "import json, re, sys; pattern, names = json.load(sys.stdin); [re.fullmatch(pattern, name) for name in names]"
-MATCH_SECONDS = 2
+MATCH = """import json, re, signal, sys
+pattern, names = json.load(sys.stdin)
+signal.signal(signal.SIGVTALRM, signal.SIG_DFL)
+signal.setitimer(signal.ITIMER_VIRTUAL, float(sys.argv[1]))
+[re.fullmatch(pattern, name) for name in names]"""
+MATCH_SECONDS = 2  # of a processor: a machine that is busy is no fault of the pattern's
 
 # Options that name layers by their indices, and those that say how many of the first are of another kind.
 INDICES = ("mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "hybrid_layer_ids", "no_rope_layer_ids")
@@ -157,22 +162,21 @@ def add_lora(model: PreTrainedModel, config: StudentConfig) -> nn.Module:
 def check_pattern(pattern: Any, names: Sequence[str], what: str) -> None:
     """See that a pattern is soon done with a model's modules: some try every way to divide a name, which takes for ever.
 
-    Python cannot be interrupted while it matches, so another one tries.
+    Python cannot be interrupted while it matches, so another one tries, which its own timer kills.
 
     Raises:
         UserError: it is not.
     """
     if not isinstance(pattern, str) or not re.search(r"[*+{?]", pattern):
         return
-    command = [sys.executable, "-I", "-S", "-c", MATCH]
-    try:
-        subprocess.run(command, input=json.dumps([pattern, list(names)]).encode(), timeout=MATCH_SECONDS, capture_output=True)
-    except subprocess.TimeoutExpired:
+    command = [sys.executable, "-I", "-S", "-c", MATCH, str(MATCH_SECONDS)]
+    tried = subprocess.run(command, input=json.dumps([pattern, list(names)]).encode(), capture_output=True)
+    if tried.returncode == -signal.SIGVTALRM:
         raise UserError(
             f"{what} takes more than {MATCH_SECONDS} seconds to be compared with the {len(names):,} names of the model's "
             "modules.",
             "Write it without repetitions inside of repetitions, or give a list of names.",
-        ) from None
+        )
 
 
 def fresh_adapters(model: PreTrainedModel, config: StudentConfig, unread: Sequence[str]) -> nn.Module:
