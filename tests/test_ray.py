@@ -424,6 +424,7 @@ def nodes(driver) -> Iterator[Nodes]:
         found.cluster.shutdown()
 
 
+@pytest.mark.slow
 @needs_ray
 def test_nodes_and_actors_that_come_and_go(killed, nodes, in_turns, tmp_path, monkeypatch, capsys):
     """Where two actors are at work, the node of one is killed, and the process of the other one; a node joins later.
@@ -468,6 +469,7 @@ def test_nodes_and_actors_that_come_and_go(killed, nodes, in_turns, tmp_path, mo
     assert {*stored} == {(g, part) for g in range(3) for part in range(3)}
 
 
+@pytest.mark.slow
 @needs_ray
 def test_an_object_store_that_is_too_small_spills(nodes, tmp_path):
     """A parcel of twice what a node's store takes arrives whole."""

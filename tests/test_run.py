@@ -601,19 +601,21 @@ def assert_same(got: dict, wanted: dict, where: str) -> None:
         pytest.fail(f"{where}: {different} differ from the uninterrupted run", pytrace=False)
 
 
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-def test_killed_at_every_publication(small_tree, uninterrupted, tmp_path, after):
+def test_killed_at_every_publication(small_tree, uninterrupted, tmp_path, after, every):
     count = count_publications(tmp_path / "run", small_tree | {"run_dir": str(tmp_path / "run")})
     assert count > 20
-    for nth in range(1, count + 1, 5 if after else 1):
+    for nth in range(1, count + 1, every):
         got = interrupted(small_tree, tmp_path, lambda _, nth=nth: hook_publications(nth, after))
         assert_same(got, uninterrupted, f"killed {'after' if after else 'before'} publication {nth} of {count}")
 
 
+@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("when", ["before", "updated", "after"])
-def test_killed_at_every_optimiser_step(small_tree, uninterrupted, tmp_path, when):
+def test_killed_at_every_optimiser_step(small_tree, uninterrupted, tmp_path, when, every):
     count = max(line["step"] for line in uninterrupted["metrics"])
-    for nth in range(1 if when == "after" else 2, count + 1, 2 if when == "after" else 5):
+    for nth in range(1 if every == 1 else 2, count + 1, every):
         got = interrupted(small_tree, tmp_path, lambda _, nth=nth: hook_steps(nth, when))
         assert_same(got, uninterrupted, f"killed {when} step {nth} of {count}")
 

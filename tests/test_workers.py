@@ -442,14 +442,15 @@ def test_every_response_was_written_by_the_snapshot_it_names(make, tmp_path):
 # -- 3: kill -9 at any moment
 
 
-def test_killed_at_random_moments(make, states, tmp_path):
+@pytest.mark.parametrize("wanted", [10, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(make, states, tmp_path, wanted):
     """Trainer, job or both, at moments drawn at random, many times in each of several runs.
 
     The longer a run takes, the rarer its kills: on the slowest machine it comes to its end.
     """
     rng = random.Random(0)
     trainers = jobs = turns = again = moments = 0
-    while moments < 50 or turns < 2 or trainers < 10 or jobs < 10 or again < 5:
+    while moments < wanted or turns < 2 or min(trainers, jobs) < wanted // 5 or again < wanted // 10:
         assert turns < 100, f"{trainers} trainers, {jobs} jobs were hit, {again} jobs replaced"
         keep = {"checkpoint": {"every_steps": 2, "keep": (3, 1)[turns % 2], "restarts": 1000}}
         tree = make(f"run-{turns}", **keep)
@@ -457,7 +458,7 @@ def test_killed_at_random_moments(make, states, tmp_path):
         longest = 0.8
         while True:
             pause = time.monotonic() + rng.uniform(0.0, longest)
-            longest *= 1.02
+            longest *= 1 + 1 / wanted
             while child.poll() is None and time.monotonic() < pause:
                 time.sleep(0.001)
             if child.poll() is not None:
@@ -889,7 +890,7 @@ def test_reselect_killed_at_any_publication(make, states, tmp_path, nth):
 # -- 8: what is pruned is never needed
 
 
-@pytest.mark.parametrize("lead", [0.5, 2.0])
+@pytest.mark.parametrize("lead", [pytest.param(0.5, marks=pytest.mark.slow), 2.0])
 def test_every_kept_checkpoint_leads_to_the_same_end(make, states, tmp_path, lead):
     more = {"schedule": {"generations": 5, "lead": lead}, "checkpoint": {"every_steps": 2, "keep": 2}}
     wanted = states(**more)
@@ -955,6 +956,7 @@ def test_a_real_job(make, states, tmp_path, real_jobs):
     assert not alive(job)
 
 
+@pytest.mark.slow
 def test_a_real_kill_of_the_trainer(make, states, tmp_path, real_jobs):
     tree = make()
     run_dir = Path(tree["run_dir"])
@@ -971,6 +973,7 @@ def test_a_real_kill_of_the_trainer(make, states, tmp_path, real_jobs):
     assert not any(map(alive, processes(run_dir, "refresh-0")))
 
 
+@pytest.mark.slow
 def test_a_real_follower(make, states, tmp_path):
     """placement.rollout external: the trainer starts no process, and waits for what `npd refresh --follow` makes."""
     tree = make(placement={"rollout": "external"})
