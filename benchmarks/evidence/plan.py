@@ -35,6 +35,7 @@ def cells(seeds: int) -> list[Cell]:
             for arm in (TEACHER, *(name for one in ARMS for name in sorted({one, timed(one)}) if name != STRICT))
             for task in _dear_first(ALL)
         ),
+        *(Cell(task, arm, seed) for seed in range(FEW, seeds) for arm in ABLATIONS for task in ABLATED),
     ]
 
 
