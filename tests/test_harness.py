@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import HANG, write_jsonl
+from conftest import write_jsonl
 from test_evaluation import greedy, make_evaluator
 
 import npd
@@ -278,7 +278,7 @@ def test_a_task_of_the_hub_without_network_is_refused_within_seconds(harness_tre
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     began = time.monotonic()
     said = refusal(harness_tree(names=["of_the_hub"]))
-    assert time.monotonic() - began < HANG / 2
+    assert time.monotonic() - began < 30
     assert "reads its data from the Hub, which cannot be reached (ConnectError" in said
     assert "HF_HOME" in said
     assert "include_path" in said

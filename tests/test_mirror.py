@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 import pytest
 import yaml
 from click.testing import CliRunner
-from conftest import HANG, save_model, write_jsonl
+from conftest import save_model, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -685,7 +685,7 @@ def test_what_is_wrong_with_a_store_is_said_at_the_start(make_tree, tmp_path, s3
         began = time.monotonic()
         with pytest.raises(UserError, match=why) as raised:
             npd.distill(mirrored(make_tree(), f"{where}endpoint_override={s3}&scheme=http&region=us-east-1"))
-        assert time.monotonic() - began < HANG / 2
+        assert time.monotonic() - began < 20
         assert "Credentials come from the environment" in str(raised.value)
         assert str(raised.value).isprintable()
         assert not list(tmp_path.glob("run/generations/*"))

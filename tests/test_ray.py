@@ -163,9 +163,9 @@ def marked() -> dict[int, str]:
     return found
 
 
-def left(seconds: float = HANG) -> dict[int, str]:
-    """Those that are still there after some time."""
-    deadline = time.monotonic() + seconds
+def left() -> dict[int, str]:
+    """Those that stay."""
+    deadline = time.monotonic() + HANG
     while marked() and time.monotonic() < deadline:
         time.sleep(0.05)
     return marked()
