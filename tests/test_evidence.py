@@ -8,7 +8,10 @@ import random
 import statistics
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +24,11 @@ from benchmarks.evidence.hypotheses import ABLATED, ALL, HYPOTHESES, TUNING, Con
 from benchmarks.evidence.plan import FEW, cells
 from benchmarks.evidence.problems import FAMILIES, SKILLS, problems, verified
 from benchmarks.evidence.tasks import TASKS
+from benchmarks.evidence.verified import WeighedByDelta
+from npd.config import SelectionConfig
+from npd.losses import check_divergence
+from npd.records import PROXIMAL
+from npd.registry import DIVERGENCES
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,6 +108,42 @@ def test_sorting_takes_no_number_that_is_off_by_one():
     moved = [*numbers[:-1], str(int(numbers[-1]) + (1 if problem.prompt[0] == "<" else -1))]
     assert not verified("sorting", problem.check, " ".join(moved))
     assert not verified("sorting", problem.check, " ".join(reversed(numbers)))
+
+
+# -- rules and divergences that are compared
+
+
+def test_responses_with_a_higher_delta_are_kept_more_often():
+    rng = np.random.default_rng(0)
+    deltas = rng.permutation(4000) / 1000
+    table = pa.table({"delta_ifd": deltas, "response_ids": [[int(n) for n in rng.integers(0, 50, 12)] for _ in deltas]})
+    kept = WeighedByDelta()(table, SelectionConfig()).verdicts == PROXIMAL
+    shares = [kept[(deltas >= at) & (deltas < at + 1)].mean() for at in range(4)]
+    assert shares == pytest.approx([1 / 8, 3 / 8, 5 / 8, 7 / 8], abs=0.05)
+    assert (WeighedByDelta()(table, SelectionConfig()).verdicts == PROXIMAL).tolist() == kept.tolist()
+
+
+@given(st.integers(1, 40), st.integers(2, 6), st.integers(0, 2**31))
+def test_divergences_that_weigh_tokens(tokens, symbols, seed):
+    rng = torch.Generator().manual_seed(seed)
+    teacher, student = (torch.randn(tokens, symbols, generator=rng, dtype=torch.float64).log_softmax(-1) for _ in range(2))
+    teacher[:, -1] = -torch.inf  # the mass is raw
+    each = [
+        sum(math.exp(t) * (t - s) for t, s in zip(a[:-1], b[:-1], strict=True))
+        for a, b in zip(teacher.tolist(), student.tolist(), strict=True)
+    ]
+    half = DIVERGENCES["furthest_tokens"](teacher, student).sum(-1).tolist()
+    middle = sorted(each)[(tokens - 1) // 2]
+    assert half == pytest.approx([one if one >= middle else 0 for one in each])
+    far = [max(one, 0) for one in each]
+    mean = sum(far) / tokens
+    weighed = DIVERGENCES["weighed_tokens"](teacher, student).sum(-1).tolist()
+    assert weighed == pytest.approx([one * f / max(f + mean, 1e-9) for one, f in zip(each, far, strict=True)])
+
+
+def test_divergences_of_the_study_can_be_trained_with():
+    for name in ("furthest_tokens", "weighed_tokens"):
+        check_divergence(name, "raw")
 
 
 # -- what is read from curves

@@ -99,6 +99,15 @@ ABLATIONS: dict[str, Arm] = {
     "low-half": Arm("the half with the lowest Δ", "distill", _near("low_half"), every=26),
     "high-half": Arm("the half with the highest Δ", "distill", _near("high_half"), every=26),
     "random-half": Arm("any half", "distill", _near("random_half"), every=26),
+    "delta-weighed": Arm("kept with a probability that rises with Δ", "distill", _near("weighed_by_delta"), every=26),
+    "token-half": Arm(
+        "λ 1, the half of the tokens with the largest KL",
+        "distill",
+        _near(loss={"kd_weight": 1.0, "divergence": "furthest_tokens"}),
+    ),
+    "token-weighed": Arm(
+        "λ 1, tokens weighed by their KL", "distill", _near(loss={"kd_weight": 1.0, "divergence": "weighed_tokens"})
+    ),
     "lambda-0.5": Arm("λ 0.5", "distill", _near(loss={"kd_weight": 0.5})),
     "lambda-1": Arm("λ 1", "distill", _near(loss={"kd_weight": 1.0})),
     "k-1": Arm("k 1", "distill", _near(scoring={"top_k": 1})),

@@ -186,6 +186,29 @@ HYPOTHESES = (
         "what the band drops below 0 was mostly right",
         Contrast(ABLATED, "low-half", "high-half"),
     ),
+    # 2026-11-27, after all of the above, before the first cell of these arms: a changed rule, on tuning tasks
+    Hypothesis(
+        "weights in place of a band",
+        "Keeping responses with a probability that rises with the rank of their Δ is ahead of keeping any half of them (sums "
+        "and sorting).",
+        "the half with the highest Δ was as good as all responses, any half of them behind",
+        Contrast(ABLATED, "delta-weighed", "random-half"),
+    ),
+    Hypothesis(
+        "a filter of tokens",
+        "With λ 1, the half of the tokens on which teacher and student differ most teaches as much as all of them, but for a "
+        "point (sums, sorting).",
+        "where both agree the gradient is small already",
+        Contrast(ABLATED, "token-half", "lambda-1"),
+        above=-1.0,
+    ),
+    Hypothesis(
+        "weighed tokens",
+        "With λ 1, weighing tokens by how far apart teacher and student are gains over weighing all of them the same (sums, "
+        "sorting).",
+        "what decides a solution are few tokens, and there both differ",
+        Contrast(ABLATED, "token-weighed", "lambda-1"),
+    ),
     # 2026-11-27, with the tuning tasks' cells, before the first of a held-out task (but for teachers and warm students)
     *(
         Hypothesis(

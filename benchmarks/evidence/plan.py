@@ -14,7 +14,7 @@ STRICT = "strict"
 VARIANT_ARMS = ("sft", "kd-sequence", "npd-none")
 """Of tasks that differ from another one in the student alone: those that hypotheses ask for."""
 FEW = 3
-"""Seeds of everything; those beyond them have the arms that are not many times as dear as the others."""
+"""Seeds that come before the others, with everything."""
 
 
 def cells(seeds: int) -> list[Cell]:
@@ -35,6 +35,8 @@ def cells(seeds: int) -> list[Cell]:
             for arm in (TEACHER, *(name for one in ARMS for name in sorted({one, timed(one)}) if name != STRICT))
             for task in _dear_first(ALL)
         ),
+        *(Cell(task, arm, seed) for seed in range(FEW, seeds) for arm in GRPO_ARMS for task in RL),
+        *(Cell(task, STRICT, seed) for seed in range(FEW, seeds) for task in _dear_first(ALL)),
         *(Cell(task, arm, seed) for seed in range(FEW, seeds) for arm in ABLATIONS for task in ABLATED),
     ]
 

@@ -1,4 +1,4 @@
-"""What the study brings to npd as a plug-in: held-out problems judged by their verifier, and a rule that asks it."""
+"""What the study brings to npd as plug-ins: held-out problems judged by their verifier, rules and divergences to compare."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
+from torch import Tensor
 
 from benchmarks.evidence.problems import verified
 from npd.config import Sampling, SelectionConfig, TaskConfig
 from npd.evaluation import BenchmarkSetting, Student, VerifiedTask
+from npd.losses.divergences import forward_kl
 from npd.records import PROXIMAL, StepLine
-from npd.registry import BENCHMARKS, RULES
+from npd.registry import BENCHMARKS, DIVERGENCES, RULES
 from npd.schedule import derive_seed
 from npd.selection import Judgement, Rule
 from npd.store import Store
@@ -118,8 +120,48 @@ class RandomHalf(Half):
     reads_free = False
 
     def keys(self, table: pa.Table) -> np.ndarray:
-        texts = (bytes(str(ids), "ascii") for ids in table["response_ids"].to_pylist())
-        return np.array([zlib.crc32(text) for text in texts])
+        return drawn(table)
+
+
+class WeighedByDelta(Half):
+    """Keeps responses with a probability that rises with the rank of their Δ, from 0 to 1: weights, over many generations."""
+
+    def __call__(self, table: pa.Table, config: SelectionConfig) -> Judgement:
+        place = np.argsort(np.argsort(self.keys(table), kind="stable"))
+        kept = drawn(table) * len(table) < place + 0.5
+        return Judgement(np.where(kept, PROXIMAL, "filtered"), None)
+
+    def keys(self, table: pa.Table) -> np.ndarray:
+        delta: np.ndarray = np.nan_to_num(table["delta_ifd"].to_numpy(), nan=-np.inf)
+        return delta
+
+
+def drawn(table: pa.Table) -> np.ndarray:
+    """A number from 0 to 1 of each response, by its tokens alone."""
+    texts = (bytes(str(ids), "ascii") for ids in table["response_ids"].to_pylist())
+    return np.array([zlib.crc32(text) for text in texts]) / 2**32
+
+
+class FurthestTokens:
+    """The forward KL of the half of a forward pass's tokens where it is largest: a filter of tokens, not of responses."""
+
+    on_teacher_support = True
+
+    def __call__(self, teacher: Tensor, student: Tensor) -> Tensor:
+        each = forward_kl(teacher, student)
+        far = each.detach().sum(-1, keepdim=True)
+        return each * (far >= far.median())
+
+
+class WeighedTokens:
+    """The forward KL, each token's weighed by KL / (KL + mean KL), from 0 where both agree to 1: a soft filter of tokens."""
+
+    on_teacher_support = True
+
+    def __call__(self, teacher: Tensor, student: Tensor) -> Tensor:
+        each = forward_kl(teacher, student)
+        far = each.detach().sum(-1, keepdim=True).clamp(min=0)
+        return each * (far / (far + far.mean()).clamp(min=1e-9))
 
 
 RULES.register("verified", ByVerifier)
@@ -127,4 +169,7 @@ RULES.register("refuted", ByRefutation)
 RULES.register("low_half", Half)
 RULES.register("high_half", HighHalf)
 RULES.register("random_half", RandomHalf)
+RULES.register("weighed_by_delta", WeighedByDelta)
+DIVERGENCES.register("furthest_tokens", FurthestTokens())
+DIVERGENCES.register("weighed_tokens", WeighedTokens())
 BENCHMARKS.register("verified", Verified)
