@@ -572,7 +572,8 @@ def prefixes(results: dict[str, Any]) -> str:
 def machine(results: dict[str, Any]) -> str:
     m = results["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in m["versions"].items())
-    where = f"{m['processor']}, {m['cores']} cores, {m['memory_gib']} GiB, {'no GPU' if m['gpu'] is None else m['gpu']}"
+    cores = f"{m['cores']} core{'' if m['cores'] == 1 else 's'}"
+    where = f"{m['processor']}, {cores}, {m['memory_gib']} GiB, {'no GPU' if m['gpu'] is None else m['gpu']}"
     return f"{where}; Python {m['python']}, {versions}; {results['date']}."
 
 

@@ -288,6 +288,32 @@ def test_the_last_sentence_of_a_line(value, lead, shut, who, not_who):
         assert not same_answer(not_who.format(value), value, marked), not_who
 
 
+OF_NUMBERS = [
+    "The GCD of 10 and 2 is {}.", "The greatest common divisor (GCD) of 24, 36 and 6 is {}.", "So the sum of 3.5 and 2 is {}",
+    "The LCM of 2 and 3 is equal to {}.", "The product of 3 and 4 equals {}.", "The total cost of 3 apples is ${}.",
+    "The total is equal to {}.", "The probability of drawing 2 red balls is {}.", "It is easy. The sum of 1, 2 and 3 is {}.",
+]  # fmt: skip
+NOT_OF_NUMBERS = [
+    "The value of x when y is {}.", "The sum of 3 if it is {}.", "The GCD of 10 and 2 is not {}.",
+    "The GCD of 10 and 2 is 15000 or {}.", "The GCD of 10 and 2 is {} or 15000.", "The sum of 3 and 2 is less than {}.",
+    "The GCD of 10 and 2 is {}. No, it is 15000.", "The GCD of 10 and 2 is about {}.", "The sum of minus 3 and twice {}.",
+    "The value of x where 3 and 4 are {}.", "The total is not equal to {}.", "The GCD of 10 and {} is 15000.",
+]  # fmt: skip
+
+
+@given(DIGITS, st.sampled_from(OF_NUMBERS), st.sampled_from(NOT_OF_NUMBERS))
+def test_a_value_of_numbers_is_what_is_said_of_it(value, of, not_of):
+    assert same_answer(of.format(value), value, marked=False)
+    assert not same_answer(not_of.format(value), value, marked=False), not_of
+
+
+@given(st.integers(0, 99), st.integers(0, 99), either("=", " = ", " equals ", " is equal to "))
+def test_an_equation_in_words(a, b, equals):
+    assert same_answer(f"{a} + {b}{equals}{a + b}.", str(a + b), marked=False)
+    assert not same_answer(f"{a} + {b}{equals}{a + b} + 1.", str(a + b), marked=False)
+    assert not same_answer(f"{a} + {b} does not equal {a + b}.", str(a + b), marked=False)
+
+
 NAMED = ["\\angle ABC", "m\\angle A", "|AB|", "\\overline{AB}", "a+b", "f(-3)", "a_{n+1}", "x", "f(2)", "x_1"]
 COMPUTED = ["2x", "x^2", "|x|", "n!", "x+5", "-x", "a-b", "1/x", "x < y", "f(x) = x", "\\sqrt{x}", "a+b > 2"]
 

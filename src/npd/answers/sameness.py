@@ -124,7 +124,8 @@ def _ends(before: str, after: str) -> bool:
 
 _SUBJECTS = (
     "answer|result|total|sum|value|number|amount|product|difference|quotient|remainder|solution|area|perimeter|volume|length|"
-    "width|height|distance|time|age|speed|probability|average|mean|median|count|cost|price|profit|change|rate|weight"
+    "width|height|distance|time|age|speed|probability|average|mean|median|count|cost|price|profit|change|rate|weight|"
+    r"(?:gcd|gcf|hcf|lcm|(?:greatest|highest|least|lowest) common (?:divisor|factor|multiple|denominator))(?: \([a-z]{3}\))?"
 )
 _VERBS = (
     "is|are|was|were|has|have|had|gets?|got|obtains?|finds?|found|needs?|needed|makes?|made|gives?|gave|equals?|"
@@ -136,13 +137,17 @@ _NAMED = "|".join(sorted(CHANGING | {"it", "there", "here", "everyone", "someone
 _LEAD = re.compile(
     r"(?:(?:so|thus|hence|therefore|then|finally|now|in total|altogether|overall|in all|in conclusion|final answer),? |"
     r"(?:the|a|our|my|this|that|it|there|which|we|i|he|she|they|you|final|correct|exact|whole|grand|"
-    rf"(?:will|would|must) (?:{_DO})|(?:needs?|needed|has|have|had) to (?:{_DO})|{_VERBS}|equal to|"
+    rf"(?:will|would|must) (?:{_DO})|(?:needs?|needed|has|have|had) to (?:{_DO})|equal to|{_VERBS}|"
     rf"(?!(?:{_NAMED})(?![a-z]))(?-i:[A-Z][a-z]{{1,15}})(?= (?:{_VERBS}|(?:will|would|must) (?:{_DO})) )|"
     r"simply|just|exactly|clearly|indeed|here|to (?:the|this|your) (?:problem|question|equation|puzzle|exercise)|"
     rf"comes to|adds up to|total of|therefore|{_SUBJECTS}):? |[:=] )+",
     re.IGNORECASE,
 )
-_OF = re.compile(r"(?<= )of ((?:[a-z]{1,20} ){1,5}?)(?=(?:is|are|was|were|equals|will be) )", re.IGNORECASE)
+_OF = re.compile(
+    r"(?<= )of ((?:(?:[a-z]{1,20}|\d{1,9}(?:\.\d{1,9})?),? ){1,8}?)(?=(?:is|are|was|were|equals|will be) )", re.IGNORECASE
+)
+_NO_PART_OF = DENYING | word_set("when whenever if where while unless given until as")
+_EQUALS = re.compile(r" (?:equals|is equal to) ")
 _BECAUSE = re.compile(r",? (?:because|since) ")
 _ARITHMETIC = re.compile(r"(?:\d,\d{3}(?!\d)|[-+*/×·÷().\d\s{}^%$€£¥₹°]|\\(?:frac|sqrt|div)(?![a-zA-Z]))+")
 
@@ -157,15 +162,21 @@ def _said_quantity(said: str) -> Quantity | None:
 
 def _after_words(said: str) -> Quantity | None:
     """Behind words that only lead to it, all of which are known."""
-    said = _OF.sub(lambda found: "" if DENYING.isdisjoint(found[1].casefold().split()) else found[0], said)
+    said = _OF.sub(_without_of, said)
     lead = _LEAD.match(said)
     return None if lead is None else quantity(said[lead.end() :]) or _end_of_equation(said[lead.end() :])
+
+
+def _without_of(found: re.Match[str]) -> str:
+    """What "of 10 and 2" leaves: nothing, unless it may turn what the value is of into a condition, or into another value."""
+    words = re.findall("[a-z]+", re.sub(r"(?<=\d),? and (?=\d)", " ", found[1]).casefold())
+    return "" if _NO_PART_OF.isdisjoint(words) else found[0]
 
 
 def _end_of_equation(said: str) -> Quantity | None:
     """x = 3 + 4 = 7, or 48 clips / 2 = 24 clips: what it is of is a name, or computed of numbers alone."""
     _, arrow, said = said.rpartition("⇒")
-    first, *others = (part.strip() for part in said.split("="))
+    first, *others = (part.strip() for part in _EQUALS.sub(" = ", said).split("="))
     if not others or (arrow and not _.strip()):
         return None
     last = quantity(others[-1])
