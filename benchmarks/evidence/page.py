@@ -317,7 +317,7 @@ def _reached(entries: Entries, task: str, name: str) -> str:
 
 def machine(entries: Entries) -> str:
     about = {
-        f"{e['machine']['processor']}, {e['machine']['cores']} cores; "
+        f"{e['machine']['processor']}, {e['machine']['cores']} core{'' if e['machine']['cores'] == 1 else 's'}; "
         + ", ".join(f"{name} {v}" for name, v in e["machine"]["versions"].items() if name in ("npd", "torch", "transformers"))
         for e in entries.values()
     }
