@@ -90,6 +90,7 @@ ABLATIONS: dict[str, Arm] = {
     "passes-20": Arm("an update after 20 passes", "distill", _near(passes=20)),
     "passes-14": Arm("an update after every 14 passes", "distill", _near(passes=14)),
     "passes-3": Arm("an update after every 3 passes", "distill", _near(passes=3)),
+    "passes-1": Arm("an update after every pass", "distill", _near(passes=1)),
     "half-prompts": Arm("half the prompts a generation, 14 passes", "distill", lambda task: _half(task), every=26),
     "ppl-fixed": Arm(
         "Δ-IFD of perplexities, fixed band", "distill", _near("delta_ifd", selection={"ifd": "perplexity_ratio"})

@@ -209,6 +209,22 @@ HYPOTHESES = (
         "what decides a solution are few tokens, and there both differ",
         Contrast(ABLATED, "token-weighed", "lambda-1"),
     ),
+    # 2026-11-28, after two seeds of updates after 3, 7, 14 and 20 passes and of strict on-policy; before the first cell of the arm
+    Hypothesis(
+        "renewed at every pass",
+        "NPD without a filter that renews its student after every pass is ahead of one that does after every seven, at equal "
+        "steps (sums, sorting).",
+        "strict on-policy is ahead of seven passes, and the ablations point that way",
+        Contrast(ABLATED, "passes-1", "npd-none"),
+    ),
+    Hypothesis(
+        "a pass is fresh enough",
+        "With an update after every pass, NPD without a filter is not behind strict on-policy by more than two points at equal "
+        "steps (sums, sorting).",
+        "within fifteen steps the student moves little",
+        Contrast(ABLATED, "passes-1", "strict"),
+        above=-2.0,
+    ),
     # 2026-11-27, with the tuning tasks' cells, before the first of a held-out task (but for teachers and warm students)
     *(
         Hypothesis(
