@@ -161,6 +161,7 @@ def test_runs_are_compared_where_they_end_and_at_equal_seconds_by_their_twins():
         Cell("t", "npd-none", 0): entry("t", "npd-none", 0, [(0, 2.0, 0.3), (10, 6.0, 0.5)]),
         Cell("t", "npd", 0): entry("t", "npd", 0, [(0, 2.0, 0.3), (10, 6.0, 0.4)]),
     }
+    made = {cell: one | {"start": "a"} for cell, one in made.items()}
     found = {equal: paired(made, "t", "sft", "npd-none", equal)[0] for equal in ("steps", "seconds", "start")}
     assert found == pytest.approx({"steps": 10.0, "seconds": 15.0, "start": -10.0})
     assert paired(made, "t", "npd", "npd-none", "seconds") == pytest.approx({0: -10.0})
@@ -178,6 +179,8 @@ def test_cells_are_paired_only_where_they_go_on_from_the_same_warm_student():
         (here, there, False),
         ({"start": "a"} | here, here, True),
         ({"start": "a"} | here, there, False),
+        (here, here | entry("t", "npd", 0, [(0, 2.0, 0.2), (10, 4.0, 0.6)]), True),
+        (here, here | entry("t", "npd", 0, [(0, 1.0, 0.3), (10, 4.0, 0.6)]), False),
     ):
         entries = {base: made[base] | mine, arm: made[arm] | its}
         assert (paired(entries, "t", "npd", "npd-none", "steps") != {}) == together, (mine, its)

@@ -17,6 +17,35 @@ def placed(lead: float, size: int = 1, **options) -> Placement:
     )
 
 
+@pytest.fixture(autouse=True)
+def _vllm_is_there(monkeypatch):
+    """What these tests ask is the same with and without it."""
+    monkeypatch.setattr("npd.rollout.vllm.VllmEngine.lacks", classmethod(lambda cls, config: ""))
+
+
+def test_the_engine_is_wanted_where_generations_are_made(make_tree, monkeypatch):
+    monkeypatch.setattr("npd.rollout.vllm.VllmEngine.lacks", classmethod(lambda cls, config: "vllm is missing."))
+    with pytest.raises(UserError, match="vllm is missing"):
+        prepare(load_config(make_tree(rollout={"engine": "vllm"})), "distill")
+    elsewhere = load_config(make_tree(rollout={"engine": "vllm"}, placement={"rollout": "external"}))
+    notes = prepare(elsewhere, "distill").notes
+    assert "Not needed in this environment, but where generations are made (external): vllm is missing." in notes
+    # Options are looked at all the same.
+    with pytest.raises(UserError, match="temperatures up to 2"):
+        prepare(
+            load_config(make_tree(rollout={"engine": "vllm", "temperature": 2.5}, placement={"rollout": "external"})),
+            "distill",
+        )
+
+
+def test_a_ray_cluster_of_this_machine_has_this_environment(make_tree, monkeypatch):
+    pytest.importorskip("ray")
+    monkeypatch.setattr("npd.rollout.vllm.VllmEngine.lacks", classmethod(lambda cls, config: "vllm is missing."))
+    tree = make_tree(rollout={"engine": "vllm"}, placement={"rollout": "ray"})
+    with pytest.raises(UserError, match="vllm is missing"):
+        prepare(load_config(tree), "distill")
+
+
 def test_vllm_in_the_trainers_process_needs_it_to_itself(make_tree):
     config = load_config(make_tree(rollout={"engine": "vllm"}))
     two = load_config(make_tree(rollout={"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}))

@@ -292,12 +292,20 @@ OF_NUMBERS = [
     "The GCD of 10 and 2 is {}.", "The greatest common divisor (GCD) of 24, 36 and 6 is {}.", "So the sum of 3.5 and 2 is {}",
     "The LCM of 2 and 3 is equal to {}.", "The product of 3 and 4 equals {}.", "The total cost of 3 apples is ${}.",
     "The total is equal to {}.", "The probability of drawing 2 red balls is {}.", "It is easy. The sum of 1, 2 and 3 is {}.",
+    "gcd(12, 18) = {}", "GCD(12, 18) is {}.", "\\gcd(12, 18) = {}", "\\text{{lcm}}(2,3)={}",
+    "So lcm(4, 6) = lcm(4, 6, 2) = {}.",
+    "{} is the sum of 2 and 4.", "So {} is the GCD of 10 and 2.", "{} is the answer.", "{} = gcd(12, 18)", "It's {}.",
+    "So that’s {} apples.", "The answer's {}",
 ]  # fmt: skip
 NOT_OF_NUMBERS = [
     "The value of x when y is {}.", "The sum of 3 if it is {}.", "The GCD of 10 and 2 is not {}.",
     "The GCD of 10 and 2 is 15000 or {}.", "The GCD of 10 and 2 is {} or 15000.", "The sum of 3 and 2 is less than {}.",
     "The GCD of 10 and 2 is {}. No, it is 15000.", "The GCD of 10 and 2 is about {}.", "The sum of minus 3 and twice {}.",
     "The value of x where 3 and 4 are {}.", "The total is not equal to {}.", "The GCD of 10 and {} is 15000.",
+    "gcd(12, {}) = 15000", "gcd(12, 18) = {} or 15000", "gcd(12, 18) > {}", "gcd(12, 18) = {} + 1", "It's not {}.",
+    "15000 is the sum of {} and 4.", "{} is not the sum of 2 and 4.", "{} is the sum of 2 and 4 if it is 3.",
+    "{} is half the sum of 2 and 4.", "Twice {} is the answer.", "{} is less than the answer.", "It's about {}.",
+    "{} or 15000 is the answer.", "{} is the sum of minus 2 and 4.", "{} is the answer to another question, 15000 is right.",
 ]  # fmt: skip
 
 

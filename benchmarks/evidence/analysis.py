@@ -69,12 +69,18 @@ def standing(entries: Entries, task: str, arm: str, equal: Equal) -> dict[int, E
 def same_start(one: Entry, other: Entry) -> bool:
     """Did both go on from the same warm student? Another processor rounds otherwise, and makes another one of a seed.
 
-    Entries that do not say which it was are told apart by their processors.
+    Entries that do not say which it was are told apart by their processors, and by its figures on the held-out problems.
     """
     if "start" in one and "start" in other:
         return bool(one["start"] == other["start"])
-    mine, its = (entry.get("machine", {}).get("processor") for entry in (one, other))
-    return bool(mine == its)
+    mine, its = (_first_seen(entry) for entry in (one, other))
+    return mine == its
+
+
+def _first_seen(entry: Entry) -> dict[str, Any]:
+    """What is known of where a run began, its seconds apart."""
+    figures = {name: value for name, value in entry["curve"][0].items() if name != "cpu_seconds"}
+    return figures | {"processor": entry.get("machine", {}).get("processor")}
 
 
 def paired(entries: Entries, task: str, arm: str, against: str, equal: Equal, stratum: str = "") -> dict[int, float]:

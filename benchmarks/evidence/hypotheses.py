@@ -209,7 +209,7 @@ HYPOTHESES = (
         "what decides a solution are few tokens, and there both differ",
         Contrast(ABLATED, "token-weighed", "lambda-1"),
     ),
-    # 2026-11-28, after two seeds of updates after 3, 7, 14 and 20 passes and of strict on-policy; before the first cell of the arm
+    # 2026-11-28, after two seeds of updates after 3 to 20 passes and of strict on-policy; before the first cell of the arm
     Hypothesis(
         "renewed at every pass",
         "NPD without a filter that renews its student after every pass is ahead of one that does after every seven, at equal "
@@ -219,8 +219,8 @@ HYPOTHESES = (
     ),
     Hypothesis(
         "a pass is fresh enough",
-        "With an update after every pass, NPD without a filter is not behind strict on-policy by more than two points at equal "
-        "steps (sums, sorting).",
+        "With an update after every pass, NPD without a filter is not behind strict on-policy by more than two points at "
+        "equal steps (sums, sorting).",
         "within fifteen steps the student moves little",
         Contrast(ABLATED, "passes-1", "strict"),
         above=-2.0,

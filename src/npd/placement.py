@@ -99,7 +99,9 @@ def resolve_placement(config: Config, *, take_turns: bool = False, processes: in
 
 
 def check_engine(config: Config, placed: Placement, processes: int, *, trains: bool) -> None:
-    """See that the rollout's engine can be had, and can stand where the placement puts it.
+    """See that the rollout's engine is installed where it is wanted, and can stand where the placement puts it.
+
+    Where a producer writes elsewhere, this environment need not have it.
 
     Args:
         processes: trainers.
@@ -110,10 +112,17 @@ def check_engine(config: Config, placed: Placement, processes: int, *, trains: b
     """
     engine = ENGINES[config.rollout.engine]
     engine.check(config)
+    if writes_here(config, placed):
+        engine.require(config)
     if placed.turns:
         engine.check_shared(config, placed.rollout, processes=processes, trains=trains)
     for worker in placed.workers:
         engine.check_device(config, worker.rollout)
+
+
+def writes_here(config: Config, placed: Placement) -> bool:
+    """Are generations made in this environment, so that it has to have the engine?"""
+    return placed.producer is None or PRODUCERS[placed.producer].uses_cores(config.placement)
 
 
 class EngineHere(NamedTuple):

@@ -30,6 +30,7 @@ from npd.placement import (
     engine_beside_training,
     resolve_placement,
     unused_gpus,
+    writes_here,
 )
 from npd.prompts import ENTRY, Chat, OwnChat, Prompts, count_sources, read_data, verifiable
 from npd.registry import ENGINES, RULES
@@ -127,6 +128,7 @@ def prepare(given: Config, command: str, *, take_turns: bool = False, on_paper: 
         here = engine_beside_training(config, placed, processes, trains=command != EVAL and not take_turns)
         if not generates and (config.evaluation.tasks or config.data.eval is not None or needs_teacher):
             ENGINES[here.name].check(config)
+            ENGINES[here.name].require(config)
     models.use_device(placed.train[int(os.environ.get("LOCAL_RANK", "0")) if processes > 1 else 0])
     if config.training.compile and command != EVAL and not on_paper:
         models.check_compiler()
@@ -214,6 +216,8 @@ def where_notes(config: Config, given: Config, command: str, placed: Placement, 
     notes = [note] if (note := unused_gpus()) else []
     if command == DISTILL and not take_turns and placed.why:
         notes.append(f"schedule.lead {config.schedule.lead:g} is not taken: {placed.why}, so that they take turns.")
+    if command == DISTILL and not writes_here(config, placed) and (missing := ENGINES[config.rollout.engine].lacks(config)):
+        notes.append(f"Not needed in this environment, but where generations are made ({placed.producer}): {missing}")
     if command == SFT and config.placement.rollout != given.placement.rollout and config.data.references == "teacher":
         notes.append(
             f"placement.rollout {given.placement.rollout} is for generations: `npd sft` has references written here."

@@ -146,6 +146,15 @@ _LEAD = re.compile(
 _OF = re.compile(
     r"(?<= )of ((?:(?:[a-z]{1,20}|\d{1,9}(?:\.\d{1,9})?),? ){1,8}?)(?=(?:is|are|was|were|equals|will be) )", re.IGNORECASE
 )
+_IS = re.compile(  # the other way around: 6 is the sum of 2 and 4
+    rf"(.{{1,60}}?) (?:is|are|=) (?:the|our|my) (?:(?:final|correct|exact|whole) )?(?:{_SUBJECTS})"
+    r"(?P<of> of (?:(?:[a-z]{1,20}|\d{1,9}(?:\.\d{1,9})?)(?:,? |$)){1,8})?",
+    re.IGNORECASE,
+)
+_CALL = re.compile(  # gcd(12, 18)
+    r"(?<![\w\\])\\?(?:gcd|gcf|hcf|lcm) ?\( ?\d{1,9}(?: ?, ?\d{1,9}){1,8} ?\)(?!\w)", re.IGNORECASE
+)
+_CONTRACTED = re.compile(rf"(?<!\w)(it|that|there|here|{_SUBJECTS})['’]s ", re.IGNORECASE)
 _NO_PART_OF = DENYING | word_set("when whenever if where while unless given until as")
 _EQUALS = re.compile(r" (?:equals|is equal to) ")
 _BECAUSE = re.compile(r",? (?:because|since) ")
@@ -156,7 +165,8 @@ def _said_quantity(said: str) -> Quantity | None:
     if len(said) > LONGEST:
         return None
     head, _, because = said.partition(found[0]) if (found := _BECAUSE.search(said)) else (said, "", "")
-    number = quantity(head) or _after_words(head) or _end_of_equation(head)
+    head = _CONTRACTED.sub(r"\1 is ", _CALL.sub("the gcd", head))
+    number = quantity(head) or _after_words(head) or _end_of_equation(head) or _before_words(head)
     return number if number is None or not found or _agrees(because, number) else None
 
 
@@ -165,6 +175,16 @@ def _after_words(said: str) -> Quantity | None:
     said = _OF.sub(_without_of, said)
     lead = _LEAD.match(said)
     return None if lead is None else quantity(said[lead.end() :]) or _end_of_equation(said[lead.end() :])
+
+
+def _before_words(said: str) -> Quantity | None:
+    """In front of words that say what it is the value of."""
+    found = _IS.fullmatch(said.rstrip("."))
+    if found is None or not _NO_PART_OF.isdisjoint(
+        re.findall("[a-z]+", (found["of"] or "").replace(" and ", " ").casefold())
+    ):
+        return None
+    return quantity(found[1]) or _after_words(found[1])
 
 
 def _without_of(found: re.Match[str]) -> str:

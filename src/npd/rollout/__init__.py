@@ -12,7 +12,7 @@ import pyarrow as pa
 from transformers import PreTrainedModel
 
 from npd.config import Config, ModelConfig, Sampling
-from npd.errors import RunError
+from npd.errors import RunError, UserError
 from npd.models import Vocabulary
 
 __all__ = ["Engine", "EngineSetting", "Pace", "Progress", "Request", "Weights"]
@@ -98,12 +98,27 @@ class Engine(ABC):
         self.setting = setting
 
     @classmethod
+    def lacks(cls, config: Config) -> str:
+        """What has to be installed before it can write, as a sentence or two; nothing where all is there. Loads nothing."""
+        return ""
+
+    @classmethod
     def check(cls, config: Config) -> None:
-        """See that it is installed and knows its options; loads nothing.
+        """See that it knows its options, as far as that can be told where it need not be installed; loads nothing.
 
         Raises:
-            UserError: it is not, or it does not.
+            UserError: it does not.
         """
+
+    @classmethod
+    def require(cls, config: Config) -> None:
+        """See that it can write in this environment.
+
+        Raises:
+            UserError: it is not installed.
+        """
+        if missing := cls.lacks(config):
+            raise UserError(missing)
 
     @classmethod
     def check_device(cls, config: Config, device: str) -> None:

