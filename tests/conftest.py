@@ -220,6 +220,12 @@ def data_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def vllm_is_there(monkeypatch):
+    """What a test asks of a configuration is the same with and without it."""
+    monkeypatch.setattr("npd.rollout.vllm.VllmEngine.lacks", classmethod(lambda cls, config: ""))
+
+
+@pytest.fixture
 def make_tree(tmp_path, teacher_dir, student_dir, data_file) -> Callable[..., dict[str, Any]]:
     """A configuration of a run that takes about a second; keyword arguments replace or add sections' keys."""
 

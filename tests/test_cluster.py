@@ -148,6 +148,7 @@ def test_scatter_keeps_the_mean():
 
 
 @pytest.mark.parametrize("lead", [0.0, 1.0])
+@pytest.mark.slow
 def test_a_real_runs_events_give_its_schedule(make_tree, lead):
     """Its order, part for part and pass for pass; a busy machine's seconds are not compared."""
     config = load_config(make_tree(schedule={"lead": lead}, evaluation={"tasks": [], "kl_prompts": 0}))

@@ -270,6 +270,7 @@ def test_evaluate_takes_a_named_model(make_tree, teacher_dir, data_file, tmp_pat
     json.dumps(start)  # plain numbers
 
 
+@pytest.mark.slow
 def test_where_several_processes_train_the_default_engine_writes(make_tree, data_file, tmp_path):
     """Each process would need an engine of its own: vLLM, which may not even be installed, is asked for nothing."""
     script = tmp_path / "tune.py"

@@ -231,8 +231,7 @@ def test_actors_that_this_machine_has_no_gpus_for_are_refused_before_it_begins(m
 # -- what stands in for what was asked
 
 
-def test_another_engine_than_was_asked_for_is_said(make_tree, data_file, monkeypatch):
-    monkeypatch.setattr(npd.placement.ENGINES["vllm"], "check", classmethod(lambda cls, config: None))
+def test_another_engine_than_was_asked_for_is_said(make_tree, data_file, monkeypatch, vllm_is_there):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     evaluated = {"data": {"eval": str(data_file)}, "evaluation": {"tasks": ["answer"]}}
     there = load_config(make_tree(rollout={"engine": "vllm"}, placement={"rollout": "cuda:1"}, **evaluated))

@@ -193,6 +193,7 @@ def test_readings_that_no_model_gives_are_named():
     assert "0 readings" in (wrong_readings([], [3], 5, V) or "")
 
 
+@pytest.mark.slow
 def test_a_run_whose_server_is_exchanged_ends_and_goes_on_once_it_is_mended(make_tree, teacher_dir, tmp_path):
     other = AutoModelForCausalLM.from_pretrained(save_model(tmp_path / "other", seed=77)).eval()
     from fake_server import reply

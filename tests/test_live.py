@@ -256,6 +256,7 @@ def test_a_line_that_is_redrawn_is_not_kept_whole(line):
     assert plain(console).splitlines() == ["999%"]
 
 
+@pytest.mark.slow
 def test_a_run_in_a_terminal_says_all_that_it_says_elsewhere(make_tree, monkeypatch):
     """Every message that plain output has is there, whole, beside the frames of the live view."""
     monkeypatch.setattr("npd.observe.display.PLAIN_SECONDS", math.inf)  # on a slow machine a task would get lines of its own

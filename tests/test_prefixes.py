@@ -92,6 +92,7 @@ def test_evaluation_is_not_cut(make_tree, tokenizer):
     assert BenchmarkSetting(config, Chat(tokenizer)).sampling.max_new_tokens == 12
 
 
+@pytest.mark.slow
 def test_the_example_runs(make_tree, tmp_path):
     """As it stands, but for its models and its size."""
     tree = make_tree()

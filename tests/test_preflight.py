@@ -10,17 +10,13 @@ from npd.errors import UserError
 from npd.placement import Placement, assign_devices, check_engine, resolve_placement
 from npd.preflight import DISTILL, prepare
 
+pytestmark = pytest.mark.usefixtures("vllm_is_there")
+
 
 def placed(lead: float, size: int = 1, **options) -> Placement:
     return assign_devices(
         PlacementConfig(**options), ScheduleConfig(lead=lead), gpus=4, cpus=16, engine_gpus=size, engine_first=True
     )
-
-
-@pytest.fixture(autouse=True)
-def _vllm_is_there(monkeypatch):
-    """What these tests ask is the same with and without it."""
-    monkeypatch.setattr("npd.rollout.vllm.VllmEngine.lacks", classmethod(lambda cls, config: ""))
 
 
 def test_the_engine_is_wanted_where_generations_are_made(make_tree, monkeypatch):

@@ -517,6 +517,7 @@ def listening_of(pids: set[int]) -> set[tuple[str, int]]:
 
 
 @needs_ray
+@pytest.mark.slow
 def test_a_cluster_of_its_own_is_nobody_elses(killed, in_turns, tmp_path, monkeypatch, capfd):
     """It listens on the loopback interface, refuses whoever has no token, and is gone after Ctrl-C."""
     listening: set[tuple[str, int]] = set()

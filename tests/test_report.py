@@ -309,6 +309,7 @@ def test_a_run_that_failed_has_a_report_too(make_tree, monkeypatch, error, says,
     assert "What went wrong" not in read(run_dir / "report.html")[0].said
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
     tree = make_tree()  # without a report: one that is begun before the kill would be written after it
     config = tmp_path / "run.yaml"
@@ -335,6 +336,7 @@ def test_a_run_that_was_killed_is_known_by_its_silence(make_tree, tmp_path):
     assert "stopped without a word" in read(write_report(run_dir))[0].said
 
 
+@pytest.mark.slow
 def test_a_run_that_was_asked_to_stop_has_it_on_record(make_tree, tmp_path):
     tree = make_tree(tracking={"report": True})
     config = tmp_path / "run.yaml"

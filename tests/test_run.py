@@ -601,7 +601,7 @@ def assert_same(got: dict, wanted: dict, where: str) -> None:
         pytest.fail(f"{where}: {different} differ from the uninterrupted run", pytrace=False)
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_killed_at_every_publication(small_tree, uninterrupted, tmp_path, after, every):
     count = count_publications(tmp_path / "run", small_tree | {"run_dir": str(tmp_path / "run")})
@@ -611,7 +611,7 @@ def test_killed_at_every_publication(small_tree, uninterrupted, tmp_path, after,
         assert_same(got, uninterrupted, f"killed {'after' if after else 'before'} publication {nth} of {count}")
 
 
-@pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [15, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("when", ["before", "updated", "after"])
 def test_killed_at_every_optimiser_step(small_tree, uninterrupted, tmp_path, when, every):
     count = max(line["step"] for line in uninterrupted["metrics"])
@@ -624,6 +624,7 @@ def test_killed_at_every_optimiser_step(small_tree, uninterrupted, tmp_path, whe
 @settings(max_examples=8, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck),
           phases=[Phase.generate], print_blob=False)  # fmt: skip
 @given(points=st.lists(st.integers(1, 330), min_size=1, max_size=3))
+@pytest.mark.slow
 def test_killed_at_any_change_of_the_directory_several_times(small_tree, uninterrupted, tmp_path, points):
     hooks = [lambda run_dir, nth=nth: hook_file_events(run_dir, nth) for nth in points]
     assert_same(interrupted(small_tree, tmp_path, *hooks), uninterrupted, f"killed at changes {points}")

@@ -234,7 +234,7 @@ def learn_each(trees: list[dict[str, Any]], **options: Any) -> list[Learned]:
     return [learn(tree, snapshot=tree["run_dir"] + "-snapshot", **options) for tree in trees]
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_processes_learn_what_one_does(tree_of, world):
     """Some micro-batches have no other process to go to, some processes no share of a tensor; adapters are merged where the
     student is gathered."""
@@ -339,6 +339,7 @@ def test_what_samples_do_not_reach(tree_of, monkeypatch):
             assert_alike(mine, one)
 
 
+@pytest.mark.slow
 def test_each_process_draws_its_own_noise(tree_of):
     """As with whole copies; and each takes part in the pass without noise, whoever's samples it has. Of weights in bfloat16
     gradients are rounded as copies round them, which is otherwise than in one process where the loss is divided by three."""
@@ -369,6 +370,7 @@ def test_bfloat16_rounds_products_alone(tree_of):
         assert ours.loss == pytest.approx(other.loss, rel=0.01)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_read_by_any_number_of_processes(tree_of, tmp_path):
     """Written sharded by four, of whom one has no share of some tensors, whole by one and whole by two; read by each, and
     sharded by three."""

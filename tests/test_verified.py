@@ -296,6 +296,7 @@ def test_rows_that_nothing_verifies_are_counted_at_the_start(make_tree, tmp_path
     assert any("2 of 4 prompts have no answer: selection.reward correct drops" in note for note in notes)
 
 
+@pytest.mark.slow
 def test_the_example_runs(answered, tmp_path):
     """As it stands, but for its models and its size; and no response of such a model is lost on Δ."""
     small = {

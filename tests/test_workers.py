@@ -442,7 +442,7 @@ def test_every_response_was_written_by_the_snapshot_it_names(make, tmp_path):
 # -- 3: kill -9 at any moment
 
 
-@pytest.mark.parametrize("wanted", [10, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("wanted", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(make, states, tmp_path, wanted):
     """Trainer, job or both, at moments drawn at random, many times in each of several runs.
 
@@ -859,7 +859,7 @@ def test_reselect_changes_nothing_when_it_is_refused(make, tmp_path):
     assert every_file(run_dir) == before
 
 
-@pytest.mark.parametrize("nth", [1, 3, 4, 5])
+@pytest.mark.parametrize("nth", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4)), 5])
 def test_reselect_killed_at_any_publication(make, states, tmp_path, nth):
     """Half of a new selection never mixes with the old one: whichever configuration goes on, all verdicts are its own."""
     tree, other = make(), make(selection=BAND)
@@ -890,7 +890,8 @@ def test_reselect_killed_at_any_publication(make, states, tmp_path, nth):
 # -- 8: what is pruned is never needed
 
 
-@pytest.mark.parametrize("lead", [pytest.param(0.5, marks=pytest.mark.slow), 2.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("lead", [0.5, 2.0])
 def test_every_kept_checkpoint_leads_to_the_same_end(make, states, tmp_path, lead):
     more = {"schedule": {"generations": 5, "lead": lead}, "checkpoint": {"every_steps": 2, "keep": 2}}
     wanted = states(**more)
