@@ -305,7 +305,9 @@ NOT_OF_NUMBERS = [
     "gcd(12, {}) = 15000", "gcd(12, 18) = {} or 15000", "gcd(12, 18) > {}", "gcd(12, 18) = {} + 1", "It's not {}.",
     "15000 is the sum of {} and 4.", "{} is not the sum of 2 and 4.", "{} is the sum of 2 and 4 if it is 3.",
     "{} is half the sum of 2 and 4.", "Twice {} is the answer.", "{} is less than the answer.", "It's about {}.",
-    "{} or 15000 is the answer.", "{} is the sum of minus 2 and 4.", "{} is the answer to another question, 15000 is right.",
+    "{} or 15000 is the answer.", "{} is the sum of minus 2 and 4.", "{} is the sum of 2 and x.",
+    "{} is the amount of error.", "{} is the answer of another one.",
+    "{} is the answer to another question, 15000 is right.",
 ]  # fmt: skip
 
 

@@ -148,7 +148,7 @@ _OF = re.compile(
 )
 _IS = re.compile(  # the other way around: 6 is the sum of 2 and 4
     rf"(.{{1,60}}?) (?:is|are|=) (?:the|our|my) (?:(?:final|correct|exact|whole) )?(?:{_SUBJECTS})"
-    r"(?P<of> of (?:(?:[a-z]{1,20}|\d{1,9}(?:\.\d{1,9})?)(?:,? |$)){1,8})?",
+    r"(?: of(?:,?(?: and)? \d{1,9}(?:\.\d{1,9})?){1,8})?",
     re.IGNORECASE,
 )
 _CALL = re.compile(  # gcd(12, 18)
@@ -180,11 +180,7 @@ def _after_words(said: str) -> Quantity | None:
 def _before_words(said: str) -> Quantity | None:
     """In front of words that say what it is the value of."""
     found = _IS.fullmatch(said.rstrip("."))
-    if found is None or not _NO_PART_OF.isdisjoint(
-        re.findall("[a-z]+", (found["of"] or "").replace(" and ", " ").casefold())
-    ):
-        return None
-    return quantity(found[1]) or _after_words(found[1])
+    return None if found is None else quantity(found[1]) or _after_words(found[1])
 
 
 def _without_of(found: re.Match[str]) -> str:
