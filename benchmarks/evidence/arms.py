@@ -89,8 +89,8 @@ ABLATIONS: dict[str, Arm] = {
     "passes-all": Arm("no update: every pass over one generation", "distill", _near(generations=1, passes=ENDLESS)),
     "passes-20": Arm("an update after 20 passes", "distill", _near(passes=20)),
     "passes-14": Arm("an update after every 14 passes", "distill", _near(passes=14)),
-    "passes-3": Arm("an update after every 3 passes", "distill", _near(passes=3)),
-    "passes-1": Arm("an update after every pass", "distill", _near(passes=1)),
+    "passes-3": Arm("an update after every 3 passes", "distill", _near(passes=3), pace=0.75),
+    "passes-1": Arm("an update after every pass", "distill", _near(passes=1), pace=0.4),
     "half-prompts": Arm("half the prompts a generation, 14 passes", "distill", lambda task: _half(task), every=26),
     "ppl-fixed": Arm(
         "Δ-IFD of perplexities, fixed band", "distill", _near("delta_ifd", selection={"ifd": "perplexity_ratio"})
@@ -132,4 +132,4 @@ EVERY_ARM: dict[str, Arm] = ARMS | ABLATIONS
 
 def timed(arm: str) -> str:
     """The cells of an arm that stand for it at equal seconds."""
-    return arm + AT_SECONDS if arm in ARMS and ARMS[arm].pace != 1 else arm
+    return arm + AT_SECONDS if EVERY_ARM[arm].pace != 1 else arm

@@ -225,6 +225,17 @@ HYPOTHESES = (
         Contrast(ABLATED, "passes-1", "strict"),
         above=-2.0,
     ),
+    # 2026-11-28, after three seeds of an update after every pass on sorting and one on sums, before the first cell of these
+    *(
+        Hypothesis(
+            f"renewed {often}, at equal seconds",
+            f"NPD without a filter that renews its student {often} is ahead of one that does after every seven, at equal "
+            "seconds (sums, sorting).",
+            "fresh text gains points, and costs seconds",
+            Contrast(ABLATED, arm, "npd-none", "seconds"),
+        )
+        for often, arm in (("after every three passes", "passes-3"), ("at every pass", "passes-1"))
+    ),
     # 2026-11-27, with the tuning tasks' cells, before the first of a held-out task (but for teachers and warm students)
     *(
         Hypothesis(

@@ -173,11 +173,14 @@ def ablations(entries: Entries) -> str:
         cells = []
         for task in ABLATED:
             mean = _mean(paired(entries, task, name, BASE, "steps"))
-            seconds = _seconds(entries, task, name)
-            cells += [shown(mean, "+.1f"), "" if mean is None else str(mean.seeds), brief(seconds, 1)]
+            cells += [shown(mean, "+.1f"), "" if mean is None else str(mean.seeds), brief(_seconds(entries, task, name), 1)]
+            timely = {} if timed(name) == name else paired(entries, task, name, BASE, "seconds")
+            cells.append(shown(_mean(timely), "+.1f"))
         if any(cells):
             rows.append([EVERY_ARM[name].title, *cells])
-    heads = ["NPD, no filter, but"] + [f"{task}: {what}" for task in ABLATED for what in ("points", "seeds", "CPU s")]
+    heads = ["NPD, no filter, but"] + [
+        f"{task}: {what}" for task in ABLATED for what in ("points", "seeds", "CPU s", "equal seconds")
+    ]
     return table(heads, rows)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from benchmarks.evidence.arms import ABLATIONS, ARMS, timed
 from benchmarks.evidence.cells import TEACHER, Cell
@@ -28,17 +28,22 @@ def cells(seeds: int) -> list[Cell]:
         *(Cell(task, arm, seed) for seed in few for arm in VARIANT_ARMS for task in variants),
         *(Cell(task, arm, seed) for seed in few for arm in GRPO_ARMS for task in RL),
         *(Cell(task, STRICT, seed) for seed in few for task in _dear_first(ALL)),
-        *(Cell(task, arm, seed) for seed in few for arm in ABLATIONS for task in ABLATED),
+        *(Cell(task, arm, seed) for seed in few for arm in _with_timed(ABLATIONS) for task in ABLATED),
         *(
             Cell(task, arm, seed)
             for seed in range(FEW, seeds)
-            for arm in (TEACHER, *(name for one in ARMS for name in sorted({one, timed(one)}) if name != STRICT))
+            for arm in (TEACHER, *(name for name in _with_timed(ARMS) if name != STRICT))
             for task in _dear_first(ALL)
         ),
         *(Cell(task, arm, seed) for seed in range(FEW, seeds) for arm in GRPO_ARMS for task in RL),
         *(Cell(task, STRICT, seed) for seed in range(FEW, seeds) for task in _dear_first(ALL)),
-        *(Cell(task, arm, seed) for seed in range(FEW, seeds) for arm in ABLATIONS for task in ABLATED),
+        *(Cell(task, arm, seed) for seed in range(FEW, seeds) for arm in _with_timed(ABLATIONS) for task in ABLATED),
     ]
+
+
+def _with_timed(arms: Iterable[str]) -> list[str]:
+    """Each, and behind it what stands for it at equal seconds."""
+    return [name for arm in arms for name in sorted({arm, timed(arm)})]
 
 
 def _dear_first(tasks: Sequence[str]) -> list[str]:
