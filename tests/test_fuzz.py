@@ -13,8 +13,9 @@ from conftest import HANG
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@pytest.mark.parametrize("cases", [["--to", "1"], ["--to", "3", "--pinned"]], ids=["few", "more"])
-@pytest.mark.slow
+@pytest.mark.parametrize(
+    "cases", [["--to", "1"], pytest.param(["--to", "3", "--pinned"], marks=pytest.mark.slow)], ids=["few", "more"]
+)
 def test_hostile_things_end_as_they_must(tmp_path, cases):
     command = [sys.executable, "-m", "tests.fuzz", *cases, "--record", str(tmp_path / "cases.jsonl")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=HANG)

@@ -40,6 +40,8 @@ def test_a_ray_cluster_of_this_machine_has_this_environment(make_tree, monkeypat
     tree = make_tree(rollout={"engine": "vllm"}, placement={"rollout": "ray"})
     with pytest.raises(UserError, match="vllm is missing"):
         prepare(load_config(tree), "distill")
+    there = make_tree(rollout={"engine": "vllm"}, placement={"rollout": "ray", "ray": {"address": "head:6379"}})
+    assert any("(ray): vllm is missing." in note for note in prepare(load_config(there), "distill").notes)
 
 
 def test_vllm_in_the_trainers_process_needs_it_to_itself(make_tree):
